@@ -1,0 +1,93 @@
+"""Memory of the Compressive Transformer and its update (Algorithm 1 of Rae et al. 2019), as pure functions.
+
+Shape letters: L layers, B lanes, T codes of a chunk, M memory rows, K compressed rows, D width.
+Also helpers that map over any model's memory: a nest of (named) tuples whose leaves are tensors, the lane first, and
+plain Python values.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ct_audio.errors import UserError
+
+
+class Memory(NamedTuple):
+    """Memory and compressed memory of every layer; rows that are not valid are zeros, valid rows are the last ones.
+
+    Attributes:
+        memory: L tensors [B, M_l, D], the raw inputs of the layer, oldest first.
+        compressed_memory: L tensors [B, K_l, D], oldest first.
+        memory_valid: L int64 tensors [B], how many of the last rows of `memory` are valid.
+        compressed_memory_valid: L int64 tensors [B], likewise.
+        final: True once a shorter last window has ended the stream.
+    """
+
+    memory: tuple[Float[Tensor, "B _ D"], ...]
+    compressed_memory: tuple[Float[Tensor, "B _ D"], ...]
+    memory_valid: tuple[Int[Tensor, "B"], ...]
+    compressed_memory_valid: tuple[Int[Tensor, "B"], ...]
+    final: bool = False
+
+
+def push(
+    memory: Float[Tensor, "B M D"], window: Float[Tensor, "B T D"]
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B M D"]]:
+    """Append a window (or a whole chunk) to a memory and let the oldest rows leave.
+
+    Returns:
+        old_memory: [B, T, D], the rows that leave, oldest first (some may not be valid yet).
+        memory: [B, M, D], the newest rows.
+    Source: Algorithm 1, lines 5 to 7. Differs: for T > M part of the window leaves at once, so that nothing skips
+    compression.
+    """
+    rows = torch.cat([memory, window], dim=1)
+    split = rows.shape[1] - memory.shape[1]
+    return rows[:, :split], rows[:, split:]
+
+
+def map_memory(function: Callable[[Tensor], Tensor], memory: Any) -> Any:
+    """Apply `function` to every tensor of a memory (any nest of tuples); other leaves are kept."""
+    if isinstance(memory, Tensor):
+        return function(memory)
+    if isinstance(memory, tuple):
+        parts = [map_memory(function, part) for part in memory]
+        return type(memory)(*parts) if hasattr(memory, "_fields") else tuple(parts)
+    return memory
+
+
+def detach_memory(memory: Any) -> Any:
+    """The same memory cut from the graph: what a training loop does between chunks."""
+    return map_memory(torch.detach, memory)
+
+
+def named_tensors(memory: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a memory with a path-like name, as `memory/0`; the inverse is `memory_from_tensors`."""
+    if isinstance(memory, Tensor):
+        yield prefix, memory
+    elif isinstance(memory, tuple):
+        names = getattr(memory, "_fields", range(len(memory)))
+        for name, part in zip(names, memory, strict=True):
+            yield from named_tensors(part, f"{prefix}/{name}" if prefix else str(name))
+
+
+def memory_from_tensors(like: Any, tensors: dict[str, Tensor]) -> Any:
+    """A memory of the form of `like` whose tensors come from a dict made by `named_tensors`.
+
+    Raises:
+        UserError: a tensor is missing, left over, or of another shape or dtype than in `like`.
+    """
+    expected = dict(named_tensors(like))
+    if expected.keys() != tensors.keys():
+        raise UserError(f"memory tensors: expected {sorted(expected)}, got {sorted(tensors)}; use the run's own checkpoint")
+    for name, tensor in expected.items():
+        if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
+            raise UserError(
+                f"memory tensor {name}: expected {tuple(tensor.shape)} {tensor.dtype}, "
+                f"got {tuple(tensors[name].shape)} {tensors[name].dtype}; use the run's own checkpoint"
+            )
+    ordered = iter([tensors[name].to(tensor.device) for name, tensor in expected.items()])
+    return map_memory(lambda _: next(ordered), like)

@@ -1,0 +1,42 @@
+"""Package metadata and pinned dependencies of ct_audio (tool settings live in pyproject.toml)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ct_audio",
+    version="0.1.0",
+    description="Reference implementation of the Compressive Transformer for raw audio",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["ct_audio", "ct_audio.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "torch==2.11.0",
+        "torchaudio==2.11.0",  # a matched pair with torch: change both or neither
+        "numpy==2.3.5",
+        "soundfile==0.14.0",
+        "librosa==0.11.0",
+        "soxr==1.1.0",
+        "einops==0.8.2",
+        "omegaconf==2.4.0",
+        "safetensors==0.8.0",
+        "tensorboard==2.21.0",
+        "setuptools<81",  # tensorboard imports pkg_resources
+        "jaxtyping==0.3.11",
+        "tqdm==4.70.1",
+        "matplotlib==3.10.9",
+    ],
+    extras_require={
+        "dev": [
+            "pytest==9.0.3",
+            "pytest-timeout==2.4.0",
+            "hypothesis==6.170.15",
+            "beartype==0.23.1",
+            "ruff==0.17.5",
+            "pyright==1.1.414",
+        ]
+    },
+)

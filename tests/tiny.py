@@ -1,0 +1,52 @@
+"""Tiny models of every kind, for tests that enumerate them."""
+
+from typing import Any
+
+from torch import nn
+
+from ct_audio.models import SequenceModel, build_model, model_config_class
+
+_TRANSFORMER = {
+    "name": "compressive_transformer",
+    "vocab_size": 32,
+    "num_layers": 3,
+    "width": 16,
+    "num_heads": 2,
+    "feedforward_width": 24,
+    "position_width": 4,
+    "window_length": 8,
+    "memory_length": 8,
+    "compressed_memory_length": 4,
+    "compression_rate": 2,
+    "dropout": 0.0,
+}
+
+TINY_MODELS: dict[str, dict[str, Any]] = {
+    "compressive_transformer": _TRANSFORMER,
+    "compressive_transformer_pre_norm": _TRANSFORMER | {"norm_position": "pre"},
+    "compressive_transformer_reference": _TRANSFORMER | {"attention_backend": "reference"},
+    "compressive_transformer_long_window": _TRANSFORMER | {"window_length": 16, "memory_length": 4},
+    "compressive_transformer_mean": _TRANSFORMER | {"compression_function": "mean"},
+    "compressive_transformer_max": _TRANSFORMER | {"compression_function": "max"},
+    "transformer_xl": _TRANSFORMER | {"memory_length": 16, "compressed_memory_length": 0},
+    "wavenet": {
+        "name": "wavenet",
+        "vocab_size": 32,
+        "num_layers": 6,
+        "layers_per_cycle": 3,
+        "width": 12,
+        "skip_width": 10,
+    },
+}
+
+
+def tiny_model(name: str, **changes: Any) -> SequenceModel:
+    """Build a tiny model; `changes` replace configuration fields."""
+    plain = TINY_MODELS[name] | changes
+    return build_model(model_config_class(plain["name"])(**plain))
+
+
+def as_module(model: SequenceModel) -> nn.Module:
+    """The same object, typed as a module."""
+    assert isinstance(model, nn.Module)
+    return model
