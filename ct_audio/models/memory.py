@@ -82,7 +82,9 @@ def memory_from_tensors(like: Any, tensors: dict[str, Tensor]) -> Any:
     """
     expected = dict(named_tensors(like))
     if expected.keys() != tensors.keys():
-        raise UserError(f"memory tensors: expected {sorted(expected)}, got {sorted(tensors)}; use the run's own checkpoint")
+        raise UserError(
+            f"memory tensors: expected {sorted(expected)}, got {sorted(tensors)}; use the run's own checkpoint"
+        )
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
             raise UserError(

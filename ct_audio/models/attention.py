@@ -1,0 +1,135 @@
+"""Relative attention of Transformer-XL, once as a plain formula and once folded into a fused kernel.
+
+Shape letters: N batch of windows, H heads, T queries, S keys, E head width, P position width.
+
+score(i, j) = [(q_i + u) . k_j  +  (q_i + v) . W_R s(i - j)] / sqrt(E), where s is a sinusoidal table of width P. A backend
+gets the two query terms `content_query = q + u` and `position_query = W_R^T (q + v)`, and real-valued positions i and j.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor
+
+
+def sinusoids(positions: Float[Tensor, "*S"], width: int) -> Float[Tensor, "*S P"]:
+    """Table s(p) of sines (first half) and cosines (second half) at geometrically spaced frequencies.
+
+    Args:
+        positions: real numbers, in codes; any sign.
+        width: P, even.
+    Source: Vaswani et al. 2017, section 3.5, as in Transformer-XL.
+    """
+    angles = _angles(positions, width)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(positions.dtype)
+
+
+def rotate(vectors: Float[Tensor, "*N T P"], positions: Float[Tensor, "T"]) -> Float[Tensor, "*N T P"]:
+    """Rot_i y for each row i: rotate(y, i) . s(-j) == y . s(i - j), by the addition theorems."""
+    angles = _angles(positions, vectors.shape[-1])
+    sine, cosine = angles.sin().to(vectors.dtype), angles.cos().to(vectors.dtype)
+    for_sine, for_cosine = vectors.chunk(2, dim=-1)
+    return torch.cat([for_sine * cosine - for_cosine * sine, for_sine * sine + for_cosine * cosine], dim=-1)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a boolean mask is True and -inf elsewhere, in `dtype`."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def fused_attention(
+    content_query: Float[Tensor, "N H T E"],
+    position_query: Float[Tensor, "N H T P"],
+    keys: Float[Tensor, "N H S E"],
+    values: Float[Tensor, "N H S E"],
+    *,
+    query_positions: Float[Tensor, "T"],
+    key_positions: Float[Tensor, "S"],
+    mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
+) -> Float[Tensor, "N H T E"]:
+    """Relative attention as plain attention over widened heads, in one fused kernel.
+
+    Queries [q + u ; Rot_i W_R^T (q + v)] and keys [k ; s(-j)]: neither a bias tensor nor a skew is made. Arguments as in
+    `reference_attention`.
+    """
+    head_width, (num_windows, num_heads) = keys.shape[-1], keys.shape[:2]
+    position_keys = sinusoids(-key_positions, position_query.shape[-1]).to(keys.dtype)
+    position_keys = repeat(position_keys, "s p -> n h s p", n=num_windows, h=num_heads)
+    output = F.scaled_dot_product_attention(
+        torch.cat([content_query, rotate(position_query, query_positions)], dim=-1),
+        torch.cat([keys, position_keys], dim=-1),
+        # As wide as the queries, or the CPU's flash kernel silently gives way to one that makes all T x S weights.
+        F.pad(values, (0, position_query.shape[-1])),
+        attn_mask=mask.to(keys.dtype),
+        scale=head_width**-0.5,  # of the head, not of the widened head
+    )
+    return output[..., :head_width]
+
+
+def reference_attention(
+    content_query: Float[Tensor, "N H T E"],
+    position_query: Float[Tensor, "N H T P"],
+    keys: Float[Tensor, "N H S E"],
+    values: Float[Tensor, "N H S E"],
+    *,
+    query_positions: Float[Tensor, "T"],
+    key_positions: Float[Tensor, "S"],
+    mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
+) -> Float[Tensor, "N H T E"]:
+    """Relative attention as the formula says; it makes every weight, T x S a head.
+
+    Args:
+        content_query: q + u.
+        position_query: W_R^T (q + v).
+        keys, values: of every visible row.
+        query_positions, key_positions: in codes, any real numbers.
+        mask: additive, 0 or -inf; every query sees at least one key.
+    Source: Dai et al. 2019 (Transformer-XL), section 3.3.
+    """
+    distances, index = torch.unique(query_positions[:, None] - key_positions[None, :], return_inverse=True)
+    table = sinusoids(distances, position_query.shape[-1]).to(keys.dtype)
+    by_distance = einsum(position_query, table, "n h t p, r p -> n h t r")
+    by_position = by_distance.gather(-1, index.expand(*by_distance.shape[:2], *index.shape))
+    scores = einsum(content_query, keys, "n h t e, n h s e -> n h t s") + by_position
+    weights = torch.softmax(scores * keys.shape[-1] ** -0.5 + mask.to(scores.dtype), dim=-1)
+    return einsum(weights, values, "n h t s, n h s e -> n h t e")
+
+
+def content_attention(
+    query: Float[Tensor, "N H T E"],
+    keys: Float[Tensor, "N H S E"],
+    values: Float[Tensor, "N H S E"],
+    mask: Float[Tensor, "N 1 1 S"] | None,
+) -> Float[Tensor, "N H T E"]:
+    """Attention by content alone, as the attention-reconstruction loss uses it (Algorithm 2)."""
+    if mask is not None:
+        mask = mask.to(keys.dtype).expand(-1, -1, query.shape[2], -1)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+
+def attend_one(
+    content_query: Float[Tensor, "B H E"],
+    rotated_position_query: Float[Tensor, "B H P"],
+    keys: Float[Tensor, "B H S E"],
+    position_keys: Float[Tensor, "S P"],
+    values: Float[Tensor, "B H S E"],
+    mask: Float[Tensor, "B 1 1 S"] | None,
+) -> Float[Tensor, "B H E"]:
+    """Relative attention of a single query a lane over cached keys (the content part alone is cached)."""
+    scores = content_query[:, :, None] @ keys.mT + rotated_position_query[:, :, None] @ position_keys.mT
+    scores = scores * keys.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores + mask
+    return rearrange(torch.softmax(scores, dim=-1) @ values, "b h 1 e -> b h e")
+
+
+def _angles(positions: Tensor, width: int) -> Tensor:
+    # In float64: a float32 angle of several thousand radians has lost the digits that tell neighbours apart.
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    return positions.double()[..., None] * 10_000.0**-exponents
+
+
+ATTENTION_BACKENDS: dict[str, Callable[..., Tensor]] = {"fused": fused_attention, "reference": reference_attention}

@@ -1,0 +1,128 @@
+"""Which rows the windows of a chunk may see: a chunk is parallel over its windows, so each needs its own view.
+
+Shape letters: B lanes, W windows of a chunk, T codes of a chunk (T = W x window length), M memory rows, K compressed rows,
+S keys of a window (K + M + window length), D width.
+
+Every row carries the number of its document: 0 for the one that was running when the chunk began, counting up at every
+document start, -1 for a row that nobody may see. A query sees a key if the numbers are equal and the key is not later.
+A compressed row whose codes straddle a document start belongs to nobody.
+"""
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """Lengths that decide what the windows of a layer see.
+
+    Attributes:
+        window_length: codes a window (of this call: the last window of a stream may be shorter).
+        memory_length, compressed_memory_length: rows.
+        compression_rate: codes a compressed row (1 where there is no compressed memory).
+    """
+
+    window_length: int
+    memory_length: int
+    compressed_memory_length: int
+    compression_rate: int
+
+    @property
+    def num_keys(self) -> int:
+        """Rows a window's queries may see: compressed memory, memory, own window."""
+        return self.compressed_memory_length + self.memory_length + self.window_length
+
+
+class Documents(NamedTuple):
+    """Document numbers of the rows of a chunk, for one geometry.
+
+    Attributes:
+        stream: [B, M + T], of memory and chunk.
+        compressed_stream: [B, K + T / c], of the compressed memory and of what the chunk's pushes add to it.
+        before: [B, W], of the document that runs when each window begins.
+    """
+
+    stream: Int[Tensor, "B MT"]
+    compressed_stream: Int[Tensor, "B KT"]
+    before: Int[Tensor, "B W"]
+
+
+def document_numbers(
+    geometry: Geometry,
+    document_starts: Bool[Tensor, "B T"] | None,
+    *,
+    num_codes: int,
+    memory_valid: Int[Tensor, "B"],
+    compressed_memory_valid: Int[Tensor, "B"],
+) -> Documents:
+    """Number the documents of memory, chunk and compressed memory."""
+    lanes, device = memory_valid.shape[0], memory_valid.device
+    if document_starts is None:
+        chunk = torch.zeros(lanes, num_codes, dtype=torch.int64, device=device)
+    else:
+        chunk = document_starts.long().cumsum(dim=1)
+    stream = torch.cat([_valid_tail(memory_valid, geometry.memory_length), chunk], dim=1)
+    compressed = _valid_tail(compressed_memory_valid, geometry.compressed_memory_length)
+    if geometry.compressed_memory_length and num_codes % geometry.compression_rate == 0:
+        groups = rearrange(stream[:, :num_codes], "b (k c) -> b k c", c=geometry.compression_rate)
+        whole = (groups == groups[..., :1]).all(dim=-1)
+        compressed = torch.cat([compressed, torch.where(whole, groups[..., 0], -1)], dim=1)
+    last = chunk[:, geometry.window_length - 1 :: geometry.window_length]
+    before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], dim=1)
+    return Documents(stream, compressed, before)
+
+
+def window_mask(geometry: Geometry, documents: Documents) -> Bool[Tensor, "BW T S"]:
+    """What each query of each window sees, keys ordered compressed memory, memory, own window (lanes outermost)."""
+    num_windows = documents.before.shape[1]
+    queries = rearrange(documents.stream[:, geometry.memory_length :], "b (w t) -> (b w) t 1", w=num_windows)
+    earlier = windows_of_memory(geometry, documents.compressed_stream, documents.stream, num_windows)
+    keys = torch.cat([*earlier, queries[..., 0]], dim=1)
+    return (queries == keys[:, None, :]) & causal_mask(geometry, queries.device)
+
+
+def causal_mask(geometry: Geometry, device: torch.device) -> Bool[Tensor, "T S"]:
+    """What each query of a window sees when all rows are valid: both memories and what is not later in the window."""
+    visible = torch.ones(geometry.window_length, geometry.num_keys, dtype=torch.bool, device=device)
+    return visible.tril(geometry.num_keys - geometry.window_length)
+
+
+def windows_of_memory(
+    geometry: Geometry, compressed_stream: Tensor, stream: Tensor, num_windows: int
+) -> tuple[Tensor, Tensor]:
+    """The rows of compressed memory and of memory that each window sees.
+
+    Args:
+        compressed_stream: [B, at least K + (W - 1) x window length / c, ...].
+        stream: [B, at least M + (W - 1) x window length, ...].
+    Returns:
+        [B W, K, ...] and [B W, M, ...].
+    """
+
+    def unfold(rows: Tensor, length: int, step: int) -> Tensor:
+        if length == 0:
+            return rows.new_empty(rows.shape[0] * num_windows, 0, *rows.shape[2:])
+        windows = rows[:, : length + (num_windows - 1) * step].unfold(1, length, step)  # B W ... length
+        return windows.movedim(-1, 2).flatten(0, 1)
+
+    step = geometry.window_length
+    return (
+        unfold(compressed_stream, geometry.compressed_memory_length, step // geometry.compression_rate or 1),
+        unfold(stream, geometry.memory_length, step),
+    )
+
+
+def keep_valid(
+    rows: Float[Tensor, "B M D"], documents: Int[Tensor, "B M"], current: Int[Tensor, "B"]
+) -> tuple[Float[Tensor, "B M D"], Int[Tensor, "B"]]:
+    """Zero the rows that are not of the current document; also the count of those that are."""
+    valid = documents == current[:, None]
+    return torch.where(valid[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)), valid.sum(dim=1)
+
+
+def _valid_tail(valid: Int[Tensor, "B"], length: int) -> Int[Tensor, "B M"]:
+    rows = torch.arange(length, device=valid.device)
+    return torch.where(rows >= length - valid[:, None], 0, -1)
