@@ -1,0 +1,34 @@
+"""Settings shared by all tests: one thread, fixed seeds, no drawing on a display.
+
+ct_audio is not imported here: the jaxtyping hook has to come first.
+"""
+
+import os
+import random
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile(
+    "default",
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test starts from the same state of the global generators."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (third parties may draw from it)
+    torch.manual_seed(0)
