@@ -1,0 +1,306 @@
+"""WaveNet (van den Oord et al. 2016, arXiv 1609.03499): the convolutional baseline, written as matrix products.
+
+Layer l sees its own input now and `dilation_l` codes ago, so a kernel of two is two products, one with the chunk and
+one with the chunk shifted. What the shift needs from before the chunk is the memory: each layer's last `dilation`
+inputs.
+Shape letters: L layers, B lanes, T codes of a chunk, R codes before stepping, C residual channels, S skip channels,
+D features (= S), V codes of the vocabulary, Q rows of all queues (the sum of the dilations).
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ct_audio.errors import UserError
+from ct_audio.models.interface import ModelOutput
+
+
+@dataclass(frozen=True)
+class Config:
+    """A WaveNet.
+
+    Attributes:
+        vocab_size: number of codes.
+        num_layers: gated layers.
+        layers_per_cycle: dilations are 1, 2, 4, ... for this many layers, then begin again at 1.
+        width: residual channels C.
+        skip_width: skip and head channels S.
+        dropout: share of each layer's gated output that is dropped in training.
+    """
+
+    name: Literal["wavenet"] = "wavenet"
+    vocab_size: int = 256
+    num_layers: int = 30
+    layers_per_cycle: int = 10
+    width: int = 472
+    skip_width: int = 472
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        least = {"vocab_size": 2, "num_layers": 2, "layers_per_cycle": 1, "width": 1, "skip_width": 1}
+        for field, minimum in least.items():
+            if getattr(self, field) < minimum:
+                raise UserError(f"model.{field}: expected at least {minimum}, got {getattr(self, field)}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout: expected a number in [0, 1), got {self.dropout}")
+        if self.layers_per_cycle > 20:
+            raise UserError(
+                f"model.layers_per_cycle: expected at most 20 (a dilation of 524,288), got {self.layers_per_cycle}; "
+                f"use more cycles"
+            )
+
+
+class WaveNetMemory(NamedTuple):
+    """What a lane remembers.
+
+    Attributes:
+        queues: L tensors [B, dilation, C], each layer's last inputs, oldest first; zeros before the stream begins.
+    """
+
+    queues: tuple[Float[Tensor, "B _ C"], ...]
+
+
+@dataclass(slots=True)
+class StepState:
+    """Buffers of the incremental path; `step` overwrites them.
+
+    Attributes:
+        rings: the queues of all layers one below the other; layer l owns `dilations[l]` rows from `offsets[l]`.
+        count: codes stepped so far; the oldest input of layer l lies in its row `count % dilations[l]`.
+        inputs, totals, gated: room for each layer's input, for its sums before tanh and sigmoid, and for its output.
+        offsets, dilations: int64.
+        views: a layer's parts of these buffers and of the weights, made once because stepping makes nothing but small
+            products: (total, its filter half, its gate half, input, now_weight, gated) and, but for the last layer,
+            (residual_weight, next input).
+    """
+
+    rings: Float[Tensor, "Q B C"]
+    count: Int[Tensor, ""]
+    inputs: Float[Tensor, "L B C"]
+    totals: Float[Tensor, "L B C2"]
+    gated: Float[Tensor, "L B C"]
+    offsets: Int[Tensor, "L"]
+    dilations: Int[Tensor, "L"]
+    views: list[tuple[Tensor, ...]]
+
+    @property
+    def memory(self) -> WaveNetMemory:
+        """The memory as of now: what `forward` over the same codes would have returned."""
+        count = int(self.count)
+        rings = self.rings.split(self.dilations.tolist())
+        return WaveNetMemory(tuple(rearrange(ring.roll(-(count % len(ring)), 0), "q b c -> b q c") for ring in rings))
+
+
+class WaveNet(nn.Module):
+    """Gated dilated layers with residual and skip connections over embedded codes.
+
+        z_l = tanh(P_l x_l[t - d_l] + N_l x_l[t] + b_l) * sigmoid(P'_l x_l[t - d_l] + N'_l x_l[t] + b'_l)
+        x_{l+1} = x_l + R_l z_l          features = relu(H relu(sum_l S_l z_l + s) + h)
+
+    and one more linear layer makes the logits. Parameters of one kind are stacked over layers: the optimizer meets 13
+    tensors however deep the model is.
+    Source: equation 2 and figure 4 of the paper. Differs: no bias in the residual and in each skip projection (the
+    embedding and `skip_bias` have it); the last layer has no residual projection, which would never get a gradient;
+    before a stream begins, each layer sees zeros.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        layers, width, skip_width = config.num_layers, config.width, config.skip_width
+        self.dilations = tuple(2 ** (layer % config.layers_per_cycle) for layer in range(layers))
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        # Index 0 of the second dimension is the filter (tanh), index 1 the gate (sigmoid).
+        self.past_weight = nn.Parameter(torch.randn(layers, 2, width, width) / math.sqrt(2 * width))
+        self.now_weight = nn.Parameter(torch.randn(layers, 2, width, width) / math.sqrt(2 * width))
+        self.gate_bias = nn.Parameter(torch.zeros(layers, 2, width))
+        self.residual_weight = nn.Parameter(torch.randn(layers - 1, width, width) / math.sqrt(width))
+        # tanh * sigmoid of unit inputs has a root mean square of 1/3: the factor 3 makes the skip sum of unit size.
+        self.skip_weight = nn.Parameter(3 * torch.randn(layers, skip_width, width) / math.sqrt(layers * width))
+        self.skip_bias = nn.Parameter(torch.zeros(skip_width))
+        self.hidden = nn.Linear(skip_width, skip_width)
+        self.output = nn.Linear(skip_width, config.vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number V of codes."""
+        return self.config.vocab_size
+
+    @property
+    def window_length(self) -> int:
+        """1: there are no windows; every chunk is a whole number of them, and gradients cross the whole chunk."""
+        return 1
+
+    @property
+    def temporal_range(self) -> int:
+        """Distance in codes to the farthest code that can change a prediction: the sum of the dilations."""
+        return sum(self.dilations)
+
+    @property
+    def attention_cost(self) -> int:
+        """0: there is no attention."""
+        return 0
+
+    def zero_memory(
+        self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
+    ) -> WaveNetMemory:
+        """Memory of a stream that has not begun.
+
+        Raises:
+            UserError: a length was passed; the dilations alone decide how much this model remembers.
+        """
+        for name, length in (("memory", memory_length), ("compressed memory", compressed_memory_length)):
+            if length is not None:
+                raise UserError(f"wavenet: the {name} length cannot be set (got {length}); leave it out")
+        weight = self.embedding.weight
+        return WaveNetMemory(
+            tuple(weight.new_zeros(num_lanes, dilation, self.config.width) for dilation in self.dilations)
+        )
+
+    def forward(
+        self,
+        codes: Int[Tensor, "B T"],
+        memory: WaveNetMemory,
+        *,
+        document_starts: Bool[Tensor, "B T"] | None = None,
+    ) -> ModelOutput:
+        """Features and next memory of a chunk of any length; gradients end where the chunk begins."""
+        self._check_memory(memory, codes.shape[0])
+        age = None if document_starts is None else _age(document_starts)
+        x = F.embedding(codes, self.embedding.weight)
+        past_weights, now_weights, biases = (
+            stacked.flatten(0, 1).unbind() for stacked in (self.past_weight, self.now_weight, self.gate_bias)
+        )
+        residual_weights, skip_weights = self.residual_weight.unbind(), self.skip_weight.unbind()
+        skip = self.skip_bias
+        queues = []
+        for layer in range(len(self.dilations)):
+            past, queue = _shift(memory.queues[layer].detach(), x, age)
+            queues.append(queue)
+            halves = []
+            for half in (2 * layer, 2 * layer + 1):  # filter and gate apart: contiguous, hence fast tanh and sigmoid
+                total = torch.addmm(biases[half], past.flatten(0, 1), past_weights[half].t())
+                halves.append(torch.addmm(total, x.flatten(0, 1), now_weights[half].t()))
+            gated = (halves[0].tanh_() * halves[1].sigmoid_()).view(x.shape)
+            gated = F.dropout(gated, self.config.dropout, self.training)
+            skip = skip + F.linear(gated, skip_weights[layer])
+            if layer < len(residual_weights):
+                x = x + F.linear(gated, residual_weights[layer])
+        return ModelOutput(self._features(skip), WaveNetMemory(tuple(queues)), {})
+
+    def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """Negative log-likelihood of each target in nats."""
+        logits = self._logits(features)
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+
+    def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Normalised log-probabilities of every code in nats."""
+        return F.log_softmax(self._logits(features), dim=-1)
+
+    @torch.inference_mode()
+    def begin_steps(self, memory: WaveNetMemory, codes: Int[Tensor, "B R"]) -> StepState:
+        """State for `step` after R more codes (any number, 0 too), which run in parallel."""
+        self._check_memory(memory, codes.shape[0])
+        if codes.shape[1]:
+            memory = self(codes, memory).memory
+        rings = torch.cat([rearrange(queue, "b q c -> q b c") for queue in memory.queues])
+        return self._step_state(rings, torch.zeros((), dtype=torch.int64, device=rings.device))
+
+    @torch.inference_mode()
+    def step(self, codes: Int[Tensor, "B"], state: StepState) -> tuple[Float[Tensor, "B D"], StepState]:
+        """Features after one more code a lane; consumes `state`. No dropout and no gradients.
+
+        What every layer saw `dilation` codes ago is known beforehand, so that its share is one batched product.
+        """
+        rows = torch.remainder(state.count, state.dilations).add_(state.offsets)
+        past = state.rings.index_select(0, rows)
+        biases = rearrange(self.gate_bias, "l half c -> l 1 (half c)")
+        past_weights = rearrange(self.past_weight, "l half c_out c -> l c (half c_out)")
+        torch.baddbmm(biases, past, past_weights, out=state.totals)
+        state.views[0][3].copy_(F.embedding(codes, self.embedding.weight))
+        for total, filtered, gate, x, now_weight, gated, *residual in state.views:
+            total.addmm_(x, now_weight)
+            torch.mul(filtered.tanh_(), gate.sigmoid_(), out=gated)
+            if residual:
+                torch.addmm(x, gated, residual[0], out=residual[1])
+        state.rings.index_copy_(0, rows, state.inputs)
+        state.count.add_(1)
+        skip = torch.bmm(state.gated, self.skip_weight.mT).sum(0)
+        return self._features(skip + self.skip_bias), state
+
+    @torch.inference_mode()
+    def clone_state(self, state: StepState) -> StepState:
+        """An independent copy of a step state."""
+        return self._step_state(state.rings.clone(), state.count.clone())
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All parameters in one clipping group."""
+        return {"model": list(self.parameters())}
+
+    def _step_state(self, rings: Float[Tensor, "Q B C"], count: Int[Tensor, ""]) -> StepState:
+        dilations = torch.tensor(self.dilations, device=rings.device)
+        shape = (len(self.dilations), *rings.shape[1:])
+        inputs, gated = rings.new_zeros(shape), rings.new_zeros(shape)
+        totals = rings.new_zeros(*shape[:2], 2 * shape[2])
+        now_weights = rearrange(self.now_weight, "l half c_out c -> l c (half c_out)").unbind()
+        halves = (totals[..., : shape[2]].unbind(), totals[..., shape[2] :].unbind())
+        views = list(zip(totals.unbind(), *halves, inputs.unbind(), now_weights, gated.unbind(), strict=True))
+        residual = zip(self.residual_weight.mT.unbind(), inputs[1:].unbind(), strict=True)
+        views = [view + more for view, more in zip_longest(views, residual, fillvalue=())]
+        offsets = dilations.cumsum(0) - dilations
+        return StepState(rings, count, inputs, totals, gated, offsets, dilations, views)
+
+    def _features(self, skip: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch D"]:
+        return F.relu(self.hidden(F.relu(skip)))
+
+    def _logits(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        # In the parameters' own precision under autocast too: bf16 logits would be off by percents of a nat.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.output(features.to(self.output.weight.dtype))
+
+    def _check_memory(self, memory: WaveNetMemory, num_lanes: int) -> None:
+        expected = [(num_lanes, dilation, self.config.width) for dilation in self.dilations]
+        got = [tuple(queue.shape) for queue in memory.queues]
+        if got != expected:
+            raise ValueError(
+                f"wavenet: expected queues of shapes {expected[0]}, ..., {expected[-1]}, got {got}; "
+                f"pass zero_memory({num_lanes}) or the memory of the chunk before"
+            )
+
+
+def build(config: Config) -> WaveNet:
+    """A freshly initialised model."""
+    return WaveNet(config)
+
+
+def _age(document_starts: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """How many codes of its document come before each position; a huge number where it began before the chunk."""
+    positions = torch.arange(document_starts.shape[1], device=document_starts.device).expand_as(document_starts)
+    latest_start = torch.where(document_starts, positions, -(2**40)).cummax(dim=1).values
+    return positions - latest_start
+
+
+def _shift(
+    queue: Float[Tensor, "B Q C"], x: Float[Tensor, "B T C"], age: Int[Tensor, "B T"] | None
+) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B Q C"]]:
+    """The inputs Q codes ago and the next queue; zeros stand for what the present document cannot see.
+
+    The next queue shares no storage with the chunk, which would otherwise live until the chunk after.
+    """
+    dilation, length = queue.shape[1], x.shape[1]
+    kept = min(dilation, length)
+    past = torch.cat([queue[:, :length], x[:, : length - kept]], dim=1)
+    queue = torch.cat([queue[:, kept:], x[:, length - kept :]], dim=1)
+    if age is not None:
+        past = past.masked_fill((age < dilation)[..., None], 0)
+        # The next queue's row j was the input (dilation - 1 - j) codes before the chunk's last.
+        distance = torch.arange(dilation - 1, -1, -1, device=age.device)
+        queue = queue.masked_fill((distance > age[:, -1:])[..., None], 0)
+    return past, queue
