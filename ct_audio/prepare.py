@@ -1,0 +1,397 @@
+"""Preparation of recordings: any audio -> 24 kHz mono -> mu-law codes -> corpus, parallel over files.
+
+Results lie file by file in OUT.partial until all are there; then the corpus is put together and renamed to OUT. So an
+interrupted run leaves nothing that looks whole, and the same command goes on from what was done.
+Shape letters: N samples or codes.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import librosa
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from ct_audio.codec import MuLaw
+from ct_audio.corpus import Corpus, CorpusWriter, open_corpus
+from ct_audio.errors import UserError
+from ct_audio.report import FileResult, count_reasons, make_report, write_report
+from ct_audio.wav import read_wav, require_finite, resample, write_wav
+
+PREPARATION_VERSION = 1
+MAX_DROPPED_PERCENT = 5.0
+SILENCE = 2.0**-15  # -90 dBFS, one step of 16 bits
+FULL_SCALE = 32767 / 32768
+EXAMPLE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One source file.
+
+    Attributes:
+        path: of the audio file.
+        split: where it goes, as "train".
+        name: unique in the corpus; recordings of a split are put in the order of their names.
+    """
+
+    path: Path
+    split: str
+    name: str
+
+
+@dataclass(frozen=True)
+class AudioSettings:
+    """What is done to each recording, in this order.
+
+    Attributes:
+        sample_rate_hz: after the channel mean, resampled to this.
+        gain_db: the same fixed gain for every file; there is no per-file rescaling.
+        trim_db: start and end are cut where frames (2048 samples, hop 512) are quieter than the file's loudest one by
+            more than this; None: kept as they are.
+        min_seconds: what is shorter after that is dropped.
+    """
+
+    sample_rate_hz: int = 24_000
+    gain_db: float = 0.0
+    trim_db: float | None = None
+    min_seconds: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not -120 <= self.gain_db <= 120:
+            raise UserError(f"gain: expected -120..120 dB, got {self.gain_db}")
+        if self.trim_db is not None and not 0 < self.trim_db <= 200:
+            raise UserError(f"trimming: expected a threshold in (0, 200] dB below the file's peak, got {self.trim_db}")
+        if not 0 <= self.min_seconds < math.inf:
+            raise UserError(f"shortest recording: expected at least 0 seconds, got {self.min_seconds}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that decides the codes of a file."""
+        fixed = {
+            "preparation_version": PREPARATION_VERSION,
+            "channels": "mean",
+            "resampler": "soxr HQ",
+            "codec": "mu_law",
+            "beyond_full_scale": "clipped",
+            "document_order": "by name, within a split",
+        }
+        return asdict(self) | fixed
+
+
+def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> str:
+    """The split of a group of recordings that must stay together, from the group's name alone.
+
+    The first 8 bytes of SHA-256 of the UTF-8 name, as a big-endian fraction of 2^64 times 100, is compared: below
+    `valid_percent` is valid, below `valid_percent + test_percent` is test, else train.
+    """
+    if min(valid_percent, test_percent) < 0 or not valid_percent + test_percent < 100:
+        raise UserError(
+            f"expected valid and test percentages that sum to less than 100, got {valid_percent}, {test_percent}"
+        )
+    digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64 * 100
+    if place < valid_percent:
+        return "valid"
+    return "test" if place < valid_percent + test_percent else "train"
+
+
+def prepare_waveform(
+    waveform: Float[np.ndarray, "N"], sample_rate_hz: int, settings: AudioSettings
+) -> Float[np.ndarray, "M"]:
+    """Resample, gain, trim.
+
+    Raises:
+        UserError: the recording is empty, not finite, silent or too short.
+    """
+    if not len(waveform):
+        raise UserError("empty: no samples")
+    require_finite(waveform, "not finite")
+    deviation = float(np.abs(waveform - waveform.mean(dtype=np.float64).astype(np.float32)).max())
+    if deviation < SILENCE:
+        raise UserError(f"silent: no sample is farther than {deviation:.1e} from the mean")
+    waveform = resample(waveform, sample_rate_hz, settings.sample_rate_hz)
+    if settings.gain_db:
+        waveform = waveform * np.float32(10 ** (settings.gain_db / 20))
+    if settings.trim_db is not None:
+        waveform = librosa.effects.trim(waveform, top_db=settings.trim_db)[0]
+    seconds = len(waveform) / settings.sample_rate_hz
+    if seconds < settings.min_seconds:
+        raise UserError(f"too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
+    return waveform
+
+
+def prepare_audio(
+    recordings: Sequence[Recording],
+    out: str | Path,
+    *,
+    settings: AudioSettings,
+    source: dict[str, Any],
+    num_processes: int = 1,
+    allow_dropped: bool = False,
+    overwrite: bool = False,
+) -> tuple[Corpus, dict[str, Any] | None]:
+    """Prepare recordings into a corpus at `out`, with report.json, report.md, histogram.png and example.wav.
+
+    The same recordings and settings give the same bytes, whatever the number of processes.
+
+    Args:
+        source: where the recordings come from, for corpus.json; `path` in it may differ between runs.
+        num_processes: each of them uses one thread.
+        allow_dropped: go on when over 5% of the files had to be dropped.
+        overwrite: replace a corpus that stands at `out` and was made otherwise.
+    Returns:
+        corpus: opened.
+        report: what report.json says; None if the same corpus was there already.
+    Raises:
+        UserError: nothing to prepare, too many dropped, or `out` is taken.
+    """
+    out, recordings = Path(out), sorted(recordings, key=lambda recording: (recording.split, recording.name))
+    _require_names(recordings)
+    source = source | {"num_files": len(recordings), "listing_sha256": _hash_listing(recordings)}
+    partial = out.with_name(out.name + ".partial")
+    there = _existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
+    if there is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+        return there, None
+    (partial / "files").mkdir(parents=True, exist_ok=True)
+    with _only_one(partial):
+        results = _prepare_files(recordings, partial / "files", settings, num_processes)
+        named = [(r.name, r.split, result) for r, result in zip(recordings, results, strict=True)]
+        report = make_report(named, settings.sample_rate_hz)
+        _check_dropped(report, partial, allow_dropped=allow_dropped)
+        _assemble(recordings, results, report, partial, out, settings, source)
+        shutil.rmtree(partial, ignore_errors=True)
+    return open_corpus(out), report
+
+
+@dataclass(frozen=True)
+class _Task:
+    path: Path
+    target: Path
+    settings: AudioSettings
+
+
+def _prepare_files(
+    recordings: list[Recording], files: Path, settings: AudioSettings, num_processes: int
+) -> list[FileResult]:
+    tasks = [_Task(r.path, _target(files, r.name), settings) for r in recordings]
+    found = [_reusable(task) for task in tasks]
+    todo = [index for index, result in enumerate(found) if result is None]
+    progress = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="file", desc="prepare", disable=None)
+    done: dict[int, FileResult] = {}
+    with progress:
+        for index, result in _run_tasks(tasks, todo, max(1, min(num_processes, len(todo)))):
+            done[index] = result
+            progress.update()
+    return [done[index] if result is None else result for index, result in enumerate(found)]
+
+
+def _run_tasks(tasks: list[_Task], todo: list[int], num_processes: int) -> Iterator[tuple[int, FileResult]]:
+    if num_processes == 1:
+        yield from ((index, _prepare_file(tasks[index])) for index in todo)
+        return
+    context = multiprocessing.get_context("forkserver")  # fork would copy torch's and BLAS's threads half
+    context.set_forkserver_preload(["ct_audio.prepare"])
+    executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin_worker)
+    try:
+        futures = {executor.submit(_prepare_file, tasks[index]): index for index in todo}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process died, perhaps for lack of memory; the same command goes on; use fewer --num-processes"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """One thread; Ctrl-C is the parent's to handle; a worker ends when its parent is killed."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel] if parent else [])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _prepare_file(task: _Task) -> FileResult:
+    """Prepare one recording: its codes and its result lie in `task.target`.* afterwards, unless it is dropped."""
+    try:
+        key = _key(task)
+        waveform, sample_rate_hz = read_wav(task.path)
+        prepared = prepare_waveform(waveform, sample_rate_hz, task.settings)
+    except UserError as error:
+        reason = str(error).removeprefix(f"cannot read {task.path}: ")
+        known = ("truncated", "empty", "not finite", "silent", "too short")
+        return FileResult(reason=_printable(reason if reason.startswith(known) else f"unreadable: {reason}"))
+    codes = MuLaw(task.settings.sample_rate_hz).encode(prepared)
+    raw, magnitude = codes.tobytes(), np.abs(prepared)
+    result = FileResult(
+        num_codes=len(codes),
+        crc32=zlib.crc32(raw),
+        sample_rate_hz=sample_rate_hz,
+        source_seconds=len(waveform) / sample_rate_hz,
+        peak=float(magnitude.max()),
+        sum_of_squares=float(np.square(prepared, dtype=np.float64).sum()),
+        num_clipped=int((magnitude >= FULL_SCALE).sum()),
+        histogram=tuple(np.bincount(codes, minlength=256).tolist()),
+    )
+    _write(task.target.with_suffix(".codes"), raw)
+    _write(task.target.with_suffix(".json"), json.dumps({"key": key, "result": asdict(result)}).encode())
+    return result
+
+
+def _reusable(task: _Task) -> FileResult | None:
+    """What an interrupted run left of this file, if source file and settings are still the same."""
+    try:
+        record = json.loads(task.target.with_suffix(".json").read_text())
+        if record["key"] != _key(task):
+            return None
+        fields = record["result"]
+        result = FileResult(**(fields | {"histogram": tuple(fields["histogram"])}))
+        size = task.target.with_suffix(".codes").stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None
+    return result if size == result.num_codes else None
+
+
+def _key(task: _Task) -> dict[str, Any]:
+    try:
+        status = task.path.stat()
+    except OSError as error:
+        raise UserError(f"unreadable: {error.strerror}") from error
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "settings": task.settings.to_json()}
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Renamed when complete; without fsync: sizes and checksums are compared when the corpus is put together."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+def _assemble(
+    recordings: list[Recording],
+    results: list[FileResult],
+    report: dict[str, Any],
+    partial: Path,
+    out: Path,
+    settings: AudioSettings,
+    source: dict[str, Any],
+) -> None:
+    codec = MuLaw(settings.sample_rate_hz)
+    writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
+    tasks = [(r, result) for r, result in zip(recordings, results, strict=True) if result.reason is None]
+    for recording, result in tqdm(tasks, unit="file", desc="write", disable=None):
+        codes = _read_codes(_target(partial / "files", recording.name), result)
+        writer.add_document(recording.split, recording.name, codes)
+    example = next((task for task in tasks if task[0].split == "valid"), tasks[0])
+    codes = _read_codes(_target(partial / "files", example[0].name), example[1])
+    waveform = codec.decode(codes[: int(EXAMPLE_SECONDS * codec.sample_rate_hz)])
+    write_wav(writer.work_dir / "example.wav", waveform, codec.sample_rate_hz)
+    report |= {"example": example[0].name}
+    write_report(writer.work_dir, report, f"Preparation of {out.name}")
+    writer.finish(overwrite=True)  # `_existing_corpus` has seen what is there
+
+
+def _target(files: Path, name: str) -> Path:
+    """Where a recording's result lies, without suffix: names may hold slashes and be long."""
+    return files / hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def _read_codes(target: Path, result: FileResult) -> UInt8[np.ndarray, "N"]:
+    raw = target.with_suffix(".codes").read_bytes()
+    if len(raw) != result.num_codes or zlib.crc32(raw) != result.crc32:
+        target.with_suffix(".json").unlink()
+        raise UserError(f"{target}.codes was damaged since it was written; run the same command again")
+    return np.frombuffer(raw, dtype=np.uint8)
+
+
+def _existing_corpus(out: Path, source: dict[str, Any], settings: dict[str, Any], *, overwrite: bool) -> Corpus | None:
+    """The corpus at `out` if it is the one asked for; None if `out` is free or may be replaced."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / "corpus.json").is_file():
+        raise UserError(f"{out} exists and is no corpus; choose another --out")
+    try:
+        corpus = open_corpus(out)
+    except UserError as error:
+        if overwrite:
+            return None
+        raise UserError(f"{error}; pass --overwrite to replace it") from error
+    was = {**corpus.description.get("source", {}), **corpus.description.get("preparation", {}), "path": None}
+    now = json.loads(json.dumps({**source, **settings, "path": None}))
+    if was == now:
+        return corpus
+    if overwrite:
+        return None
+    differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    changes = ", ".join(f"{key}: {was.get(key)!r} there, {now.get(key)!r} asked for" for key in differing)
+    raise UserError(f"{out} is a corpus made otherwise ({changes}); choose another --out, or pass --overwrite")
+
+
+def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool) -> None:
+    dropped, num_kept = report["dropped"], report["total"]["num_files"]
+    listing = partial / "dropped.txt"
+    listing.write_text("".join(f"{entry['name']}: {entry['reason']}\n" for entry in dropped), encoding="utf-8")
+    what = f"{len(dropped)} of {len(dropped) + num_kept} files had to be dropped ({count_reasons(dropped)})"
+    if not num_kept:
+        raise UserError(f"{what}: nothing is left; see {listing}")
+    if report["dropped_percent"] > MAX_DROPPED_PERCENT and not allow_dropped:
+        raise UserError(f"{what}, over {MAX_DROPPED_PERCENT:g}%; see {listing}; repair them, or pass --allow-dropped")
+
+
+def _require_names(recordings: list[Recording]) -> None:
+    if not recordings:
+        raise UserError("there is nothing to prepare: the recipe found no recordings")
+    seen: set[str] = set()
+    for recording in recordings:
+        if recording.name in seen:
+            raise UserError(f"two recordings are named {recording.name!r}; names must be unique")
+        seen.add(recording.name)
+
+
+def _hash_listing(recordings: list[Recording]) -> str:
+    """Hash over names, splits and sizes: tells whether files were added, changed or moved to another split."""
+    digest = hashlib.sha256()
+    for recording in recordings:
+        size = recording.path.stat().st_size if recording.path.is_file() else -1
+        digest.update(f"{recording.split}\t{recording.name}\t{size}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _only_one(partial: Path) -> Iterator[None]:
+    """Hold the directory of partial results alone; the kernel lets go of the lock even after kill -9."""
+    with (partial / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is preparing into {partial}; wait for it") from error
+        yield
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,95 @@
+"""Prepare a data set: `python tools/prepare.py recipes/NAME --source DIR --out DIR [-- the recipe's own options]`."""
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from ct_audio.cli import build_parser, run_tool
+from ct_audio.errors import UserError
+from ct_audio.prepare import AudioSettings, prepare_audio
+from ct_audio.report import summary_lines
+
+
+def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The tool's own options, and what stands after `--` for the recipe."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = build_parser(
+        "Prepare recordings: any format of libsndfile, channel mean, 24 kHz, mu-law codes, one corpus with a report. "
+        "An interrupted run goes on with the same command."
+    )
+    parser.epilog = (
+        "The recipe's own options stand after --; see them with: tools/prepare.py recipes/NAME --source . --out . -- --help"
+    )
+    parser.add_argument("recipe", type=Path, help="folder of the recipe, as recipes/folder")
+    parser.add_argument("--source", type=Path, required=True, help="folder of the recordings")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the corpus to make")
+    parser.add_argument("--gain-db", type=float, default=0.0, help="one fixed gain for all files, in dB")
+    parser.add_argument(
+        "--trim-db",
+        type=float,
+        default=None,
+        help="cut start and end of a file where it is quieter than its loudest frame by more than this, in dB",
+    )
+    parser.add_argument("--min-seconds", type=float, default=0.1, help="drop recordings shorter than this")
+    parser.add_argument(
+        "--num-processes", type=int, default=len(os.sched_getaffinity(0)), help="worker processes of one thread each"
+    )
+    parser.add_argument("--allow-dropped", action="store_true", help="go on though over 5%% of the files are unusable")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that was made otherwise")
+    return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+
+
+def load_recipe(folder: Path) -> ModuleType:
+    """Import the prepare.py of a recipe.
+
+    It defines `add_arguments(parser)` and `list_recordings(source: Path, options: Namespace) -> list[Recording]`.
+    """
+    file = folder / "prepare.py"
+    spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
+    if not file.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"{folder} is no recipe: there is no prepare.py in it; expected a folder such as recipes/folder")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> int:
+    """Run the tool."""
+    options, rest = parse_arguments(sys.argv[1:])
+    recipe = load_recipe(options.recipe)
+    recipe_parser = build_parser(f"Options of {options.recipe}, which stand after -- on the command line.")
+    recipe_parser.prog = f"prepare.py {options.recipe} --source DIR --out DIR --"
+    recipe.add_arguments(recipe_parser)
+    recipe_options = recipe_parser.parse_args(rest)
+    if options.num_processes < 1:
+        raise UserError(f"--num-processes: expected at least 1, got {options.num_processes}")
+    if not options.source.is_dir():
+        raise UserError(f"--source {options.source}: expected a folder of recordings; it does not exist")
+    start = time.monotonic()
+    settings = AudioSettings(
+        gain_db=options.gain_db, trim_db=options.trim_db, min_seconds=options.min_seconds
+    )
+    source = {"recipe": options.recipe.resolve().name, "path": str(options.source), "options": vars(recipe_options)}
+    corpus, report = prepare_audio(
+        recipe.list_recordings(options.source, recipe_options),
+        options.out,
+        settings=settings,
+        source=source,
+        num_processes=options.num_processes,
+        allow_dropped=options.allow_dropped,
+        overwrite=options.overwrite,
+    )
+    if report is None:
+        print(f"{options.out} is complete already: the same recordings and settings ({corpus.fingerprint[:16]})")
+        return 0
+    print("\n".join(summary_lines(report)))
+    print(f"{options.out}: done in {time.monotonic() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
