@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from ct_audio.checkpoint import as_module
 from ct_audio.errors import UserError
 from ct_audio.losses import nats_to_bits
 from ct_audio.models import SequenceModel
@@ -222,13 +223,6 @@ def model_device(model: SequenceModel) -> torch.device:
     """Device of a model's parameters or buffers; the CPU for a model that has none."""
     module = as_module(model)
     return next(itertools.chain(module.parameters(), module.buffers()), torch.empty(0)).device
-
-
-def as_module(model: SequenceModel) -> nn.Module:
-    """The same object, typed as the module that every model is."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a model that is a torch.nn.Module, got {type(model).__name__}")
-    return model
 
 
 @contextmanager

@@ -144,9 +144,7 @@ def test_reset_at_documents_equals_documents_one_by_one(name: str, num_lanes: in
         reset_memory_at_document=True,
         on_nll=seen,
     )
-    torch.testing.assert_close(
-        seen.in_order(), one_pass_nll(model.eval(), codes, offsets[:-1]), rtol=0, atol=1e-12
-    )
+    torch.testing.assert_close(seen.in_order(), one_pass_nll(model.eval(), codes, offsets[:-1]), rtol=0, atol=1e-12)
     # a document's NLL is that of a stream of its own only as far as windows allow: its first codes say so
     for begin, end in zip(offsets, [*offsets[1:-1], len(codes)], strict=False):
         first = one_pass_nll(model, codes[begin:end])[0].item()
