@@ -2,8 +2,8 @@
 
 Shape letters: N batch of windows, H heads, T queries, S keys, E head width, P position width.
 
-score(i, j) = [(q_i + u) . k_j  +  (q_i + v) . W_R s(i - j)] / sqrt(E), where s is a sinusoidal table of width P. A backend
-gets the two query terms `content_query = q + u` and `position_query = W_R^T (q + v)`, and real-valued positions i and j.
+score(i, j) = [(q_i + u) . k_j  +  (q_i + v) . W_R s(i - j)] / sqrt(E), where s is a sinusoidal table of width P. A
+backend gets both query terms, `content_query = q + u` and `position_query = W_R^T (q + v)`, and real positions i and j.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
+
+
+QUERY_BLOCK_LENGTH = 768  # queries a call of the kernel; windows of the paper's length are one block
 
 
 def sinusoids(positions: Float[Tensor, "*S"], width: int) -> Float[Tensor, "*S P"]:
@@ -52,21 +55,32 @@ def fused_attention(
 ) -> Float[Tensor, "N H T E"]:
     """Relative attention as plain attention over widened heads, in one fused kernel.
 
-    Queries [q + u ; Rot_i W_R^T (q + v)] and keys [k ; s(-j)]: neither a bias tensor nor a skew is made. Arguments as in
-    `reference_attention`.
+    Queries [q + u ; Rot_i W_R^T (q + v)] and keys [k ; s(-j)]: neither a bias tensor nor a skew is made. The last T keys
+    are the queries' own window, which is causal: a long window is done in blocks of queries, each with the keys that
+    it can see. Arguments as in `reference_attention`.
     """
     head_width, (num_windows, num_heads) = keys.shape[-1], keys.shape[:2]
     position_keys = sinusoids(-key_positions, position_query.shape[-1]).to(keys.dtype)
     position_keys = repeat(position_keys, "s p -> n h s p", n=num_windows, h=num_heads)
-    output = F.scaled_dot_product_attention(
-        torch.cat([content_query, rotate(position_query, query_positions)], dim=-1),
-        torch.cat([keys, position_keys], dim=-1),
-        # As wide as the queries, or the CPU's flash kernel silently gives way to one that makes all T x S weights.
-        F.pad(values, (0, position_query.shape[-1])),
-        attn_mask=mask.to(keys.dtype),
-        scale=head_width**-0.5,  # of the head, not of the widened head
-    )
-    return output[..., :head_width]
+    wide_query = torch.cat([content_query, rotate(position_query, query_positions)], dim=-1)
+    wide_keys = torch.cat([keys, position_keys], dim=-1)
+    # As wide as the queries, or the CPU's flash kernel silently gives way to one that makes all T x S weights.
+    wide_values = F.pad(values, (0, position_query.shape[-1]))
+    mask = mask.to(keys.dtype)
+    num_queries, num_earlier = wide_query.shape[2], keys.shape[2] - wide_query.shape[2]
+    outputs = []
+    for begin in range(0, num_queries, QUERY_BLOCK_LENGTH):
+        end = min(begin + QUERY_BLOCK_LENGTH, num_queries)
+        visible = num_earlier + end  # later keys of the window are seen by no query of this block
+        output = F.scaled_dot_product_attention(
+            wide_query[:, :, begin:end],
+            wide_keys[:, :, :visible],
+            wide_values[:, :, :visible],
+            attn_mask=mask[..., begin:end, :visible],
+            scale=head_width**-0.5,  # of the head, not of the widened head
+        )
+        outputs.append(output[..., :head_width])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def reference_attention(
