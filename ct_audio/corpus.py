@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Integer
@@ -166,8 +166,7 @@ class CorpusWriter:
         if lowest < 0 or highest > last:
             raise UserError(f"document {name!r}: expected codes in 0..{last}, got {lowest}..{highest}")
         if split not in self._splits:
-            handle = (self.work_dir / f"{split}.codes").open("wb")
-            self._splits[split] = _SplitInProgress(handle)
+            self._splits[split] = _SplitInProgress(self.work_dir / f"{split}.codes")
         self._splits[split].add(name, codes.astype(_dtype_of(self._codec)))
 
     def describe(self) -> dict[str, Any]:
@@ -206,7 +205,7 @@ class CorpusWriter:
         if self.path.exists() and not overwrite:
             raise UserError(f"{self.path} exists; choose another directory, or pass --overwrite")
         for split in self._splits.values():
-            split.close()
+            split.sync()
         write_json(self.work_dir / "corpus.json", self.describe())
         move_directory(self.work_dir, self.path)
 
@@ -238,25 +237,25 @@ def move_directory(source: Path, target: Path) -> None:
 
 
 class _SplitInProgress:
-    def __init__(self, handle: BinaryIO) -> None:
+    def __init__(self, file: Path) -> None:
         self.names: list[str] = []
         self.offsets: list[int] = []
         self.num_codes = 0
         self.sha256 = hashlib.sha256()
-        self._handle = handle
+        self._file = file
 
     def add(self, name: str, codes: np.ndarray) -> None:
         raw = codes.tobytes()
-        self._handle.write(raw)
+        with self._file.open("ab") as handle:
+            handle.write(raw)
         self.sha256.update(raw)
         self.names.append(name)
         self.offsets.append(self.num_codes)
         self.num_codes += len(codes)
 
-    def close(self) -> None:
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        self._handle.close()
+    def sync(self) -> None:
+        with self._file.open("rb") as handle:
+            os.fsync(handle.fileno())
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "Prepare recordings: any format of libsndfile, channel mean, 24 kHz, mu-law codes, one corpus with a report. "
         "An interrupted run goes on with the same command."
     )
-    parser.epilog = "The recipe's own options stand after --. To see them: tools/prepare.py recipes/NAME --source . --out . -- --help"
+    parser.epilog = "The recipe's own options stand after --; `-- --help` shows them."
     parser.add_argument("recipe", type=Path, help="folder of the recipe, as recipes/folder")
     parser.add_argument("--source", type=Path, required=True, help="folder of the recordings")
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus to make")
