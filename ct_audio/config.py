@@ -233,11 +233,11 @@ def _build_section(cls: type, values: Any, name: str, source: str) -> Any:
             raise UserError(f"{source}: unknown key {name}.{key}{_suggest(str(key), list(fields))}")
     merged: dict[str, Any] = {}
     schema = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, False)  # frozen dataclasses make read-only containers
+    OmegaConf.set_readonly(schema, False)  # a frozen dataclass makes a read-only schema
     for key, value in values.items():
         try:
-            if isinstance(value, dict):  # a mapping replaces the default, so it must not merge into it
-                schema[key] = {}
-            schema = OmegaConf.merge(schema, {key: value})
+            schema[key] = value  # assigned, not merged: mappings and lists replace the default
             merged[key] = OmegaConf.to_container(schema)[key]  # type: ignore[index,call-overload]
         except OmegaConfBaseException as error:
             raise UserError(
