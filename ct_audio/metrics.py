@@ -1,0 +1,164 @@
+"""What a run reports: TensorBoard events and metrics.jsonl. The only importer of TensorBoard's writer.
+
+All models log the same tags. metrics.jsonl holds every scalar, one object a line: step, wall_seconds since the run
+began (over all sessions), seconds of audio seen, and the scalars by tag. On resume both are cut at the checkpoint's
+step.
+
+Shape letters: N samples.
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+_BY_AUDIO = "_by_audio/"
+
+
+class MetricsWriter:
+    """Writes a run's curves, sounds and figures; does nothing on other ranks than 0.
+
+    Args:
+        run_dir: where events.* and metrics.jsonl are.
+        step: steps completed; whatever was logged after them is deleted.
+        audio_seconds: seconds of audio seen in these steps.
+        enabled: False: every method does nothing.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int = 0, audio_seconds: float = 0.0, enabled: bool = True) -> None:
+        self._writer: SummaryWriter | None = None
+        if not enabled:
+            return
+        _cut_lines(run_dir / "metrics.jsonl", step)
+        for path in sorted(run_dir.glob("events.out.tfevents.*")):
+            _cut_events(path, step=step, audio_seconds=int(audio_seconds))
+        self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._writer = SummaryWriter(str(run_dir))
+
+    def scalars(
+        self, values: dict[str, float], *, step: int, wall_seconds: float, audio_seconds: float | None = None
+    ) -> None:
+        """Log scalars by tag over steps; those of `nll/` also as `nll_by_audio/` over whole seconds of audio seen.
+
+        Args:
+            audio_seconds: seconds of audio seen; None for a codec without a rate.
+        """
+        if self._writer is None:
+            return
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+            if audio_seconds is not None and tag.startswith("nll/"):
+                self._writer.add_scalar(tag.replace("/", _BY_AUDIO, 1), value, int(audio_seconds))
+        line = {"step": step, "wall_seconds": wall_seconds, "audio_seconds": audio_seconds, **values}
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+
+    def audio(self, tag: str, waveform: Float[np.ndarray, "N"], *, step: int, sample_rate_hz: int) -> None:
+        """Log a sound in [-1, 1]."""
+        if self._writer is not None:
+            clipped = np.clip(waveform, -1.0, 1.0)
+            self._writer.add_audio(tag, torch.from_numpy(clipped)[None], step, sample_rate=sample_rate_hz)
+
+    def figure(self, tag: str, figure: Figure, *, step: int) -> None:
+        """Log a matplotlib figure."""
+        if self._writer is not None:
+            self._writer.add_figure(tag, figure, step)
+
+    def text(self, tag: str, text: str, *, step: int = 0) -> None:
+        """Log a text, shown as it is (TensorBoard reads Markdown: indented by four, it is a code block)."""
+        if self._writer is not None:
+            self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def hyperparameters(self, values: dict[str, Any], metric_tags: list[str]) -> None:
+        """Log the row of TensorBoard's table of runs: plain values by key, and the tags of the scalars beside them."""
+        if self._writer is None:
+            return
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()
+        }
+        for summary in hparams(plain, dict.fromkeys(metric_tags, 0.0)):  # add_hparams would make a run of its own
+            self._writer._get_file_writer().add_summary(summary)
+
+    def flush(self) -> None:
+        """Bring everything to disk."""
+        if self._writer is not None:
+            self._writer.flush()
+            os.fsync(self._lines.fileno())
+
+    def close(self) -> None:
+        """Flush and end."""
+        if self._writer is not None:
+            self._writer.close()
+            self._lines.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl; a last line that was cut off is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def spectrogram_figure(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Figure:
+    """Waveform over its spectrogram (Hann windows of 1024 samples, hop 256, decibels below full scale)."""
+    samples = torch.from_numpy(waveform).float()
+    padded = torch.nn.functional.pad(samples, (0, max(0, 1024 - len(samples))))
+    spectrum = torch.stft(padded, 1024, 256, window=torch.hann_window(1024), return_complex=True).abs() / 512
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    seconds = len(padded) / sample_rate_hz
+    upper.plot(np.arange(len(waveform)) / sample_rate_hz, waveform, linewidth=0.5)
+    upper.set(ylabel="amplitude", ylim=(-1, 1))
+    decibels = 20 * spectrum.clamp(min=1e-5).log10().numpy()
+    extent = (0.0, seconds, 0.0, sample_rate_hz / 2000)
+    lower.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=-100, vmax=0)
+    lower.set(xlabel="seconds", ylabel="kHz")
+    return figure
+
+
+def memory_use_mib() -> dict[str, float]:
+    """Scalars: resident memory of this process and, with CUDA, the most that it has allocated there, in MiB."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident = pages * resource.getpagesize()
+    except OSError:  # no procfs: the peak instead (kilobytes on Linux, bytes on macOS)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    use = {"memory_use/process_mib": resident / 2**20}
+    if torch.cuda.is_available():
+        use["memory_use/cuda_max_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return use
+
+
+def _cut_lines(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    beside.replace(path)
+
+
+def _cut_events(path: Path, *, step: int, audio_seconds: int) -> None:
+    """Drop from an event file what was logged later, and a record that was cut off.
+
+    TensorBoard's own purge goes by one step for all tags, which those over audio seen would not survive.
+    """
+    beside = path.with_name(f"cut.{path.name}.tmp")
+    with beside.open("wb") as handle:
+        writer = RecordWriter(handle)
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            by_audio = any(_BY_AUDIO in value.tag for value in event.summary.value)
+            if event.step <= (audio_seconds if by_audio else step):
+                writer.write(record)
+    beside.replace(path)

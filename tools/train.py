@@ -1,0 +1,28 @@
+"""Train a model from a run's YAML; the same command again resumes it. Also under torchrun."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ct_audio.cli import build_parser, run_tool
+
+
+def main() -> int:
+    """Parse, train, and return the exit status."""
+    parser = build_parser(
+        "Train a model, or go on with a run. Exit status: 0 complete (or complete already), 1 the machine failed, "
+        "2 configuration or data do not fit, or the loss is not finite; 128 + number after SIGINT, SIGTERM or SIGUSR1, "
+        "which save after the current update. Several processes: torchrun --nproc-per-node=N tools/train.py ..."
+    )
+    parser.add_argument("config", help="YAML of the run")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, as train.num_steps=1000")
+    arguments = parser.parse_args()
+    from ct_audio.config import load_config  # after --help: importing torch takes seconds
+    from ct_audio.train import train
+
+    return train(load_config(arguments.config, arguments.overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
