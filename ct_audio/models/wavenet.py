@@ -269,7 +269,7 @@ class WaveNet(nn.Module):
         expected = [(num_lanes, dilation, self.config.width) for dilation in self.dilations]
         got = [tuple(queue.shape) for queue in memory.queues]
         if got != expected:
-            raise ValueError(
+            raise UserError(
                 f"wavenet: expected queues of shapes {expected[0]}, ..., {expected[-1]}, got {got}; "
                 f"pass zero_memory({num_lanes}) or the memory of the chunk before"
             )
