@@ -99,7 +99,7 @@ def test_keeps_the_interface(name: str) -> None:
     groups = model.gradient_groups()
     assert set(groups) <= {"model", "compression"}
     grouped = [id(parameter) for group in groups.values() for parameter in group]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert sorted(grouped) == sorted(id(p) for p in as_module(model).parameters() if p.requires_grad)
 
 
 @every_model
