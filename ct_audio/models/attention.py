@@ -14,7 +14,6 @@ from einops import einsum, rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-
 QUERY_BLOCK_LENGTH = 768  # queries a call of the kernel; windows of the paper's length are one block
 
 
@@ -55,9 +54,9 @@ def fused_attention(
 ) -> Float[Tensor, "N H T E"]:
     """Relative attention as plain attention over widened heads, in one fused kernel.
 
-    Queries [q + u ; Rot_i W_R^T (q + v)] and keys [k ; s(-j)]: neither a bias tensor nor a skew is made. The last T keys
-    are the queries' own window, which is causal: a long window is done in blocks of queries, each with the keys that
-    it can see. Arguments as in `reference_attention`.
+    Queries [q + u ; Rot_i W_R^T (q + v)] and keys [k ; s(-j)]: neither a bias tensor nor a skew is made. The last T
+    keys are the queries' own window, which is causal: a long window is done in blocks of queries, each with the keys
+    that it can see. Arguments as in `reference_attention`.
     """
     head_width, (num_windows, num_heads) = keys.shape[-1], keys.shape[:2]
     position_keys = sinusoids(-key_positions, position_query.shape[-1]).to(keys.dtype)

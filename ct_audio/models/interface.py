@@ -6,10 +6,10 @@ The contract in prose
     * A *lane* is one contiguous stream of the batch. `codes[:, t]` are integers in [0, vocab_size).
     * `features[:, t]` predict the code that follows `codes[:, t]`. A stream is preceded by the codec's start code, so
       that its first code is scored too.
-    * NLL goes through `nll`; training never makes a full [B, T, V] tensor of log-probabilities if the model can avoid it.
-    * Memory is an immutable nest of tuples of tensors, the lane first in every tensor (see `memory.py` for helpers that
-      map over it). `forward` never detaches what it returns; the caller does, between chunks. Inside a chunk memories are
-      detached where they are read.
+    * NLL goes through `nll`; training makes no [B, T, V] tensor of log-probabilities if the model can avoid it.
+    * Memory is an immutable nest of tuples of tensors, the lane first in every tensor (`memory.py` has helpers that
+      map over it). `forward` never detaches what it returns; the caller does, between chunks. Inside a chunk memories
+      are detached where they are read.
     * T is any number of whole windows. A shorter last window may end a stream: it is scored, and the memory that comes
       back is final: passing it to `forward` again raises.
     * `document_starts[:, t]` is True where `codes[:, t]` is the first code of a document: nothing before t then has any
@@ -31,8 +31,8 @@ class ModelOutput(NamedTuple):
     Attributes:
         features: [B, T, D]; `features[:, t]` predict the code after `codes[:, t]`.
         memory: the model's memory after the chunk, to be passed to the next forward.
-        auxiliary_losses: scalar losses by name, each normalised like a mean over the chunk's codes, so that the loss of a
-            chunk of k windows is the mean of the losses of its windows. Summed into the training loss with weight 1.
+        auxiliary_losses: scalar losses by name, each normalised like a mean over the chunk's codes, so that the loss of
+            a chunk of k windows is the mean of the losses of its windows. Summed into the training loss, weight 1.
             Names are TensorBoard-ready, as `attention_reconstruction/layer_03`.
     """
 
@@ -99,7 +99,7 @@ class SequenceModel(Protocol):
         ...
 
     def begin_steps(self, memory: Any, codes: Int[Tensor, "B R"]) -> Any:
-        """State for `step` after R < max(window_length, 1) codes of an unfinished window, computed in parallel (R may be 0)."""
+        """State for `step` after R codes of an unfinished window (0 <= R < window_length), computed in parallel."""
         ...
 
     def step(self, codes: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:

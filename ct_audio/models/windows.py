@@ -1,6 +1,6 @@
 """Which rows the windows of a chunk may see: a chunk is parallel over its windows, so each needs its own view.
 
-Shape letters: B lanes, W windows of a chunk, T codes of a chunk (T = W x window length), M memory rows, K compressed rows,
+Shape letters: B lanes, W windows of a chunk, T codes of a chunk (W x window length), M memory rows, K compressed rows,
 S keys of a window (K + M + window length), D width.
 
 Every row carries the number of its document: 0 for the one that was running when the chunk began, counting up at every
@@ -14,6 +14,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from ct_audio.models.attention import additive_mask
+from ct_audio.models.memory import Memory
 
 
 class Geometry(NamedTuple):
@@ -36,6 +39,13 @@ class Geometry(NamedTuple):
         return self.compressed_memory_length + self.memory_length + self.window_length
 
 
+class LayerMemory(NamedTuple):
+    memory: Tensor
+    compressed_memory: Tensor
+    memory_valid: Tensor
+    compressed_memory_valid: Tensor
+
+
 class Documents(NamedTuple):
     """Document numbers of the rows of a chunk, for one geometry.
 
@@ -48,6 +58,16 @@ class Documents(NamedTuple):
     stream: Int[Tensor, "B MT"]
     compressed_stream: Int[Tensor, "B KT"]
     before: Int[Tensor, "B W"]
+
+
+class View(NamedTuple):
+    """What all layers of one geometry share in one forward pass; `documents` is None where all rows are valid."""
+
+    geometry: Geometry
+    mask: Tensor
+    documents: Documents | None
+    query_positions: Tensor
+    key_positions: Tensor
 
 
 def document_numbers(
@@ -121,6 +141,55 @@ def keep_valid(
     """Zero the rows that are not of the current document; also the count of those that are."""
     valid = documents == current[:, None]
     return torch.where(valid[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)), valid.sum(dim=1)
+
+
+def layer_memory(memory: Memory, index: int) -> LayerMemory:
+    return LayerMemory(*(part[index] for part in memory[:4]))
+
+
+def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_starts: Tensor | None) -> View:
+    rows = memory.memory
+    steady = document_starts is None and bool(
+        (memory.memory_valid == geometry.memory_length).all()
+        & (memory.compressed_memory_valid == geometry.compressed_memory_length).all()
+    )
+    documents = None
+    if steady:
+        visible = causal_mask(geometry, rows.device)
+    else:
+        documents = document_numbers(
+            geometry,
+            document_starts,
+            num_codes=num_codes,
+            memory_valid=memory.memory_valid,
+            compressed_memory_valid=memory.compressed_memory_valid,
+        )
+        visible = window_mask(geometry, documents)[:, None]
+    query_positions = torch.arange(geometry.window_length, dtype=rows.dtype, device=rows.device)
+    return View(geometry, additive_mask(visible, rows.dtype), documents, query_positions, key_positions(geometry, rows))
+
+
+def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, "S"]:
+    """Positions relative to the window's first code; a compressed row carries its index, as in the paper."""
+    first = geometry.window_length - geometry.num_keys
+    return torch.arange(first, geometry.window_length, dtype=like.dtype, device=like.device)
+
+
+def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, view: View) -> LayerMemory:
+    """The next memory of a layer: newest rows and compressed rows, those of other documents zeroed and not counted."""
+    compressed = memory.compressed_memory
+    length = compressed.shape[1]
+    if new_compressed is not None:
+        compressed = torch.cat([compressed, new_compressed], dim=1)
+        compressed = compressed[:, compressed.shape[1] - length :]
+    documents = view.documents
+    if documents is None:
+        return memory._replace(memory=rows, compressed_memory=compressed)
+    current, stream, compressed_stream = documents.stream[:, -1], documents.stream, documents.compressed_stream
+    rows, valid = keep_valid(rows, stream[:, stream.shape[1] - rows.shape[1] :], current)
+    kept = compressed_stream[:, compressed_stream.shape[1] - length :]
+    compressed, compressed_valid = keep_valid(compressed, kept, current)
+    return LayerMemory(rows, compressed, valid, compressed_valid)
 
 
 def _valid_tail(valid: Int[Tensor, "B"], length: int) -> Int[Tensor, "B M"]:
