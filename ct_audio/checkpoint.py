@@ -11,13 +11,10 @@ link points at is deleted. So `last` is loadable whenever the process is killed.
 pickle.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ct_audio.config import RunConfig, config_to_dict, config_to_yaml, load_config
+from ct_audio.config import RunConfig, config_to_yaml, load_config
 from ct_audio.corpus import write_json
 from ct_audio.distributed import World, all_gather, barrier
 from ct_audio.errors import UserError
@@ -37,20 +34,6 @@ from ct_audio.models.memory import map_memory, memory_from_tensors, named_tensor
 
 FORMAT = "ct_audio checkpoint"
 FORMAT_VERSION = 1
-
-_MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay as they were
-    "name",
-    "runs_dir",
-    "train.num_steps",
-    "train.num_micro_batches",
-    "train.device",
-    "train.num_threads",
-    "train.log_every_steps",
-    "train.valid_every_steps",
-    "train.checkpoint_every_steps",
-    "train.sample_every_steps",
-    "train.sample_seconds",
-}
 
 
 @dataclass(frozen=True)
@@ -222,51 +205,6 @@ def load_run_model(run_dir: str | Path, *, which: str = "best", device: str | to
     raise AssertionError("unreachable")
 
 
-def require_same_run(old: RunConfig, new: RunConfig) -> None:
-    """Check that a resumed run keeps what decides what is learnt.
-
-    num_steps, the `*_every_steps`, sample_seconds, num_micro_batches, device and num_threads may change.
-
-    Raises:
-        UserError: another key has changed; the message names all of them.
-    """
-    before, after = flat_config(old), flat_config(new)
-    changed = [
-        f"{key} (was {before.get(key)}, now {after.get(key)})"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _MAY_CHANGE
-    ]
-    if changed:
-        raise UserError(
-            f"run {new.run_dir} was started with another configuration: {', '.join(changed)}; "
-            "put it back, or choose another name"
-        )
-
-
-def flat_config(config: RunConfig) -> dict[str, Any]:
-    """Plain values by key, as {"data.num_lanes": 8}; `optim.update_period` is one value."""
-    flat: dict[str, Any] = {}
-    for key, value in config_to_dict(config).items():
-        flat |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
-
-
-@contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run's directory for this process; the lock ends with the process, however that ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "train.lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training {run_dir}; wait for it, or choose another name") from None
-        yield
-
-
 def split_memory(memory: Any, num_lanes: int, num_parts: int) -> list[Any]:
     """Cut a memory of `num_lanes` lanes into equal parts of consecutive lanes."""
     size = num_lanes // num_parts
@@ -280,12 +218,6 @@ def as_module(model: SequenceModel) -> nn.Module:
     """The same object, typed as the module that every model is."""
     assert isinstance(model, nn.Module)
     return model
-
-
-def write_config(run_dir: Path, config: RunConfig) -> None:
-    """Write the run's config.yaml, whole or not at all."""
-    _write_text(run_dir / "config.yaml.tmp", config_to_yaml(config))
-    (run_dir / "config.yaml.tmp").replace(run_dir / "config.yaml")
 
 
 def _model_tensors(model: SequenceModel) -> dict[str, Tensor]:

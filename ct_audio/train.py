@@ -10,153 +10,32 @@ import contextlib
 import dataclasses
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
-from ct_audio.checkpoint import (
-    as_module,
-    find_checkpoint,
-    flat_config,
-    load_checkpoint,
-    read_state,
-    require_same_run,
-    run_lock,
-    save_checkpoint,
-    split_memory,
-    write_config,
-)
-from ct_audio.config import RunConfig, config_to_yaml, load_config
-from ct_audio.corpus import Corpus, open_corpus
-from ct_audio.distributed import (
-    World,
-    all_gather,
-    all_reduce_sum,
-    choose_device,
-    data_parallel,
-    distributed_world,
-    no_synchronisation,
-    on_first_rank,
-)
+from ct_audio.checkpoint import find_checkpoint, save_checkpoint
+from ct_audio.config import RunConfig
+from ct_audio.distributed import all_gather, all_reduce_sum, distributed_world, no_synchronisation, on_first_rank
 from ct_audio.errors import UserError
 from ct_audio.evaluate import evaluate_nll
 from ct_audio.losses import nats_to_bits
-from ct_audio.metrics import MetricsWriter, memory_use_mib, read_metrics, spectrogram_figure
-from ct_audio.models import SequenceModel, build_model
+from ct_audio.metrics import memory_use_mib, spectrogram_figure
 from ct_audio.models.memory import detach_memory
-from ct_audio.optim import (
-    clip_gradients,
-    completes_update,
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-    update_steps,
-)
+from ct_audio.optim import clip_gradients, completes_update, learning_rate, set_learning_rate, update_steps
 from ct_audio.sample import sample_codes
+from ct_audio.session import SIGNALS, Session, caught_signals, enter_run, say, set_up
 from ct_audio.wav import write_wav
-from ct_audio.window_stream import Chunk, WindowStream, split_chunk
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from ct_audio.window_stream import Chunk, split_chunk
 
 
 class NonFiniteLossError(UserError):
     """The loss, or a gradient, is NaN or infinite; the weights have not been touched by it."""
-
-
-class ChunkLoss(nn.Module):
-    """Forward pass and losses of a chunk as one module, so that data parallelism wraps all of it."""
-
-    def __init__(self, model: SequenceModel, *, device_type: str, precision: str) -> None:
-        super().__init__()
-        self.model = as_module(model)
-        self._device_type = device_type
-        self._autocast = precision == "bfloat16"
-
-    def forward(
-        self,
-        inputs: Int[Tensor, "B T"],
-        targets: Int[Tensor, "B T"],
-        memory: Any,
-        document_starts: Bool[Tensor, "B T"] | None,
-    ) -> tuple[Float[Tensor, "B T"], Any, dict[str, Float[Tensor, ""]]]:
-        """NLL of each target in nats, next memory, auxiliary losses."""
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
-            output = self.model(inputs, memory, document_starts=document_starts)
-            nll = self.model.nll(output.features, targets)  # type: ignore[operator]
-        return nll, output.memory, output.auxiliary_losses
-
-
-@dataclass
-class Progress:
-    """How far a run is; stands in state.json, so that a resumed run reports as if it had never stopped.
-
-    Attributes:
-        step: steps completed.
-        wall_seconds: since the run began, over all sessions.
-        training_seconds: the part of it that went into steps (no validation, sampling, checkpoints).
-        best_valid_nll_nats: of all validations.
-        last: the step of the last log, validation, sample and checkpoint.
-        sums: sums since the last log, by tag, and the "steps", "updates" and "seconds" that they are of.
-    """
-
-    step: int = 0
-    wall_seconds: float = 0.0
-    training_seconds: float = 0.0
-    best_valid_nll_nats: float | None = None
-    last: dict[str, int] = field(default_factory=dict)
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def is_due(self, what: str, every_steps: int, num_steps: int) -> bool:
-        """Whether a multiple of the period, or the end of the run, was reached since the last time."""
-        last = self.last.get(what, 0)
-        if every_steps == 0 or self.step == last:
-            return False
-        return self.step == num_steps or self.step // every_steps > last // every_steps
-
-    def add(self, values: dict[str, float]) -> None:
-        """Add to the sums."""
-        for tag, value in values.items():
-            self.sums[tag] = self.sums.get(tag, 0.0) + value
-
-
-@dataclass
-class Session:
-    """What one call of the training command works with; signals that come and losses that are NaN are noted here."""
-
-    config: RunConfig
-    world: World
-    device: torch.device
-    corpus: Corpus
-    model: SequenceModel
-    loss: nn.Module
-    optimizer: torch.optim.Adam
-    stream: WindowStream
-    memories: list[Any]
-    progress: Progress
-    metrics: MetricsWriter
-    signals: list[int]
-    began: float
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def codes_per_step(self) -> int:
-        """Codes that all ranks together consume in a step."""
-        return self.config.data.num_lanes * self.config.data.chunk_length
-
-    @property
-    def audio_seconds(self) -> float | None:
-        """Seconds of audio seen; None for text."""
-        rate = self.corpus.codec.sample_rate_hz
-        return self.progress.step * self.codes_per_step / rate if rate else None
 
 
 def train(config: RunConfig) -> int:
@@ -170,12 +49,14 @@ def train(config: RunConfig) -> int:
         NonFiniteLossError: the loss is NaN or infinite.
     """
     with distributed_world() as world, contextlib.ExitStack() as stack:
-        if on_first_rank(lambda: _enter_run(stack, config)):
+        if on_first_rank(lambda: enter_run(stack, config)):
             if world.is_first:
                 print(f"{config.run_dir} is finished: {config.train.num_steps} steps; nothing to do", flush=True)
             return 0
-        session = _set_up(config, world, stack.enter_context(_caught_signals()))
+        session = set_up(config, world, stack.enter_context(caught_signals()))
         stack.callback(session.metrics.close)
+        if not session.resumed and config.train.checkpoint_every_steps:
+            _save(session, is_best=False)  # so that from here on there is always one to go on from
         return _loop(session) or _validate_whole_split(session)
 
 
@@ -207,7 +88,7 @@ def _loop(session: Session) -> int:
             if completes_update(step, config.optim):
                 _when_due(session, stop=stop)
             if stop:
-                _say(session, f"stopped by {signal.Signals(stop).name} and saved at step {progress.step}")
+                say(session, f"stopped by {signal.Signals(stop).name} and saved at step {progress.step}")
                 return 128 + stop
     return 0
 
@@ -256,12 +137,12 @@ def _agree(session: Session) -> int:
     Raises:
         NonFiniteLossError: on every rank, with what the rank concerned has to say.
     """
-    flags = torch.tensor([float(bool(session.failures))] + [float(number in session.signals) for number in _SIGNALS])
+    flags = torch.tensor([float(bool(session.failures))] + [float(number in session.signals) for number in SIGNALS])
     flags = all_reduce_sum(flags).tolist()
     if flags[0]:
         failures = [failure for part in all_gather(session.failures) for failure in part]
         raise NonFiniteLossError(failures[0] + _last_good(session))
-    return next((int(number) for number, flag in zip(_SIGNALS, flags[1:], strict=True) if flag), 0)
+    return next((int(number) for number, flag in zip(SIGNALS, flags[1:], strict=True) if flag), 0)
 
 
 def _describe_failure(
@@ -313,7 +194,7 @@ def _log(session: Session, bar: tqdm) -> None:
     bar.set_postfix_str(f"{values['nll/train_nats']:.4f} nats", refresh=False)
     if bar.disable:  # not a terminal
         left = (config.train.num_steps - progress.step) * seconds / steps
-        _say(
+        say(
             session,
             f"step {progress.step}/{config.train.num_steps}  nll {values['nll/train_nats']:.4f} nats "
             f"{values['nll/train_bits']:.4f} bits  {rate:.0f} codes/s  {left / 60:.1f} min left",
@@ -329,7 +210,7 @@ def _validate(session: Session) -> bool:
         raise NonFiniteLossError(f"step {progress.step}: the validation NLL is {nll_nats}" + _last_good(session))
     progress.last["valid"] = progress.step
     _write_scalars(session, {"nll/valid_nats": nll_nats, "nll/valid_bits": nats_to_bits(nll_nats)})
-    _say(session, f"step {progress.step}  valid nll {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits")
+    say(session, f"step {progress.step}  valid nll {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits")
     if progress.best_valid_nll_nats is not None and nll_nats >= progress.best_valid_nll_nats:
         return False
     progress.best_valid_nll_nats = nll_nats
@@ -345,7 +226,7 @@ def _validate_whole_split(session: Session) -> int:
         return 128 + on_first_rank(lambda: session.signals[0])
     _write_scalars(session, {"nll/valid_full_nats": nll_nats, "nll/valid_full_bits": nats_to_bits(nll_nats)})
     session.metrics.flush()
-    _say(session, f"whole validation split: {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits a code")
+    say(session, f"whole validation split: {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits a code")
     return 0
 
 
@@ -428,141 +309,9 @@ def _save(session: Session, *, is_best: bool) -> None:
     )
 
 
-def _enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
-    """On rank 0: lock the run's directory and check that it is this configuration's; returns whether it is finished."""
-    stack.enter_context(run_lock(config.run_dir))
-    checkpoint = find_checkpoint(config.run_dir, "last")
-    if checkpoint is not None:
-        require_same_run(load_config(checkpoint / "config.yaml"), config)
-        step = read_state(checkpoint)["step"]
-        if step > config.train.num_steps:
-            raise UserError(
-                f"train.num_steps = {config.train.num_steps}, but {config.run_dir} has completed {step} already; "
-                "num_steps may only grow"
-            )
-        if step == config.train.num_steps:
-            done = [line for line in read_metrics(config.run_dir) if line["step"] == step]
-            if config.train.valid_every_steps == 0 or any("nll/valid_full_nats" in line for line in done):
-                return True
-    write_config(config.run_dir, config)
-    return False
-
-
-def _set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
-    """Open, build and, where there is a checkpoint, load everything; a new run gets its first checkpoint."""
-    settings, data = config.train, config.data
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
-    device = choose_device(settings.device, local_rank=world.local_rank)
-    corpus = open_corpus(data.corpus)
-    stream = WindowStream(
-        corpus.split("train").codes,
-        corpus.split("train").document_offsets,
-        start_code=corpus.codec.start_code,
-        chunk_length=data.chunk_length,
-        num_lanes=data.num_lanes,
-        reset_memory_at_document=data.reset_memory_at_document,
-        rank=world.rank,
-        world_size=world.world_size,
-    )
-    num_lanes = data.num_lanes // world.world_size
-    _check(config, corpus, num_lanes)
-    torch.manual_seed(settings.seed)
-    model = build_model(config)
-    as_module(model).to(device, torch.float64 if settings.precision == "float64" else None)
-    torch.manual_seed(settings.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
-    optimizer = make_optimizer(model, config.optim)
-    memories = split_memory(model.zero_memory(num_lanes), num_lanes, settings.num_micro_batches)
-    checkpoint, progress = on_first_rank(lambda: find_checkpoint(config.run_dir, "last")), Progress()
-    if checkpoint is not None:
-        lanes = {"num_lanes": num_lanes, "num_micro_batches": settings.num_micro_batches}
-        memories, state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world, **lanes)
-        if state["corpus_fingerprint"] != corpus.fingerprint:
-            raise UserError(
-                f"data.corpus = {data.corpus} holds other codes than when {config.run_dir} was started; "
-                "bring that corpus back, or choose another name"
-            )
-        stream.load_state_dict(state["stream"])
-        progress = Progress(**state["progress"])
-    loss = data_parallel(ChunkLoss(model, device_type=device.type, precision=settings.precision), world)
-    rate = corpus.codec.sample_rate_hz or math.inf
-    metrics = MetricsWriter(
-        config.run_dir,
-        step=progress.step,
-        audio_seconds=progress.step * data.num_lanes * data.chunk_length / rate,
-        enabled=world.is_first,
-    )
-    began = time.perf_counter() - progress.wall_seconds
-    session = Session(
-        config, world, device, corpus, model, loss, optimizer, stream, memories, progress, metrics, signals, began
-    )
-    _announce(session, checkpoint)
-    if checkpoint is None and settings.checkpoint_every_steps:
-        _save(session, is_best=False)
-    return session
-
-
-def _check(config: RunConfig, corpus: Corpus, num_lanes: int) -> None:
-    """What only corpus, processes and schedule together can tell."""
-    settings = config.train
-    if corpus.codec.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size}, but the corpus {config.data.corpus} has a codec of "
-            f"{corpus.codec.vocab_size} codes; write model.vocab_size={corpus.codec.vocab_size}"
-        )
-    if num_lanes % settings.num_micro_batches:
-        raise UserError(
-            f"train.num_micro_batches = {settings.num_micro_batches} does not divide the {num_lanes} lanes of a "
-            "process; change it or data.num_lanes"
-        )
-    if not completes_update(settings.num_steps - 1, config.optim):
-        period = update_steps(settings.num_steps - 1, config.optim)
-        raise UserError(
-            f"train.num_steps = {settings.num_steps} ends within an update of {len(period)} steps; "
-            f"write train.num_steps={period.stop}"
-        )
-    if settings.valid_every_steps:
-        corpus.split("valid")
-
-
-def _announce(session: Session, checkpoint: Path | None) -> None:
-    config, model = session.config, session.model
-    counts = {group: sum(p.numel() for p in parameters) for group, parameters in model.gradient_groups().items()}
-    what = ", ".join(f"{count:,} parameters of {group}" for group, count in counts.items())
-    beginning = f"resumed at step {session.progress.step}" if checkpoint else "new run"
-    _say(session, f"{config.run_dir}: {beginning}; {config.model.name} with {what}; {session.device}")
-    session.metrics.text("config", config_to_yaml(config), step=session.progress.step)
-    if checkpoint is None:
-        session.metrics.hyperparameters(
-            flat_config(config) | {f"parameters.{group}": count for group, count in counts.items()},
-            ["nll/valid_nats", "nll/valid_bits", "nll/train_nats"],
-        )
-
-
 def _write_scalars(session: Session, values: dict[str, float]) -> None:
     progress = session.progress
     progress.wall_seconds = time.perf_counter() - session.began
     session.metrics.scalars(
         values, step=progress.step, wall_seconds=progress.wall_seconds, audio_seconds=session.audio_seconds
     )
-
-
-def _say(session: Session, text: str) -> None:
-    if session.world.is_first:
-        with tqdm.external_write_mode():
-            print(text, flush=True)
-
-
-@contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT, SIGTERM and SIGUSR1 append themselves instead of ending the process."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {number: signal.signal(number, lambda came, _frame: caught.append(came)) for number in _SIGNALS}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
