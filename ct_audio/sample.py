@@ -120,17 +120,22 @@ def verify_steps(
 
 
 def estimate_code_seconds(
-    model: SequenceModel, *, num_lanes: int, start_code: int, budget_seconds: float = 1.0
+    model: SequenceModel, *, num_lanes: int, start_code: int, max_codes: int = 10_000, budget_seconds: float = 1.0
 ) -> float:
-    """Wall time of one code of each lane, measured on a throw-away sample that takes about `budget_seconds`."""
-    iterator = sample_codes(model, num_lanes=num_lanes, num_codes=100_000, seed=0, start_code=start_code)
+    """Wall time in seconds of one code of each lane, measured on a throw-away sample.
+
+    Args:
+        max_codes: at least 1; codes of the throw-away sample at most, not counting two to warm up.
+        budget_seconds: it is broken off after this time.
+    """
+    iterator = sample_codes(model, num_lanes=num_lanes, num_codes=max_codes + 2, seed=0, start_code=start_code)
     for codes, _ in islice(iterator, 2):  # first calls are slower
         codes.tolist()
     began, count = time.perf_counter(), 0
     for codes, _ in iterator:
         count += 1
         codes.tolist()  # waits for the device
-        if time.perf_counter() - began > budget_seconds and count >= min(model.window_length, 16):
+        if time.perf_counter() - began > budget_seconds:
             break
     iterator.close()
     return (time.perf_counter() - began) / count
