@@ -2,8 +2,8 @@
 
 Makes a small synthetic corpus and a small Compressive Transformer with dropout in a temporary directory. Kills fall at
 random moments: three quarters of them around a random step (checkpoints are written all the time), one quarter while
-the command is starting. With several processes a kill hits all of them or a single worker. At the end weights, optimizer,
-memory and random generators must be equal bit for bit.
+the command is starting. With several processes a kill hits all of them or a single worker. At the end weights,
+optimizer, memory and random generators must be equal bit for bit.
 """
 
 import json
