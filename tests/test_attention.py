@@ -1,0 +1,158 @@
+"""Equality 3: every attention backend equals a double loop over queries and keys; and the fused kernel really runs."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from ct_audio.models.attention import (
+    ATTENTION_BACKENDS,
+    additive_mask,
+    attend_one,
+    content_attention,
+    rotate,
+    sinusoids,
+)
+
+CASES = {"window": (8, 20, False), "lanes_with_invalid_rows": (8, 20, True), "no_memory": (6, 6, False)}
+
+
+def double_loop(case: dict[str, Any]) -> Tensor:
+    """Transformer-XL attention in float64, one query and one key at a time, with sines of the distance itself."""
+    content, position, keys, values = (
+        case[k].double().tolist() for k in ("content_query", "position_query", "keys", "values")
+    )
+    mask = case["mask"].expand(len(content), 1, -1, -1).tolist()
+    query_positions, key_positions = case["query_positions"].tolist(), case["key_positions"].tolist()
+    head_width, pairs = len(keys[0][0][0]), len(position[0][0][0]) // 2
+    output = torch.zeros(len(content), len(content[0]), len(query_positions), head_width, dtype=torch.float64)
+    for n, h, t in itertools.product(*map(range, output.shape[:3])):
+        weights = []
+        for s, key in enumerate(keys[n][h]):
+            score = sum(a * b for a, b in zip(content[n][h][t], key, strict=True))
+            for pair in range(pairs):
+                angle = (query_positions[t] - key_positions[s]) / 10_000.0 ** (2 * pair / (2 * pairs))
+                score += position[n][h][t][pair] * math.sin(angle)
+                score += position[n][h][t][pairs + pair] * math.cos(angle)
+            weights.append(math.exp(score / math.sqrt(head_width)) if mask[n][0][t][s] == 0 else 0.0)
+        for s, weight in enumerate(weights):
+            for e in range(head_width):
+                output[n, h, t, e] += weight / sum(weights) * values[n][h][s][e]
+    return output
+
+
+def make_case(name: str, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    num_queries, num_keys, some_invalid = CASES[name]
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    if some_invalid:
+        valid = torch.arange(num_keys) >= torch.tensor([0, 5, 12])[:, None]
+        visible = (visible & valid[:, None])[:, None]
+    return {
+        "content_query": random(3, 2, num_queries, 8),
+        "position_query": random(3, 2, num_queries, 6),
+        "keys": random(3, 2, num_keys, 8),
+        "values": random(3, 2, num_keys, 8),
+        "query_positions": torch.arange(num_queries, dtype=torch.float64),
+        "key_positions": torch.arange(num_queries - num_keys, num_queries, dtype=torch.float64),
+        "mask": additive_mask(visible, dtype),
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+def test_backend_equals_double_loop_in_float64(backend: str, name: str) -> None:
+    case = make_case(name, torch.float64, seed=0)
+    assert (ATTENTION_BACKENDS[backend](**case) - double_loop(case)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
+def test_real_valued_positions(backend: str) -> None:
+    """A compressed row may carry the mean position of its codes: positions need not be whole numbers."""
+    case = make_case("window", torch.float64, seed=1)
+    case["key_positions"] = case["key_positions"] - torch.linspace(40.25, 0.0, 20, dtype=torch.float64)
+    assert (ATTENTION_BACKENDS[backend](**case) - double_loop(case)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_is_as_accurate_as_the_reference(dtype: torch.dtype) -> None:
+    """RMS error against float64, over 5 seeds, at most twice that of the reference in the same dtype."""
+    squares = dict.fromkeys(ATTENTION_BACKENDS, 0.0)
+    for seed in range(5):
+        case = make_case("lanes_with_invalid_rows", dtype, seed)
+        exact = double_loop(case)
+        for backend, attend in ATTENTION_BACKENDS.items():
+            squares[backend] += (attend(**case).double() - exact).square().mean().item()
+    assert 0 < squares["fused"] ** 0.5 <= 2 * squares["reference"] ** 0.5
+
+
+def test_gradients_of_backends_agree() -> None:
+    gradients = {}
+    for backend, attend in ATTENTION_BACKENDS.items():
+        case = make_case("lanes_with_invalid_rows", torch.float64, seed=2)
+        leaves = [case[k].requires_grad_() for k in ("content_query", "position_query", "keys", "values")]
+        gradients[backend] = torch.autograd.grad(attend(**case).sin().sum(), leaves)
+    for fused, reference in zip(gradients["fused"], gradients["reference"], strict=True):
+        assert (fused - reference).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_flash_kernel_runs(dtype: torch.dtype, name: str) -> None:
+    case = make_case(name, dtype, seed=3)
+    leaves = [case[k].requires_grad_() for k in ("content_query", "position_query", "keys", "values")]
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
+        ATTENTION_BACKENDS["fused"](**case).sum().backward()
+    kernels = {event.key for event in profiler.key_averages() if "scaled_dot_product" in event.key}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in kernels, kernels
+    assert not any("math" in kernel for kernel in kernels), kernels
+    assert all(leaf.grad is not None for leaf in leaves)
+
+
+def test_long_window_in_blocks_equals_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("lanes_with_invalid_rows", torch.float64, seed=4)
+    whole = ATTENTION_BACKENDS["fused"](**case)
+    monkeypatch.setattr("ct_audio.models.attention.QUERY_BLOCK_LENGTH", 3)
+    assert (ATTENTION_BACKENDS["fused"](**case) - whole).abs().max() <= 1e-12
+
+
+def test_one_query_over_caches_equals_the_reference() -> None:
+    case = make_case("lanes_with_invalid_rows", torch.float64, seed=5)
+    whole = ATTENTION_BACKENDS["reference"](**case)
+    position_keys = sinusoids(-case["key_positions"], 6)
+    rotated = rotate(case["position_query"], case["query_positions"])
+    one = attend_one(
+        case["content_query"][:, :, -1],
+        rotated[:, :, -1],
+        case["keys"],
+        position_keys,
+        case["values"],
+        case["mask"][:, :, -1:],
+    )
+    assert (one - whole[:, :, -1]).abs().max() <= 1e-12
+
+
+def test_rotation_turns_a_distance_into_two_positions() -> None:
+    vector = torch.randn(1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for i, j in [(0, 0), (5, -7), (3839, -768), (700, 2.5)]:
+        at_i, at_j = (torch.tensor([p], dtype=torch.float64) for p in (i, j))
+        folded = rotate(vector, at_i) @ sinusoids(-at_j, 6).T
+        assert (folded - vector @ sinusoids(at_i - at_j, 6).T).abs().max() <= 1e-12
+
+
+def test_content_attention_ignores_invalid_rows() -> None:
+    case = make_case("lanes_with_invalid_rows", torch.float64, seed=6)
+    arguments = [case["content_query"], case["keys"], case["values"]]
+    mask = additive_mask(torch.arange(20) >= torch.tensor([0, 5, 12])[:, None], torch.float64)[:, None, None]
+    attended = content_attention(*arguments, mask)
+    for n, first in enumerate([0, 5, 12]):
+        alone = content_attention(*(a[n : n + 1, :, first if i else 0 :] for i, a in enumerate(arguments)), None)
+        assert (attended[n : n + 1] - alone).abs().max() <= 1e-12

@@ -1,0 +1,311 @@
+"""The Compressive Transformer against a slow model written from the paper, and who gets gradient from what.
+
+The oracle knows one lane, one window at a time; memories are Python lists of rows. It shares no code with the model:
+it reads the parameters by name and computes what Algorithms 1 and 2 and Transformer-XL's formula say.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import TINY_MODELS, as_module, tiny_model
+from torch import Tensor
+
+from ct_audio.errors import UserError
+from ct_audio.models import build_model, model_config_class
+from ct_audio.models.layers import shared_linear
+from ct_audio.models.memory import detach_memory, push
+
+TRANSFORMERS = [name for name, config in TINY_MODELS.items() if config["name"] == "compressive_transformer"]
+COMPRESSIVE = [name for name in TRANSFORMERS if name != "transformer_xl"]
+
+
+class Oracle:
+    """One lane of a Compressive Transformer, from a state dict."""
+
+    def __init__(self, model: Any) -> None:
+        self.config, self.state = model.config, model.state_dict()
+        self.memory: list[list[Tensor]] = [[] for _ in range(self.config.num_layers)]
+        self.compressed: list[list[Tensor]] = [[] for _ in range(self.config.num_layers)]
+
+    def window(self, codes: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Features [T, D] of one window and each layer's reconstruction loss; then the memory update."""
+        config, losses = self.config, []
+        rows = [self.state["embedding.weight"][code] for code in codes]
+        for layer in range(config.num_layers):
+            parameters = {k.split(".", 2)[2]: v for k, v in self.state.items() if k.startswith(f"layers.{layer}.")}
+            outputs = [self._output(parameters, rows, t, layer) for t in range(len(rows))]
+            losses += self._update(parameters, layer, rows)
+            rows = outputs
+        if config.norm_position == "pre":
+            rows = [self._norm({k: self.state[f"final_norm.{k}"] for k in ("weight", "bias")}, row) for row in rows]
+        return torch.stack(rows), losses
+
+    def _output(self, parameters: dict[str, Tensor], rows: list[Tensor], t: int, layer: int) -> Tensor:
+        pre = self.config.norm_position == "pre"
+        attention_norm = {k: parameters[f"attention_norm.{k}"] for k in ("weight", "bias")}
+        feedforward_norm = {k: parameters[f"feedforward_norm.{k}"] for k in ("weight", "bias")}
+
+        def feedforward(row: Tensor) -> Tensor:
+            hidden = parameters["feedforward.expand.weight"] @ row + parameters["feedforward.expand.bias"]
+            return (
+                parameters["feedforward.contract.weight"] @ hidden.clamp(min=0)
+                + parameters["feedforward.contract.bias"]
+            )
+
+        seen = self.compressed[layer] + self.memory[layer] + rows[: t + 1]
+        attended = self._attention(parameters, rows[t], seen, list(range(t + 1 - len(seen), t + 1)), t)
+        if pre:
+            middle = rows[t] + attended
+            return middle + feedforward(self._norm(feedforward_norm, middle))
+        middle = self._norm(attention_norm, rows[t] + attended)
+        return self._norm(feedforward_norm, middle + feedforward(middle))
+
+    def _attention(
+        self, parameters: dict[str, Tensor], row: Tensor, seen: list[Tensor], positions: list[int], here: int
+    ) -> Tensor:
+        heads = []
+        for h in range(self.config.num_heads):
+            query, keys, values = self._head(parameters, h, row, seen)
+            scores = []
+            for key, position in zip(keys, positions, strict=True):
+                table = self._sinusoid(here - position)
+                content = (query + parameters["content_bias"][h]) @ key
+                by_position = (query + parameters["position_bias"][h]) @ (parameters["position"][h] @ table)
+                scores.append((content + by_position) / math.sqrt(len(query)))
+            weights = torch.softmax(torch.stack(scores), 0)
+            heads.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
+        return parameters["output.weight"] @ torch.cat(heads)
+
+    def _head(
+        self, parameters: dict[str, Tensor], h: int, row: Tensor, seen: list[Tensor]
+    ) -> tuple[Tensor, list, list]:
+        width, part = self.config.width, self.config.width // self.config.num_heads
+        if self.config.norm_position == "pre":
+            norm = {k: parameters[f"attention_norm.{k}"] for k in ("weight", "bias")}
+            row, seen = self._norm(norm, row), [self._norm(norm, r) for r in seen]
+        query = parameters["query.weight"][h * part : (h + 1) * part] @ row
+        keys = [parameters["key_value.weight"][h * part : (h + 1) * part] @ r for r in seen]
+        first = width + h * part
+        return query, keys, [parameters["key_value.weight"][first : first + part] @ r for r in seen]
+
+    def _update(self, parameters: dict[str, Tensor], layer: int, rows: list[Tensor]) -> list[Tensor]:
+        """Algorithm 1 of the layer, and Algorithm 2's loss."""
+        config, rate = self.config, self.config.compression_rate
+        together = self.memory[layer] + rows
+        empty = config.memory_length - len(self.memory[layer])
+        num_old = max(len(rows) - empty, 0)
+        old_memory, self.memory[layer] = together[:num_old], together[num_old:]
+        if not config.compressed_memory_length:
+            return []
+        new = [self._compress(parameters, old_memory[i : i + rate]) for i in range(0, len(old_memory), rate)]
+        loss = torch.zeros((), dtype=torch.float64)
+        if new:
+            for row in rows:
+                loss += sum(self._difference(parameters, h, row, old_memory, new) for h in range(config.num_heads))
+        together = self.compressed[layer] + new
+        self.compressed[layer] = together[max(len(together) - config.compressed_memory_length, 0) :]
+        return [loss / (len(rows) * config.width)]
+
+    def _difference(self, parameters: dict[str, Tensor], h: int, row: Tensor, old: list, new: list) -> Tensor:
+        attended = []
+        for seen in (old, new):
+            query, keys, values = self._head(parameters, h, row, seen)
+            weights = torch.softmax(torch.stack([query @ key / math.sqrt(len(query)) for key in keys]), 0)
+            attended.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
+        return (attended[0] - attended[1]).square().sum()
+
+    def _compress(self, parameters: dict[str, Tensor], group: list[Tensor]) -> Tensor:
+        if self.config.compression_function == "conv":
+            weight = parameters["compression.project.weight"]
+            return weight @ torch.cat(group) + parameters["compression.project.bias"]
+        stacked = torch.stack(group)
+        return stacked.mean(0) if self.config.compression_function == "mean" else stacked.amax(0)
+
+    def _sinusoid(self, distance: int) -> Tensor:
+        pairs = self.config.position_width // 2
+        angles = [distance / 10_000.0 ** (2 * pair / self.config.position_width) for pair in range(pairs)]
+        return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
+
+    def _norm(self, parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        centred = row - row.mean()
+        return parameters["weight"] * centred / (centred.square().mean() + 1e-5).sqrt() + parameters["bias"]
+
+
+def float64_model(name: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = as_module(tiny_model(name, **changes)).double()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_()  # u, v and the rest are zero at first: a test must see them
+    return model
+
+
+def codes_of(num_lanes: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 32, (num_lanes, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_features_memory_and_losses_equal_the_oracle(name: str) -> None:
+    model = float64_model(name)
+    length, num_windows = model.window_length, 3
+    codes = codes_of(2, num_windows * length)
+    output = model(codes, model.zero_memory(2))
+    lane_losses: dict[int, list[float]] = {}
+    for lane in range(2):
+        oracle = Oracle(model)
+        windows = [oracle.window(codes[lane, w * length : (w + 1) * length].tolist()) for w in range(num_windows)]
+        assert (torch.cat([w[0] for w in windows]) - output.features[lane]).abs().max() <= 1e-12
+        for layer in range(model.config.num_layers):
+            for rows, valid, kept in (
+                (output.memory.memory, output.memory.memory_valid, oracle.memory),
+                (output.memory.compressed_memory, output.memory.compressed_memory_valid, oracle.compressed),
+            ):
+                assert int(valid[layer][lane]) == len(kept[layer])
+                if kept[layer]:
+                    newest = rows[layer][lane, rows[layer].shape[1] - len(kept[layer]) :]
+                    assert (newest - torch.stack(kept[layer])).abs().max() <= 1e-12
+        for layer in range(len(windows[0][1])):
+            lane_losses.setdefault(layer, []).extend(float(w[1][layer]) for w in windows)
+    expected = {f"attention_reconstruction/layer_{i:02d}": sum(v) / len(v) for i, v in lane_losses.items()}
+    assert output.auxiliary_losses.keys() == expected.keys()
+    for key, loss in output.auxiliary_losses.items():
+        assert expected[key] > 0
+        assert abs(float(loss.detach()) - expected[key]) <= 1e-12
+
+
+@pytest.mark.parametrize("name", COMPRESSIVE)
+def test_reconstruction_loss_trains_the_compression_and_nothing_else(name: str) -> None:
+    model = float64_model(name)
+    output = model(codes_of(2, 4 * model.window_length), model.zero_memory(2))
+    losses = sum(output.auxiliary_losses.values())
+    if not any(".compression." in key for key, _ in model.named_parameters()):
+        assert not losses.requires_grad  # mean and max have nothing to train
+        return
+    losses.backward()
+    reached = {
+        key for key, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert reached == {key for key, _ in model.named_parameters() if ".compression." in key}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_task_loss_trains_everything_but_the_compression(name: str) -> None:
+    model = float64_model(name)
+    codes = codes_of(2, 4 * model.window_length)
+    output = model(codes, model.zero_memory(2))
+    model.nll(output.features, codes).mean().backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) != (".compression." in key), key
+
+
+def test_without_a_compression_loss_the_compression_stays_and_has_no_group() -> None:
+    model = float64_model("compressive_transformer", compression_loss="none")
+    output = model(codes_of(1, 32), model.zero_memory(1))
+    assert output.auxiliary_losses == {}
+    assert model.gradient_groups().keys() == {"model"}
+    assert not any(p.requires_grad for key, p in model.named_parameters() if ".compression." in key)
+
+
+@pytest.mark.parametrize("norm_position", ["post", "pre"])
+def test_keys_and_values_go_on_training_after_the_first_compression(norm_position: str) -> None:
+    """Detaching a weight in place while compressing would freeze it for good; here each window trains it."""
+    model = float64_model("compressive_transformer", norm_position=norm_position)
+    memory = model.zero_memory(1)
+    for window in range(8):
+        model.zero_grad(set_to_none=True)
+        codes = codes_of(1, model.window_length, seed=window)
+        output = model(codes, memory)
+        memory = detach_memory(output.memory)
+        (model.nll(output.features, codes).mean() + sum(output.auxiliary_losses.values())).backward()
+        for layer in model.layers:
+            assert layer.key_value.weight.requires_grad
+            assert layer.key_value.weight.grad.any()
+
+
+def test_memories_get_no_gradient_from_later_windows() -> None:
+    model = float64_model("compressive_transformer")
+    memory = model(codes_of(1, 32), model.zero_memory(1)).memory
+    rows = [part.detach().requires_grad_() for part in (*memory.memory, *memory.compressed_memory)]
+    layers = model.config.num_layers
+    memory = memory._replace(memory=tuple(rows[:layers]), compressed_memory=tuple(rows[layers:]))
+    model(codes_of(1, 8), memory).features.sum().backward()
+    assert all(row.grad is None for row in rows)
+
+
+def test_shared_linear_sends_each_gradient_where_it_belongs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((2, 5, 3), (4, 3)))
+    own_share, later_share = (torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    leaves = [inputs.clone().requires_grad_(), inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
+    own, later = shared_linear(*leaves)
+    (own * own_share + later * later_share).sum().backward()
+    copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    (copies[0] @ copies[2].T * own_share + copies[1] @ copies[2].T * later_share).sum().backward()
+    assert torch.equal(own, later)
+    for leaf, copy in zip(leaves, copies, strict=True):
+        assert leaf.grad is not None
+        assert copy.grad is not None
+        assert (leaf.grad - copy.grad).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize(("num_rows", "num_new"), [(4, 3), (4, 4), (4, 9), (0, 3), (6, 1)])
+def test_push_keeps_the_newest_rows_and_hands_out_the_rest(num_rows: int, num_new: int) -> None:
+    rows = [float(i) for i in range(num_rows + num_new)]
+    as_rows = torch.tensor(rows)[None, :, None]
+    old_memory, memory = push(as_rows[:, :num_rows], as_rows[:, num_rows:])
+    assert old_memory.flatten().tolist() == rows[:num_new]
+    assert memory.flatten().tolist() == rows[num_new:]
+
+
+def test_reconstruction_is_perfect_where_nothing_is_lost() -> None:
+    """Rate 1 with the mean: each compressed row is the row itself, so the loss is zero to rounding."""
+    model = float64_model("compressive_transformer", compression_function="mean", compression_rate=1)
+    output = model(codes_of(2, 32), model.zero_memory(2))
+    assert max(float(loss) for loss in output.auxiliary_losses.values()) <= 1e-28
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"window_length": 9}, "window_length"),
+        ({"memory_length": 7}, "memory_length"),
+        ({"num_heads": 3}, "num_heads"),
+        ({"position_width": 5}, "position_width"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"compression_rate": [2, 2]}, "compression_rate"),
+        ({"compression_rate": 0}, "compression_rate"),
+        ({"compression_rate": True}, "compression_rate"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"compressed_memory_length": -1}, "compressed_memory_length"),
+    ],
+)
+def test_inconsistent_configuration_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        tiny_model("compressive_transformer", **change)
+
+
+def test_wrong_memory_lengths_are_named() -> None:
+    with pytest.raises(UserError, match="memory_length"):
+        float64_model("compressive_transformer").zero_memory(1, memory_length=3)
+    with pytest.raises(UserError, match="without a compression function"):
+        float64_model("transformer_xl").zero_memory(1, compressed_memory_length=8)
+
+
+def test_layers_may_differ_in_rate() -> None:
+    model = float64_model("compressive_transformer", compression_rate=[1, 2, 4])
+    assert model.temporal_range == 3 * 8 + (1 + 2 + 4) * 4
+    codes = codes_of(1, 32)
+    whole, state = model(codes, model.zero_memory(1)), model.begin_steps(model.zero_memory(1), codes[:, :0])
+    with torch.no_grad():
+        for t in range(32):
+            features, state = model.step(codes[:, t], state)
+            assert (features - whole.features[:, t]).abs().max() <= 1e-12
+
+
+def test_paper_sized_configuration_has_forty_million_parameters() -> None:
+    with torch.device("meta"):
+        model = as_module(build_model(model_config_class("compressive_transformer")()))
+    assert sum(p.numel() for p in model.parameters()) == 40_091_904
