@@ -86,7 +86,7 @@ def test_lanes_cover_the_stretch_once(num_codes: int, num_lanes: int, warmup_len
 @pytest.mark.parametrize("num_windows", [1, 3])
 def test_one_lane_equals_window_by_window(name: str, num_windows: int) -> None:
     model = float64_model(name)
-    codes = random_codes(8 * 16 + 5)
+    codes = random_codes(16 * 3 + 5)
     chunk_length = 16 * num_windows if model.window_length > 1 else 11 * num_windows
     seen = Collector()
     result = evaluate_nll(model, codes, start_code=START_CODE, chunk_length=chunk_length, on_nll=seen)
@@ -98,8 +98,8 @@ def test_one_lane_equals_window_by_window(name: str, num_windows: int) -> None:
     assert result.num_units == len(codes) == result.protocol["num_units"]
 
 
-@pytest.mark.parametrize("name", ["compressive_transformer", "compressive_transformer_long_window", "wavenet"])
-@pytest.mark.parametrize("num_codes", [16 * 10, 16 * 13 + 3, 9])
+@pytest.mark.parametrize("name", ["compressive_transformer", "wavenet"])
+@pytest.mark.parametrize("num_codes", [16 * 5, 16 * 7 + 3, 9])
 def test_lanes_with_full_warmup_equal_one_lane(name: str, num_codes: int) -> None:
     model = float64_model(name)
     codes = random_codes(num_codes)
@@ -110,12 +110,12 @@ def test_lanes_with_full_warmup_equal_one_lane(name: str, num_codes: int) -> Non
     expected = one_pass_nll(model.eval(), codes)
     assert set(seen.counts.values()) == {1}
     torch.testing.assert_close(seen.in_order(), expected, rtol=0, atol=1e-12)
-    assert many.protocol["num_lanes"] == (5 if num_codes > 80 else 1)
+    assert many.protocol["num_lanes"] == (5 if num_codes >= 80 else 1)
 
 
 def test_warmup_of_the_temporal_range_is_enough_and_none_is_not() -> None:
     model = float64_model("transformer_xl")
-    codes = random_codes(8 * 40)
+    codes = random_codes(8 * 24)
     reach = math.ceil((model.temporal_range + model.window_length) / 8) * 8
     assert reach < len(codes) // 3 * 2
     common: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 8, "num_lanes": 3}
@@ -130,8 +130,8 @@ def test_warmup_of_the_temporal_range_is_enough_and_none_is_not() -> None:
 @pytest.mark.parametrize("num_lanes", [1, 3])
 def test_reset_at_documents_equals_documents_one_by_one(name: str, num_lanes: int) -> None:
     model = float64_model(name)
-    codes = random_codes(16 * 6 + 7)
-    offsets = np.array([0, 5, 37, 38, 70, len(codes) + 40])
+    codes = random_codes(16 * 4 + 7)
+    offsets = np.array([0, 5, 33, 34, 60, len(codes) + 40])
     seen = Collector()
     evaluate_nll(
         model,
@@ -163,7 +163,7 @@ def test_continuous_stream_ignores_documents() -> None:
 @pytest.mark.parametrize("name", ["compressive_transformer", "transformer_xl"])
 def test_memory_lengths_are_settable(name: str) -> None:
     model = float64_model(name)
-    codes = random_codes(8 * 12)
+    codes = random_codes(8 * 8)
     common: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 16}
     default = evaluate_nll(model, codes, **common)
     explicit = evaluate_nll(model, codes, memory_length=model.config.memory_length, **common)
@@ -176,18 +176,18 @@ def test_memory_lengths_are_settable(name: str) -> None:
 
 def test_max_codes_mode_and_protocol() -> None:
     model = float64_model("compressive_transformer", dropout=0.5)
-    codes = random_codes(500)
+    codes = random_codes(120)
     as_module(model).train()
     common: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 16, "num_lanes": 2, "warmup_length": 8}
-    first = evaluate_nll(model, codes, max_codes=150, **common)
+    first = evaluate_nll(model, codes, max_codes=70, **common)
     assert as_module(model).training
-    assert first.nll_nats == evaluate_nll(model, codes[:150], **common).nll_nats  # deterministic, dropout off
+    assert first.nll_nats == evaluate_nll(model, codes[:70], **common).nll_nats  # deterministic, dropout off
     as_module(model).eval()
     evaluate_nll(model, codes[:20], **common)
     assert not as_module(model).training
     assert json.loads(json.dumps(first.protocol)) == {
         "split": None,
-        "num_units": 150,
+        "num_units": 70,
         "seconds": None,
         "num_lanes": 2,
         "warmup_length": 8,
@@ -205,7 +205,7 @@ def test_equal_odds_are_log_of_the_vocabulary() -> None:
     with torch.no_grad():
         for parameter in as_module(model).parameters():
             parameter.zero_()
-    result = evaluate_nll(model, random_codes(60_000), start_code=START_CODE, chunk_length=10_000)
+    result = evaluate_nll(model, random_codes(20_000), start_code=START_CODE, chunk_length=5_000)
     assert result.nll_nats == pytest.approx(math.log(VOCAB_SIZE), abs=1e-6)
     assert result.nll_bits == pytest.approx(5.0, abs=1e-6)
     assert result.protocol["dtype"] == "float32"
