@@ -209,7 +209,10 @@ def _run_tasks(tasks: list[_Task], todo: list[int], num_processes: int) -> Itera
         yield from ((index, _prepare_file(tasks[index])) for index in todo)
         return
     context = multiprocessing.get_context("forkserver")  # fork would copy torch's and BLAS's threads half
-    context.set_forkserver_preload(["ct_audio.prepare"])
+    trims = any(
+        task.settings.trim_db is not None for task in tasks
+    )  # librosa takes seconds to load: once, not a worker
+    context.set_forkserver_preload(["ct_audio.prepare"] + (["librosa.effects", "librosa.feature"] if trims else []))
     executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin_worker)
     try:
         futures = {executor.submit(_prepare_file, tasks[index]): index for index in todo}

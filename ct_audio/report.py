@@ -71,11 +71,11 @@ def write_report(directory: Path, report: dict[str, Any], title: str) -> None:
     """Write report.json, report.md and histogram.png into a directory."""
     write_json(directory / "report.json", report)
     (directory / "report.md").write_text(_markdown(report, title), encoding="utf-8")
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(8, 3))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.1, 0.17, 0.87, 0.7))
     share = np.array(report["histogram"]) / sum(report["histogram"])
-    axes.bar(np.arange(len(share)), share, width=1.0)
+    axes.stairs(share, np.arange(len(share) + 1) - 0.5, fill=True)
     axes.set(xlabel="code", ylabel="share of all codes", title=title, yscale="log", xlim=(-1, len(share)))
     figure.savefig(directory / "histogram.png", dpi=100)
 

@@ -156,7 +156,7 @@ def test_damaged_description_is_one_error(tmp_path, change, message):
         open_corpus(tmp_path / "c")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", "[" * 100_000], ids=range(6))
 def test_bad_json_is_one_error(tmp_path, text):
     write_corpus(tmp_path / "c")
     (tmp_path / "c" / "corpus.json").write_text(text)

@@ -71,7 +71,8 @@ def main() -> int:
         raise UserError(f"--source {options.source}: expected a folder of recordings; it does not exist")
     start = time.monotonic()
     settings = AudioSettings(gain_db=options.gain_db, trim_db=options.trim_db, min_seconds=options.min_seconds)
-    source = {"recipe": options.recipe.resolve().name, "path": str(options.source), "options": vars(recipe_options)}
+    own = {name: str(value) if isinstance(value, Path) else value for name, value in vars(recipe_options).items()}
+    source = {"recipe": options.recipe.resolve().name, "path": str(options.source), "options": own}
     corpus, report = prepare_audio(
         recipe.list_recordings(options.source, recipe_options),
         options.out,

@@ -1,0 +1,37 @@
+"""Small synthetic recordings and access to the preparation tool, for tests."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import soundfile
+
+ROOT = Path(__file__).parents[1]
+
+
+def voice(seed: int, seconds: float = 0.4, rate: int = 24_000) -> np.ndarray:
+    """[N] float32: a decaying harmonic tone with a little noise, peak below 0.5."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * rate)) / rate
+    pitch = 100 + 20 * (seed % 7)
+    tone = sum(np.sin(2 * np.pi * pitch * k * time) / k for k in (1, 2, 3, 4))
+    return (0.15 * tone * np.exp(-2 * time) + 0.01 * rng.standard_normal(len(time))).astype(np.float32)
+
+
+def write(path: Path, waveform: np.ndarray, rate: int = 24_000, subtype: str | None = None) -> None:
+    """Write an audio file and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, waveform, rate, subtype=subtype)
+
+
+def load_script(path: str, name: str) -> ModuleType:
+    """Import a file of the project that is in no package, as tools/prepare.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

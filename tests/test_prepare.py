@@ -1,0 +1,370 @@
+"""Preparation of folders of audio: what comes out, what is dropped, and that an interruption costs nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from recordings import ROOT, voice, write
+
+from ct_audio import prepare
+from ct_audio.codec import MuLaw
+from ct_audio.corpus import open_corpus
+from ct_audio.errors import UserError
+from ct_audio.prepare import AudioSettings, Recording, prepare_audio, prepare_waveform, split_by_hash
+from ct_audio.wav import read_wav, resample
+
+
+def make_recordings(folder: Path, num: int = 6) -> list[Recording]:
+    """Recordings of several formats and rates; every third goes to valid."""
+    recordings = []
+    for index in range(num):
+        rate, suffix = [(24_000, "wav"), (48_000, "flac"), (16_000, "ogg")][index % 3]
+        path = folder / f"{index % 2}" / f"{index:03d}.{suffix}"
+        waveform = voice(index, 0.3 + 0.05 * index, rate)
+        write(path, np.stack([waveform, waveform / 2], 1) if index % 2 else waveform, rate)
+        recordings.append(Recording(path, "valid" if index % 3 == 2 else "train", path.relative_to(folder).as_posix()))
+    return recordings
+
+
+def run(recordings, out, settings=None, **options):
+    """Prepare with default settings."""
+    return prepare_audio(recordings, out, settings=settings or AudioSettings(), source={"recipe": "test"}, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_the_corpus_is_what_a_plain_loop_makes(tmp_path):
+    recordings = make_recordings(tmp_path / "in")
+    corpus, report = run(recordings, tmp_path / "out", AudioSettings(gain_db=-6.0))
+    assert open_corpus(tmp_path / "out", verify=True).fingerprint == corpus.fingerprint
+    for split in ("train", "valid"):
+        expected, names = [], []
+        for recording in sorted(recordings, key=lambda r: r.name):
+            if recording.split == split:
+                waveform, rate = soundfile.read(recording.path, dtype="float32", always_2d=True)
+                mono = resample(waveform.mean(1, dtype=np.float32), rate, 24_000)
+                expected.append(MuLaw().encode(mono * np.float32(10 ** (-6 / 20))))
+                names.append(recording.name)
+        assert corpus.split(split).document_names == tuple(names)
+        assert np.array_equal(corpus.split(split).codes, np.concatenate(expected))
+        offsets = np.cumsum([0] + [len(codes) for codes in expected[:-1]])
+        assert np.array_equal(corpus.split(split).document_offsets, offsets)
+    assert report is not None
+    assert report["source_rates_hz"] == {"16000": 2, "24000": 2, "48000": 2}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_the_report_states_levels_and_counts(tmp_path):
+    square = np.tile(np.repeat(np.float32([0.5, -0.5]), 50), 60)
+    loud = np.tile(np.repeat(np.float32([1.0, -1.0]), 50), 60)
+    write(tmp_path / "a.wav", square, subtype="FLOAT")
+    write(tmp_path / "b.wav", loud, subtype="FLOAT")
+    names = [Recording(tmp_path / f"{name}.wav", "train", name) for name in "ab"]
+    _, report = run(names, tmp_path / "out")
+    assert report is not None
+    total = report["total"]
+    assert total["num_files"] == 2
+    assert total["num_codes"] == 12_000
+    assert total["peak_dbfs"] == 0.0
+    assert total["rms_dbfs"] == pytest.approx(10 * np.log10((1 + 0.25) / 2), abs=0.01)
+    assert total["median_rms_dbfs"] == pytest.approx(20 * np.log10(0.75), abs=0.01)
+    assert total["clipped_percent"] == 50.0
+    assert total["num_files_clipped"] == 1
+    assert sum(report["histogram"]) == 12_000
+    assert report["histogram"][0] == report["histogram"][255] == 3000
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert "| train | 2 |" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "histogram.png").read_bytes()[:4] == b"\x89PNG"
+    example, rate = read_wav(tmp_path / "out" / "example.wav")
+    assert rate == 24_000
+    assert np.array_equal(MuLaw().encode(example), open_corpus(tmp_path / "out").split("train").codes[:6000])
+
+
+def test_every_reason_to_drop_is_named(tmp_path):
+    good = voice(0)
+    write(tmp_path / "good.wav", good)
+    write(tmp_path / "empty.wav", good[:0])
+    write(tmp_path / "silent.wav", np.full(5000, 0.25, np.float32))
+    write(tmp_path / "nan.wav", np.where(np.arange(len(good)) == 9, np.nan, good), subtype="FLOAT")
+    write(tmp_path / "inf.wav", np.where(np.arange(len(good)) == 9, np.inf, good), subtype="FLOAT")
+    write(tmp_path / "short.wav", good[:2000])
+    (tmp_path / "text.wav").write_text("not audio")
+    (tmp_path / "nothing.wav").write_bytes(b"")
+    write(tmp_path / "cut.flac", good)
+    raw = (tmp_path / "cut.flac").read_bytes()
+    (tmp_path / "cut.flac").write_bytes(raw[: len(raw) // 2])
+    write(tmp_path / "short_of_promise.wav", good)
+    raw = (tmp_path / "short_of_promise.wav").read_bytes()
+    (tmp_path / "short_of_promise.wav").write_bytes(raw[: len(raw) // 2])
+    recordings = [Recording(file, "train", file.name) for file in tmp_path.iterdir()]
+    recordings.append(Recording(tmp_path / "missing.wav", "train", "missing.wav"))
+    with pytest.raises(UserError, match=r"10 of 11 files had to be dropped .*--allow-dropped"):
+        run(recordings, tmp_path / "out")
+    assert "cut.flac: " in (tmp_path / "out.partial" / "dropped.txt").read_text()
+    corpus, report = run(recordings, tmp_path / "out", allow_dropped=True)
+    assert corpus.split("train").document_names == ("good.wav",)
+    assert report is not None
+    reasons = {entry["name"]: entry["reason"].partition(":")[0] for entry in report["dropped"]}
+    assert reasons == {
+        "empty.wav": "empty",
+        "silent.wav": "silent",
+        "nan.wav": "not finite",
+        "inf.wav": "not finite",
+        "short.wav": "too short",
+        "text.wav": "unreadable",
+        "nothing.wav": "unreadable",
+        "cut.flac": "unreadable",
+        "short_of_promise.wav": "truncated",
+        "missing.wav": "unreadable",
+    }
+    assert all(str(tmp_path) not in entry["reason"] for entry in report["dropped"])
+
+
+def test_few_dropped_files_are_no_error(tmp_path):
+    recordings = [Recording(tmp_path / f"{index}.wav", "train", str(index)) for index in range(20)]
+    for index, recording in enumerate(recordings):
+        write(recording.path, voice(index, 0.2))
+    recordings[0].path.write_bytes(b"")
+    _, report = run(recordings, tmp_path / "out")
+    assert report is not None
+    assert report["num_dropped"] == 1
+    assert report["dropped_percent"] == 5.0
+
+
+def test_nothing_usable_is_an_error_whatever_is_allowed(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"")
+    with pytest.raises(UserError, match="nothing is left"):
+        run([Recording(tmp_path / "a.wav", "train", "a")], tmp_path / "out", allow_dropped=True)
+    with pytest.raises(UserError, match="found no recordings"):
+        run([], tmp_path / "out")
+    with pytest.raises(UserError, match="must be unique"):
+        run([Recording(tmp_path / "a.wav", split, "a") for split in ("train", "test")], tmp_path / "out")
+
+
+def test_gain_and_trimming():
+    pause = np.full(24_000, 1e-4, np.float32) * np.float32([1, -1] * 12_000)
+    speech = voice(1, 1.0)
+    waveform = np.concatenate([pause, speech, pause])
+    kept = prepare_waveform(waveform, 24_000, AudioSettings())
+    assert np.array_equal(kept, waveform)
+    trimmed = prepare_waveform(waveform, 24_000, AudioSettings(trim_db=40.0))
+    assert 24_000 <= len(trimmed) <= 24_000 + 4 * 2048
+    quieter = prepare_waveform(waveform * np.float32(0.01), 24_000, AudioSettings(trim_db=40.0))
+    assert len(quieter) == len(trimmed)
+    louder = prepare_waveform(waveform, 24_000, AudioSettings(gain_db=20.0))
+    assert np.allclose(louder, 10 * waveform)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"gain_db": np.nan}, {"gain_db": 500.0}, {"trim_db": 0.0}, {"trim_db": np.nan}, {"min_seconds": -1.0}]
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match="expected"):
+        AudioSettings(**wrong)
+
+
+def test_the_same_again_is_complete_and_another_needs_overwrite(tmp_path):
+    recordings = make_recordings(tmp_path / "in")
+    first, _ = run(recordings, tmp_path / "out")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    again, report = run(recordings[::-1], tmp_path / "out")
+    assert report is None
+    assert again.fingerprint == first.fingerprint
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(UserError, match=r"gain_db: 0.0 there, 3.0 asked for.*--overwrite"):
+        run(recordings, tmp_path / "out", AudioSettings(gain_db=3.0))
+    with pytest.raises(UserError, match="num_files: 6 there, 5 asked for"):
+        run(recordings[1:], tmp_path / "out")
+    other, _ = run(recordings, tmp_path / "out", AudioSettings(gain_db=3.0), overwrite=True)
+    assert other.fingerprint != first.fingerprint
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_damaged_corpus_is_not_complete(tmp_path):
+    recordings = make_recordings(tmp_path / "in")
+    run(recordings, tmp_path / "out")
+    (tmp_path / "out" / "train.codes").write_bytes(b"")
+    with pytest.raises(UserError, match="--overwrite"):
+        run(recordings, tmp_path / "out")
+    _, report = run(recordings, tmp_path / "out", overwrite=True)
+    assert report is not None
+
+
+def test_what_is_no_corpus_is_never_replaced(tmp_path):
+    recordings = make_recordings(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("keep me")
+    with pytest.raises(UserError, match="is no corpus"):
+        run(recordings, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "letter.txt").read_text() == "keep me"
+    (tmp_path / "out" / "letter.txt").unlink()
+    run(recordings, tmp_path / "out")
+
+
+def count_work(monkeypatch, stop_after: int | None = None) -> list[str]:
+    """Note which files are worked on, and break off after some of them."""
+    worked: list[str] = []
+    original = prepare._prepare_file
+
+    def noting(task):
+        if stop_after is not None and len(worked) == stop_after:
+            raise KeyboardInterrupt
+        worked.append(task.path.name)
+        return original(task)
+
+    monkeypatch.setattr(prepare, "_prepare_file", noting)
+    return worked
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    recordings = make_recordings(tmp_path / "in")
+    run(recordings, tmp_path / "whole" / "out")
+    with monkeypatch.context() as patch:
+        count_work(patch, stop_after=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(recordings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    changed = recordings[0].path  # sorted first, so it was done: it must be done again
+    os.utime(changed, ns=(1, 1))
+    worked = count_work(monkeypatch)
+    run(recordings, tmp_path / "out")
+    assert sorted(worked) == sorted([changed.name, "002.ogg", "005.ogg"])
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_other_settings_reuse_nothing(tmp_path, monkeypatch):
+    recordings = make_recordings(tmp_path / "in")
+    with monkeypatch.context() as patch:
+        count_work(patch, stop_after=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(recordings, tmp_path / "out")
+    worked = count_work(monkeypatch)
+    run(recordings, tmp_path / "out", AudioSettings(gain_db=1.0))
+    assert len(worked) == 6
+
+
+def test_damaged_partial_results_are_noticed(tmp_path, monkeypatch):
+    recordings = make_recordings(tmp_path / "in")
+    with monkeypatch.context() as patch:
+        count_work(patch, stop_after=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(recordings, tmp_path / "out")
+    first, second, *_ = sorted((tmp_path / "out.partial" / "files").glob("*.codes"))
+    first.write_bytes(bytes(first.stat().st_size))
+    second.write_bytes(b"")
+    with pytest.raises(UserError, match="run the same command again"):
+        run(recordings, tmp_path / "out")
+    run(recordings, tmp_path / "out")
+    run(recordings, tmp_path / "whole" / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_two_at_once_do_not_mix(tmp_path):
+    recordings = make_recordings(tmp_path / "in")
+    (tmp_path / "out.partial").mkdir()
+    with prepare._only_one(tmp_path / "out.partial"), pytest.raises(UserError, match="another process"):
+        run(recordings, tmp_path / "out")
+    run(recordings, tmp_path / "out")
+
+
+def command(source: Path, out: Path, *options: str) -> list[str]:
+    """The tool's command line."""
+    return [
+        *(sys.executable, str(ROOT / "tools" / "prepare.py"), str(ROOT / "recipes" / "folder")),
+        *("--source", str(source), "--out", str(out), *options, "--", "--group", "file", "--valid-percent", "20"),
+    ]
+
+
+def wait_until(condition, seconds: float = 300.0) -> None:
+    """Poll until something holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def group_is_gone(group: int) -> bool:
+    """Whether no process of a process group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.distributed
+def test_two_processes_make_the_bytes_of_one(tmp_path):
+    recordings = make_recordings(tmp_path / "in")
+    recordings[0].path.write_bytes(b"")
+    for num_processes in (1, 2):
+        run(recordings, tmp_path / f"{num_processes}" / "out", num_processes=num_processes, allow_dropped=True)
+    assert contents(tmp_path / "1" / "out") == contents(tmp_path / "2" / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_kill_9_and_two_processes_end_in_the_bytes_of_one(tmp_path):
+    for index in range(30):
+        write(tmp_path / "in" / f"{index}.flac", np.tile(voice(index, 1.0, 48_000), 10), 48_000)
+    out, files = tmp_path / "out", tmp_path / "out.partial" / "files"
+    killed = subprocess.Popen(
+        command(tmp_path / "in", out, "--num-processes", "2"),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: len(list(files.glob("*.json"))) >= 5)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    wait_until(lambda: group_is_gone(killed.pid))
+    assert not out.exists()
+    num_done = len(list(files.glob("*.json")))
+    assert 5 <= num_done < 30
+    done = subprocess.run(command(tmp_path / "in", out, "--num-processes", "2"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "30 files" in done.stdout
+    assert done.stderr == ""
+    plain, recipe = vars(open_corpus(out, verify=True)), {"recipe": "folder"}
+    source = plain["description"]["source"] | recipe
+    recordings = [
+        Recording(tmp_path / "in" / name, split.name, name)
+        for split in plain["splits"].values()
+        for name in split.document_names
+    ]
+    prepare_audio(recordings, tmp_path / "one" / "out", settings=AudioSettings(), source=source)
+    assert contents(tmp_path / "one" / "out") == contents(out)
+
+
+@given(st.integers())
+def test_split_by_hash_follows_its_statement(number):
+    group = f"prompt é {number}"
+    assert split_by_hash(group, valid_percent=0.0, test_percent=0.0) == "train"
+    was = split_by_hash(group, valid_percent=10.0, test_percent=20.0)
+    assert split_by_hash(group, valid_percent=10.0, test_percent=20.0) == was
+    more = split_by_hash(group, valid_percent=30.0, test_percent=0.0)
+    assert (more == "valid") == (was in ("valid", "test"))
+
+
+def test_split_by_hash_is_stable_and_has_its_shares():
+    splits = [split_by_hash(f"prompt {index}", valid_percent=10.0, test_percent=20.0) for index in range(4000)]
+    assert splits.count("valid") == pytest.approx(400, abs=80)
+    assert splits.count("test") == pytest.approx(800, abs=110)
+    # sha256("a") begins ca97...: 79.14%
+    assert split_by_hash("a", valid_percent=79.0, test_percent=0.2) == "test"
+    assert split_by_hash("a", valid_percent=79.2, test_percent=0.2) == "valid"
+    for valid, test in ((-1.0, 5.0), (60.0, 40.0), (float("nan"), 1.0)):
+        with pytest.raises(UserError, match="percentages"):
+            split_by_hash("a", valid_percent=valid, test_percent=test)
