@@ -1,8 +1,5 @@
 """The contract of DESIGN's models, run over every entry of `TINY_MODELS` in float64 (equalities 1, 2 and 7, and what
-`interface.py` promises in prose).
-
-A model of `window_length` 1 has no windows: a chunk of any length is whole, and gradients cross all of it. Such models
-are cut at `window_of(model)` all the same.
+`interface.py` promises in prose). Document starts: `test_model_documents.py`.
 """
 
 import math
@@ -10,54 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from jaxtyping import Float, Int
+from model_cases import (
+    LANES,
+    VOCAB_SIZE,
+    assert_close,
+    assert_same_memory,
+    every_model,
+    every_transformer,
+    float64_model,
+    has_windows,
+    random_codes,
+    run_windows,
+    window_of,
+)
 from tiny import TINY_MODELS, as_module, tiny_model
 from torch import Tensor
 
 from ct_audio.errors import UserError
 from ct_audio.models import SequenceModel, model_names
 from ct_audio.models.memory import detach_memory, map_memory, named_tensors
-
-VOCAB_SIZE = 32
-LANES = 2
-
-every_model = pytest.mark.parametrize("name", TINY_MODELS)
-every_transformer = pytest.mark.parametrize("name", [name for name in TINY_MODELS if name != "wavenet"])
-
-
-def float64_model(name: str, **changes: Any) -> Any:
-    model = as_module(tiny_model(name, **changes)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():  # away from zeros and ones, so that every path matters
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def random_codes(length: int, *, seed: int = 0, lanes: int = LANES) -> Int[Tensor, "B T"]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCAB_SIZE, (lanes, length), generator=generator)
-
-
-def window_of(model: Any) -> int:
-    return model.window_length if has_windows(model) else 8
-
-
-def has_windows(model: Any) -> bool:
-    return model.window_length > 1
-
-
-def run_windows(
-    model: Any, codes: Int[Tensor, "B T"], memory: Any = None, starts: Tensor | None = None
-) -> tuple[Float[Tensor, "B T D"], Any]:
-    """One forward a window without gradients: features and the last memory."""
-    memory, parts = model.zero_memory(codes.shape[0]) if memory is None else memory, []
-    with torch.no_grad():
-        for begin in range(0, codes.shape[1], window_of(model)):
-            piece = slice(begin, begin + window_of(model))
-            piece_starts = None if starts is None else starts[:, piece]
-            features, memory, _ = model(codes[:, piece], memory, document_starts=piece_starts)
-            parts.append(features)
-    return torch.cat(parts, dim=1), memory
 
 
 def loss_of(model: Any, codes: Tensor, targets: Tensor, memory: Any) -> tuple[Tensor, Any]:
@@ -72,17 +40,6 @@ def gradients(model: Any) -> dict[str, Tensor]:
     assert not missing, f"no gradient at all: {missing}"
     model.zero_grad()
     return found
-
-
-def assert_same_memory(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
-    got, expected = dict(named_tensors(got)), dict(named_tensors(expected))
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
 def test_every_model_has_a_tiny_version() -> None:
@@ -290,72 +247,6 @@ def test_nan_from_a_code_stays_in_the_lane(name: str) -> None:
     for features in (by_window, chunk):
         assert features[0, window + 1 :].isnan().any()
         assert_close(features[1], clean[1])
-
-
-@every_model
-@pytest.mark.parametrize("in_one_chunk", [True, False], ids=["chunk", "windows"])
-def test_document_start_at_a_window_begins_a_fresh_stream(name: str, in_one_chunk: bool) -> None:
-    """Lane 0 begins documents at windows 2 and 3 of a warm stream, lane 1 goes on."""
-    model = float64_model(name)
-    window = window_of(model)
-    _, memory = run_windows(model, random_codes(3 * window, seed=1))
-    codes, begins = random_codes(6 * window), 3 * window
-    starts = torch.zeros_like(codes, dtype=torch.bool)
-    starts[0, 2 * window] = starts[0, begins] = True
-    if in_one_chunk:
-        with torch.no_grad():
-            features, last, _ = model(codes, memory, document_starts=starts)
-    else:
-        features, last = run_windows(model, codes, memory, starts)
-    fresh, fresh_last = run_windows(model, codes[:1, begins:])
-    going_on, going_on_last = run_windows(model, codes, memory)
-    assert_close(features[:1, begins:], fresh)
-    assert_close(features[0, 2 * window : begins], run_windows(model, codes[:1, 2 * window : begins])[0][0])
-    assert_close(features[1], going_on[1])
-    assert_close(features[0, : 2 * window], going_on[0, : 2 * window])
-    assert_same_memory(map_memory(lambda tensor: tensor[:1], last), fresh_last)
-    assert_same_memory(
-        map_memory(lambda tensor: tensor[1:], last), map_memory(lambda tensor: tensor[1:], going_on_last)
-    )
-
-
-@every_model
-@pytest.mark.parametrize("windows", [1, 3], ids=["early in the chunk", "in its last window"])
-def test_nothing_before_a_document_start_has_influence(name: str, windows: int) -> None:
-    """The document starts mid-window; all that came before, the memory too, is replaced. Exact, also windows later."""
-    model = float64_model(name)
-    window = window_of(model)
-    begins = (windows + 1) * window - 2
-    codes, others = random_codes(4 * window), random_codes(4 * window, seed=3)
-    others[:, begins:] = codes[:, begins:]
-    starts = torch.zeros_like(codes, dtype=torch.bool)
-    starts[:, begins] = True
-    _, memory = run_windows(model, random_codes(4 * window, seed=1))
-    _, other_memory = run_windows(model, random_codes(4 * window, seed=2))
-    later = random_codes(3 * window, seed=4)
-    with torch.no_grad():
-        first = model(codes, memory, document_starts=starts)
-        second = model(others, other_memory, document_starts=starts)
-        assert not torch.equal(first.features[:, begins - 1], second.features[:, begins - 1])
-        assert torch.equal(first.features[:, begins:], second.features[:, begins:])
-        assert_same_memory(second.memory, first.memory, tolerance=0)
-        assert torch.equal(model(later, first.memory).features, model(later, second.memory).features)
-        # Before its next start or the end of the range, the document does see its own codes.
-        others[:, begins] = (others[:, begins] + 7) % VOCAB_SIZE
-        third = model(others, other_memory, document_starts=starts)
-    assert not torch.equal(third.features[:, begins + 1], second.features[:, begins + 1])
-
-
-@every_model
-def test_no_document_start_is_a_continuous_stream(name: str) -> None:
-    model = float64_model(name)
-    codes = random_codes(5 * window_of(model))
-    nowhere = torch.zeros_like(codes, dtype=torch.bool)
-    with torch.no_grad():
-        continuous = model(codes, model.zero_memory(LANES))
-        masked = model(codes, model.zero_memory(LANES), document_starts=nowhere)
-    assert_close(masked.features, continuous.features)
-    assert_same_memory(masked.memory, continuous.memory)
 
 
 @every_model

@@ -1,0 +1,67 @@
+"""What the contract tests of the models share: float64 models, codes, running window by window, comparing.
+
+A model of `window_length` 1 has no windows: a chunk of any length is whole, and gradients cross all of it. Such models
+are cut at `window_of(model)` all the same.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import Float, Int
+from tiny import TINY_MODELS, as_module, tiny_model
+from torch import Tensor
+
+from ct_audio.models.memory import named_tensors
+
+VOCAB_SIZE = 32
+LANES = 2
+
+every_model = pytest.mark.parametrize("name", TINY_MODELS)
+every_transformer = pytest.mark.parametrize("name", [name for name in TINY_MODELS if name != "wavenet"])
+
+
+def float64_model(name: str, **changes: Any) -> Any:
+    model = as_module(tiny_model(name, **changes)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from zeros and ones, so that every path matters
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def random_codes(length: int, *, seed: int = 0) -> Int[Tensor, "B T"]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB_SIZE, (LANES, length), generator=generator)
+
+
+def window_of(model: Any) -> int:
+    return model.window_length if has_windows(model) else 8
+
+
+def has_windows(model: Any) -> bool:
+    return model.window_length > 1
+
+
+def run_windows(
+    model: Any, codes: Int[Tensor, "B T"], memory: Any = None, starts: Tensor | None = None
+) -> tuple[Float[Tensor, "B T D"], Any]:
+    """One forward a window without gradients: features and the last memory."""
+    memory, parts = model.zero_memory(codes.shape[0]) if memory is None else memory, []
+    with torch.no_grad():
+        for begin in range(0, codes.shape[1], window_of(model)):
+            piece = slice(begin, begin + window_of(model))
+            piece_starts = None if starts is None else starts[:, piece]
+            features, memory, _ = model(codes[:, piece], memory, document_starts=piece_starts)
+            parts.append(features)
+    return torch.cat(parts, dim=1), memory
+
+
+def assert_same_memory(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    got, expected = dict(named_tensors(got)), dict(named_tensors(expected))
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
