@@ -179,7 +179,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if "${" in text:
         raise UserError(f"{path}: interpolation (`${{`) is not supported; write the value itself")
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
+        plain: Any = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(plain, dict):

@@ -150,9 +150,10 @@ def test_rotation_turns_a_distance_into_two_positions() -> None:
 
 def test_content_attention_ignores_invalid_rows() -> None:
     case = make_case("lanes_with_invalid_rows", torch.float64, seed=6)
-    arguments = [case["content_query"], case["keys"], case["values"]]
+    query, keys, values = case["content_query"], case["keys"], case["values"]
     mask = additive_mask(torch.arange(20) >= torch.tensor([0, 5, 12])[:, None], torch.float64)[:, None, None]
-    attended = content_attention(*arguments, mask)
+    attended = content_attention(query, keys, values, mask)
     for n, first in enumerate([0, 5, 12]):
-        alone = content_attention(*(a[n : n + 1, :, first if i else 0 :] for i, a in enumerate(arguments)), None)
+        lane = slice(n, n + 1)
+        alone = content_attention(query[lane], keys[lane, :, first:], values[lane, :, first:], None)
         assert (attended[n : n + 1] - alone).abs().max() <= 1e-12

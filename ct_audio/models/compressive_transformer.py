@@ -19,7 +19,16 @@ from ct_audio.models.compressive_layer import CompressiveLayer, Config, check_wh
 from ct_audio.models.interface import ModelOutput
 from ct_audio.models.layers import linear
 from ct_audio.models.memory import Memory, map_memory, push
-from ct_audio.models.windows import Geometry, LayerMemory, View, key_positions, layer_memory, make_view, remember
+from ct_audio.models.windows import (
+    Geometry,
+    LayerMemory,
+    View,
+    join_layers,
+    key_positions,
+    layer_memory,
+    make_view,
+    remember,
+)
 
 
 class StepState(NamedTuple):
@@ -213,7 +222,7 @@ class CompressiveTransformer(nn.Module):
             remembered.append(after)
             if loss is not None:
                 losses[f"attention_reconstruction/layer_{index:02d}"] = loss
-        memory = Memory(*(tuple(part) for part in zip(*remembered, strict=True)))
+        memory = join_layers(remembered)
         return ModelOutput(self.final_norm(rows), memory, losses), memory, inputs
 
     def _geometry(self, memory: LayerMemory, index: int, window_length: int) -> Geometry:
@@ -229,7 +238,7 @@ class CompressiveTransformer(nn.Module):
             old_memory, next_memory = push(memory.memory, rows)
             compressed = None if layer.compression is None else layer.compression(old_memory)
             remembered.append(remember(memory, next_memory, compressed, view))
-        return Memory(*(tuple(part) for part in zip(*remembered, strict=True)))
+        return join_layers(remembered)
 
     def _cache(self, memory: Memory, inputs: tuple[Tensor, ...], position: int) -> StepState:
         """Project every visible row once; rows of the window that are not known yet are overwritten by `step`."""

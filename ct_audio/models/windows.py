@@ -40,10 +40,12 @@ class Geometry(NamedTuple):
 
 
 class LayerMemory(NamedTuple):
-    memory: Tensor
-    compressed_memory: Tensor
-    memory_valid: Tensor
-    compressed_memory_valid: Tensor
+    """One layer's part of a `Memory`; see there."""
+
+    memory: Float[Tensor, "B M D"]
+    compressed_memory: Float[Tensor, "B K D"]
+    memory_valid: Int[Tensor, "B"]
+    compressed_memory_valid: Int[Tensor, "B"]
 
 
 class Documents(NamedTuple):
@@ -61,7 +63,13 @@ class Documents(NamedTuple):
 
 
 class View(NamedTuple):
-    """What all layers of one geometry share in one forward pass; `documents` is None where all rows are valid."""
+    """What all layers of one geometry share in one forward pass.
+
+    Attributes:
+        mask: additive, [T, S] for all windows, or [B W, 1, T, S] where some row is not valid or a document starts.
+        documents: None where all rows are valid.
+        query_positions, key_positions: [T] and [S], in codes, relative to the window's first code.
+    """
 
     geometry: Geometry
     mask: Tensor
@@ -144,10 +152,18 @@ def keep_valid(
 
 
 def layer_memory(memory: Memory, index: int) -> LayerMemory:
+    """The part of a memory that belongs to one layer."""
     return LayerMemory(*(part[index] for part in memory[:4]))
 
 
+def join_layers(layers: list[LayerMemory]) -> Memory:
+    """The memory of all layers; the inverse of `layer_memory`."""
+    rows, compressed, valid, compressed_valid = zip(*layers, strict=True)
+    return Memory(rows, compressed, valid, compressed_valid)
+
+
 def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_starts: Tensor | None) -> View:
+    """What the windows of a chunk of `num_codes` may see, and where their rows stand."""
     rows = memory.memory
     steady = document_starts is None and bool(
         (memory.memory_valid == geometry.memory_length).all()
