@@ -75,7 +75,11 @@ class CompressiveTransformer(nn.Module):
 
     @property
     def temporal_range(self) -> int:
-        """Sum over layers of n_m + c_l n_cm, in codes (paper, section 3)."""
+        """Sum over layers of n_m + c_l n_cm, in codes (paper, section 3).
+
+        Exact where each layer's part is a whole number of windows; otherwise the farthest code is a little farther, as
+        a row in the middle of its window looks back from that window's start.
+        """
         config = self.config
         return sum(config.memory_length + rate * config.compressed_memory_length for rate in config.compression_rates)
 
