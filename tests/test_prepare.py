@@ -67,8 +67,8 @@ def test_the_corpus_is_what_a_plain_loop_makes(tmp_path):
 
 
 def test_the_report_states_levels_and_counts(tmp_path):
-    square = np.tile(np.repeat(np.float32([0.5, -0.5]), 50), 60)
-    loud = np.tile(np.repeat(np.float32([1.0, -1.0]), 50), 60)
+    square = np.tile(np.repeat(np.array([0.5, -0.5], np.float32), 50), 60)
+    loud = np.tile(np.repeat(np.array([1.0, -1.0], np.float32), 50), 60)
     write(tmp_path / "a.wav", square, subtype="FLOAT")
     write(tmp_path / "b.wav", loud, subtype="FLOAT")
     names = [Recording(tmp_path / f"{name}.wav", "train", name) for name in "ab"]
@@ -154,7 +154,7 @@ def test_nothing_usable_is_an_error_whatever_is_allowed(tmp_path):
 
 
 def test_gain_and_trimming():
-    pause = np.full(24_000, 1e-4, np.float32) * np.float32([1, -1] * 12_000)
+    pause = np.full(24_000, 1e-4, np.float32) * np.array([1, -1] * 12_000, np.float32)
     speech = voice(1, 1.0)
     waveform = np.concatenate([pause, speech, pause])
     kept = prepare_waveform(waveform, 24_000, AudioSettings())
