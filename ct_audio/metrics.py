@@ -112,10 +112,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def spectrogram_figure(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Figure:
-    """Waveform over its spectrogram (Hann windows of 1024 samples, hop 256, decibels below full scale)."""
+    """Waveform over its spectrogram (Hann windows of 1024 samples, hop 256, decibels; 0 is a sine of full scale)."""
     samples = torch.from_numpy(waveform).float()
     padded = torch.nn.functional.pad(samples, (0, max(0, 1024 - len(samples))))
-    spectrum = torch.stft(padded, 1024, 256, window=torch.hann_window(1024), return_complex=True).abs() / 512
+    spectrum = torch.stft(padded, 1024, 256, window=torch.hann_window(1024), return_complex=True).abs() / 256
     figure = Figure(figsize=(8, 4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     seconds = len(padded) / sample_rate_hz

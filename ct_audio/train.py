@@ -77,11 +77,11 @@ def _loop(session: Session) -> int:
                 set_learning_rate(optimizer, learning_rate(step, config.optim))
                 optimizer.step()
                 optimizer.zero_grad()
-                progress.add({"updates": 1, **{f"gradient_norm/{group}": norm for group, norm in norms.items()}})
+                progress.add({"updates": 1.0, **{f"gradient_norm/{group}": norm for group, norm in norms.items()}})
             progress.step = step + 1
             seconds = time.perf_counter() - step_began
             progress.training_seconds += seconds
-            progress.add({"steps": 1, "seconds": seconds})
+            progress.add({"steps": 1.0, "seconds": seconds})
             bar.update()
             if progress.is_due("log", config.train.log_every_steps, num_steps):
                 _log(session, bar)

@@ -1,0 +1,329 @@
+"""Checkpoints: exact, atomic at every instant, and one clear error for everything that does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY_MODELS, as_module
+from tiny_runs import checkpoint_tensors, tiny_run
+
+from ct_audio import checkpoint as checkpoint_module
+from ct_audio.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_run_model,
+    read_state,
+    save_checkpoint,
+    split_memory,
+)
+from ct_audio.config import RunConfig
+from ct_audio.distributed import World
+from ct_audio.errors import UserError
+from ct_audio.models import SequenceModel, build_model
+from ct_audio.models.memory import detach_memory, named_tensors
+from ct_audio.optim import make_optimizer
+
+
+class Trained:
+    """A model after two updates, with optimizer state and memory of two lanes."""
+
+    def __init__(self, config: RunConfig, num_updates: int = 2) -> None:
+        self.config = config
+        self.model: SequenceModel = build_model(config)
+        as_module(self.model).double()
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self.memory: Any = self.model.zero_memory(2)
+        for _ in range(num_updates):
+            codes = torch.randint(256, (2, 16))
+            output = self.model(codes, self.memory)
+            loss = self.model.nll(output.features, codes).mean() + sum(output.auxiliary_losses.values())
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.memory = detach_memory(output.memory)
+
+    def save(self, step: int, *, is_best: bool = False) -> None:
+        save_checkpoint(
+            self.config.run_dir,
+            config=self.config,
+            model=self.model,
+            optimizer=self.optimizer,
+            memories=split_memory(self.memory, 2, 2),
+            state={"step": step},
+            world=World(),
+            is_best=is_best,
+        )
+
+    def load(self, which: str = "last", *, num_micro_batches: int = 1) -> dict[str, Any]:
+        path = find_checkpoint(self.config.run_dir, which)
+        assert path is not None
+        memories, state = load_checkpoint(
+            path,
+            model=self.model,
+            optimizer=self.optimizer,
+            num_lanes=2,
+            num_micro_batches=num_micro_batches,
+            world=World(),
+        )
+        assert len(memories) == num_micro_batches
+        self.memory = memories[0]
+        return state
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found = dict(as_module(self.model).state_dict()) | {f"memory/{n}": t for n, t in named_tensors(self.memory)}
+        for name, parameter in self.model.named_parameters():
+            found |= {f"{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return found
+
+
+@pytest.mark.parametrize("model", ["compressive_transformer", "transformer_xl", "wavenet"])
+def test_everything_comes_back_bit_for_bit(tmp_path: Path, model: str):
+    trained = Trained(tiny_run(tmp_path, model))
+    trained.save(7)
+    expected_draw = torch.rand(3)
+    other = Trained(trained.config, num_updates=1)
+    assert other.load()["step"] == 7
+    assert torch.equal(torch.rand(3), expected_draw)
+    expected, found = trained.tensors(), other.tensors()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_lanes_may_be_split_otherwise_on_resume(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path))
+    trained.save(7)
+    other = Trained(trained.config, num_updates=1)
+    other.load(num_micro_batches=2)
+    first_lane = dict(named_tensors(split_memory(trained.memory, 2, 2)[0]))
+    assert all(torch.equal(tensor, first_lane[name]) for name, tensor in named_tensors(other.memory))
+
+
+def test_optimizer_tensors_carry_the_names_of_parameters(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path))
+    trained.save(7)
+    names = {name for name, _ in trained.model.named_parameters()}
+    stored = load_file(trained.config.run_dir / "checkpoints/last/training.safetensors")
+    assert stored.keys() == {f"{name}/{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert (
+        load_file(trained.config.run_dir / "checkpoints/last/memory-rank0.safetensors")["rng/cpu"].dtype == torch.uint8
+    )
+
+
+def test_best_and_last_are_kept_and_nothing_else(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path))
+    for step in range(1, 5):
+        trained.save(step, is_best=step == 2)
+    root = trained.config.run_dir / "checkpoints"
+    assert sorted(p.name for p in root.iterdir()) == ["best", "last", "step_00000002", "step_00000004"]
+    assert [read_state(root / which)["step"] for which in ("best", "last")] == [2, 4]
+    assert load_run_model(trained.config.run_dir).step == 2
+    assert load_run_model(trained.config.run_dir, which="last").step == 4
+
+
+def test_a_step_saved_twice_replaces_itself(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path))
+    trained.save(3)
+    trained.save(3, is_best=True)
+    names = sorted(p.name for p in (trained.config.run_dir / "checkpoints").iterdir())
+    assert names == ["best", "last", "step_00000003-2"]
+
+
+def test_links_that_became_directories_in_a_copy(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path))
+    trained.save(3)
+    root = trained.config.run_dir / "checkpoints"
+    copy = root.with_name("copy")
+    shutil.copytree(root, copy)
+    shutil.rmtree(root)
+    copy.rename(root)
+    assert load_run_model(trained.config.run_dir, which="last").step == 3
+    trained.save(4)
+    assert load_run_model(trained.config.run_dir, which="last").step == 4
+
+
+class Killed(BaseException):
+    """Stands for a process that ends here."""
+
+
+def test_a_kill_at_any_instant_leaves_a_loadable_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every operation on the file system is once the last one that happens."""
+    trained = Trained(tiny_run(tmp_path), num_updates=1)
+    root = trained.config.run_dir / "checkpoints"
+    trained.save(1, is_best=True)
+    remaining = 0
+
+    def counted(function):
+        def operation(*args, **kwargs):
+            nonlocal remaining
+            if remaining == 0:
+                raise Killed
+            remaining -= 1
+            return function(*args, **kwargs)
+
+        return operation
+
+    patches = [
+        (Path, "mkdir"),
+        (Path, "rename"),
+        (Path, "replace"),
+        (Path, "symlink_to"),
+        (Path, "unlink"),
+        (Path, "open"),
+        (shutil, "rmtree"),
+        (checkpoint_module.os, "fsync"),
+        (checkpoint_module, "save_file"),
+    ]
+    outcomes, operations = [], 0
+    while True:
+        with monkeypatch.context() as patch:
+            for owner, name in patches:
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            remaining = operations
+            try:
+                trained.save(operations + 2)
+                finished = True
+            except Killed:
+                finished = False
+        state = read_state(root / "last")
+        assert state["step"] in {operations + 2, *outcomes[-1:], 1}
+        assert read_state(root / "best")["step"] == 1
+        outcomes.append(state["step"])
+        if finished:
+            break
+        operations += 1
+    assert operations > 20
+    assert outcomes[-1] == operations + 2
+    assert len(set(outcomes)) > 2  # some kills came after the switch
+    assert len(list(root.glob("step_*"))) == 2
+    assert not list(root.glob("writing-*"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "memory-rank0.safetensors"])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+def test_damaged_files_are_named(tmp_path: Path, file: str, damage):
+    trained = Trained(tiny_run(tmp_path), num_updates=1)
+    trained.save(3)
+    damage(trained.config.run_dir / "checkpoints" / "last" / file)
+    with pytest.raises(UserError, match=file):
+        trained.load()
+    with pytest.raises(UserError, match=file):
+        load_run_model(trained.config.run_dir)
+
+
+def rewrite(checkpoint: Path, file: str, **changes: torch.Tensor | None) -> None:
+    """Change tensors of a file, and its entry in state.json."""
+    tensors = load_file(checkpoint / file)
+    for name, tensor in changes.items():
+        assert name in tensors
+        tensors[name] = tensor if tensor is not None else tensors.pop(name)
+        if tensor is None:
+            del tensors[name]
+    save_file(tensors, checkpoint / file)
+    state = json.loads((checkpoint / "state.json").read_text())
+    path = checkpoint / file
+    state["files"][file] = {"bytes": path.stat().st_size, "sha256": checkpoint_module._sha256(path)}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "memory-rank0.safetensors"])
+@pytest.mark.parametrize("how", ["shape", "dtype", "missing"])
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path, file: str, how: str):
+    trained = Trained(tiny_run(tmp_path), num_updates=1)
+    trained.save(3)
+    checkpoint = trained.config.run_dir / "checkpoints" / "last"
+    names = [
+        name for name in load_file(checkpoint / file) if not name.startswith("rng/") and not name.endswith("/step")
+    ]
+    tensor = load_file(checkpoint / file)[names[0]]
+    changed = {"shape": torch.cat([tensor, tensor]), "dtype": tensor.half(), "missing": None}[how]
+    rewrite(checkpoint, file, **{names[0]: changed})
+    with pytest.raises(UserError, match=names[0].removeprefix("memory/")):
+        trained.load()
+
+
+def test_state_that_is_no_state(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path), num_updates=1)
+    trained.save(3)
+    (trained.config.run_dir / "checkpoints/last/state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json"):
+        trained.load()
+    (trained.config.run_dir / "checkpoints/last/state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"expected state\.json of ct_audio checkpoint, version 1"):
+        trained.load()
+
+
+def test_another_number_of_processes(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path), num_updates=1)
+    trained.save(3)
+    path = find_checkpoint(trained.config.run_dir, "last")
+    assert path is not None
+    with pytest.raises(UserError, match="is of 1 processes, this session has 2"):
+        load_checkpoint(
+            path,
+            model=trained.model,
+            optimizer=trained.optimizer,
+            num_lanes=1,
+            num_micro_batches=1,
+            world=World(0, 2, 0),
+        )
+
+
+def test_a_full_disk_keeps_the_checkpoint_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained = Trained(tiny_run(tmp_path), num_updates=1)
+    trained.save(3)
+
+    def fail(*_args: Any) -> None:
+        raise checkpoint_module.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        trained.save(4)
+    assert trained.load()["step"] == 3
+    assert not list((trained.config.run_dir / "checkpoints").glob("writing-*"))
+
+
+def test_loaded_model_is_the_saved_one(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path, model__dropout=0.1))
+    trained.save(5)
+    loaded = load_run_model(trained.config.run_dir)
+    assert loaded.config == trained.config
+    assert not as_module(loaded.model).training
+    expected = as_module(trained.model).state_dict()
+    found = as_module(loaded.model).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert expected.keys() == found.keys()
+    with pytest.raises(UserError, match="no checkpoint 'last'"):
+        load_run_model(tmp_path / "nothing", which="last")
+
+
+def test_tied_parameters_are_stored_once(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path), num_updates=1)
+    module = as_module(trained.model)
+    name, parameter = next(iter(module.named_parameters()))
+    module.register_parameter("tied", parameter)
+    trained.save(3)
+    tensors = checkpoint_tensors(trained.config)
+    assert len({f"model.safetensors:{one}" for one in (name, "tied")} & tensors.keys()) == 1
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.zero_()
+    trained.load()
+    assert torch.equal(parameter, before)
+
+
+def test_tiny_models_cover_what_is_tested_here():
+    assert {"compressive_transformer", "transformer_xl", "wavenet"} <= TINY_MODELS.keys()

@@ -1,0 +1,129 @@
+"""Configuration: what is wrong is named, with what is allowed; what is right goes round."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ct_audio.config import RunConfig, config_from_dict, config_to_dict, config_to_yaml, load_config
+from ct_audio.errors import UserError
+
+YAML = """
+name: test
+data: {corpus: somewhere, chunk_length: 32, num_lanes: 4}
+model: {name: compressive_transformer, num_layers: 3, width: 16, num_heads: 2, feedforward_width: 24,
+  position_width: 4, window_length: 8, memory_length: 8, compressed_memory_length: 4, compression_rate: 2}
+optim: {update_period: {0: 1, 60000: 4}}
+"""
+
+
+def load(tmp_path: Path, *overrides: str, text: str = YAML) -> RunConfig:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def test_values_defaults_and_overrides(tmp_path: Path):
+    config = load(tmp_path, "train.num_steps=7", "optim.peak_learning_rate=1e-3", "runs_dir=elsewhere", "name=other")
+    assert (config.name, config.data.num_lanes, config.model.width) == ("other", 4, 16)
+    assert (config.train.num_steps, config.train.seed, config.optim.peak_learning_rate) == (7, 0, 1e-3)
+    assert config.run_dir == Path("elsewhere/other")
+
+
+def test_round_trip(tmp_path: Path):
+    config = load(tmp_path, "data.reset_memory_at_document=true", "train.precision=float64")
+    assert config_from_dict(config_to_dict(config)) == config
+    assert load(tmp_path, text=config_to_yaml(config)) == config
+
+
+def test_another_model_brings_its_own_keys(tmp_path: Path):
+    config = load(tmp_path, "model={name: wavenet, num_layers: 4, width: 8}")
+    assert (config.model.name, config.model.num_layers) == ("wavenet", 4)
+    with pytest.raises(UserError, match=r"unknown key model\.num_heads"):
+        load(tmp_path, "model.name=wavenet")
+
+
+def test_update_period_replaces_and_never_merges(tmp_path: Path):
+    assert load(tmp_path).optim.update_period == {0: 1, 60000: 4}
+    assert load(tmp_path, "optim.update_period={0: 2}").optim.update_period == {0: 2}
+    assert load(tmp_path, "optim.update_period={0: 8, 10: 1}").optim.update_period == {0: 8, 10: 1}
+    without = YAML.replace("optim: {update_period: {0: 1, 60000: 4}}", "")
+    assert load(tmp_path, text=without).optim.update_period == {0: 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.num_stesp=3", r"unknown key train\.num_stesp; did you mean num_steps\? Allowed: .*num_steps"),
+        ("optm.beta1=0.5", "unknown key 'optm'; did you mean optim"),
+        ("model.widht=3", r"unknown key model\.widht; did you mean width"),
+        ("model.name=transformer_xxl", "there is no model 'transformer_xxl'; expected one of .*wavenet"),
+        ("model=3", r"expected model\.name"),
+        ("train.num_steps=many", r"train\.num_steps: .*expected int, got 'many'"),
+        ("train.num_steps=1.5", r"train\.num_steps: .*expected int"),
+        ("train.num_steps=true", r"train\.num_steps: expected int, got True"),
+        ("train.num_steps=null", r"train\.num_steps"),
+        ("data.reset_memory_at_document=7up", r"data\.reset_memory_at_document: .*expected bool"),
+        ("optim.update_period=4", r"optim\.update_period: .*expected dict\[int, int\], got 4"),
+        ("optim.update_period={a: 1}", r"optim\.update_period"),
+        ("train={a: 1}", r"unknown key train\.a"),
+        ("train=[1]", "train: expected a mapping of keys"),
+        ("train.device=gpu", r"train\.device: .*cuda"),
+        ("train.precision=float16", r"train\.precision: .*bfloat16"),
+        ("name=[a]", "name: expected a string"),
+        ("name=a/b", "name: expected a plain directory name"),
+        ("name=..", "name: expected a plain directory name"),
+        ("train.num_steps", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("name=${oc.env:HOME}", "interpolation .* is not supported"),
+        ("train.num_steps={", "not valid YAML"),
+        ("name.a=1", "name is not a group of keys"),
+        ("data.num_lanes=0", r"data\.num_lanes: expected a number above 0, got 0"),
+        ("train.seed=-1", r"train\.seed: expected a number of at least 0"),
+        ("optim.beta2=1", r"optim\.beta2: expected a number in \[0, 1\)"),
+        ("optim.update_period={5: 1}", r"optim\.update_period: expected .* with step 0"),
+        ("optim.update_period={0: 0}", r"optim\.update_period: expected .* periods of at least 1"),
+        ("optim.peak_learning_rate=.nan", r"optim\.peak_learning_rate: expected a number above 0"),
+        (
+            "data.chunk_length=33",
+            r"data\.chunk_length = 33 is not a whole number of windows of model\.window_length = 8",
+        ),
+        ("train.num_micro_batches=3", r"data\.num_lanes = 4 is not divisible by train\.num_micro_batches = 3"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, override: str, message: str):
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"expected model\.name"),
+        ("- a\n- b\n", "expected a mapping of keys at the top level"),
+        ("a: b: c", "not valid YAML"),
+        (YAML.replace("somewhere", "${HOME}"), "interpolation"),
+        (YAML.replace("corpus: somewhere, ", ""), r"data\.corpus is missing; expected str"),
+        (YAML.replace("name: test", ""), "expected name"),
+        (YAML + "extra: 1\n", "unknown key 'extra'"),
+    ],
+)
+def test_files_that_are_wrong(tmp_path: Path, text: str, message: str):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text=text)
+
+
+def test_files_that_are_not_there_or_no_text(tmp_path: Path):
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        load_config(tmp_path / "nothing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot read the configuration"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_configurations_are_frozen(tmp_path: Path):
+    config: Any = load(tmp_path)
+    for section in (config, config.data, config.model, config.optim, config.train):
+        with pytest.raises(AttributeError):
+            section.name = "changed"

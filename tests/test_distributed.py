@@ -1,0 +1,174 @@
+"""Equality 6: two processes under torchrun are one process with both lanes; and what one rank has, all learn."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import checkpoint_state, tiny_run
+
+from ct_audio.config import RunConfig, config_to_yaml
+from ct_audio.distributed import World, all_gather, all_reduce_sum, choose_device, distributed_world, on_first_rank
+from ct_audio.errors import UserError
+from ct_audio.metrics import read_metrics
+from ct_audio.train import train
+
+ROOT = Path(__file__).parents[1]
+CHANGES = {
+    "optim__update_period": {0: 1, 3: 2},
+    "train__num_steps": 9,
+    "train__log_every_steps": 3,
+    "data__num_lanes": 4,
+}
+
+
+def torchrun(config: RunConfig, script: Path = ROOT / "tools" / "train.py") -> subprocess.CompletedProcess[str]:
+    """Two processes of the training tool, or of another script that takes a YAML."""
+    config.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    path = config.run_dir.parent / f"{config.name}.yaml"
+    path.write_text(config_to_yaml(config))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=110, env=environment)
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one_with_all_lanes(tmp_path: Path):
+    """Four lanes in two micro-batches; updates every step, then every second one (without synchronisation between)."""
+    one, two = tiny_run(tmp_path, name="one", **CHANGES), tiny_run(tmp_path, name="two", **CHANGES)
+    assert train(one) == 0
+    result = torchrun(two)
+    assert result.returncode == 0, result.stderr
+    paths = [config.run_dir / "checkpoints" / "last" for config in (one, two)]
+    weights = [load_file(path / "model.safetensors") for path in paths]
+    moments = [load_file(path / "training.safetensors") for path in paths]
+    assert largest_difference(*weights) < 1e-10
+    assert largest_difference(*moments) < 1e-10
+    whole, *ranks = (
+        {name: t for name, t in load_file(path / file).items() if name.startswith("memory/")}
+        for path, file in [(paths[0], "memory-rank0"), (paths[1], "memory-rank0"), (paths[1], "memory-rank1")]
+        for file in [f"{file}.safetensors"]
+    )
+    assert largest_difference(whole, {name: torch.cat([rank[name] for rank in ranks]) for name in whole}) < 1e-10
+    assert checkpoint_state(one)["stream"] == checkpoint_state(two)["stream"]
+    tags = ["nll/train_nats", "nll/valid_nats", "gradient_norm/model", "attention_reconstruction/layer_00"]
+    for tag in tags:
+        curves = [[line[tag] for line in read_metrics(config.run_dir) if tag in line] for config in (one, two)]
+        assert len(curves[0]) == 3
+        assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_nan_on_one_rank_ends_both_and_is_named(tmp_path: Path):
+    script = tmp_path / "poisoned.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import math, os, sys
+            from ct_audio.cli import run_tool
+            from ct_audio.config import load_config
+            from ct_audio.session import ChunkLoss
+            from ct_audio.train import train
+
+            original, calls = ChunkLoss.forward, [0]
+
+            def forward(self, *arguments):
+                nll, memory, auxiliary = original(self, *arguments)
+                calls[0] += 1
+                if os.environ["RANK"] == "1" and calls[0] == 5:
+                    nll = nll * math.nan
+                return nll, memory, auxiliary
+
+            ChunkLoss.forward = forward
+            sys.exit(run_tool(lambda: train(load_config(sys.argv[1]))))
+            """
+        )
+    )
+    config = tiny_run(tmp_path, **CHANGES)
+    result = torchrun(config, script)
+    assert result.returncode != 0
+    assert "error: step 5: the loss is nan in lane 2, corpus position 564 of the train split" in result.stderr
+    assert checkpoint_state(config)["step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_signal_to_one_rank_saves_on_both(tmp_path: Path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, signal, sys
+            from ct_audio.cli import run_tool
+            from ct_audio.config import load_config
+            from ct_audio.session import ChunkLoss
+            from ct_audio.train import train
+
+            original, calls = ChunkLoss.forward, [0]
+
+            def forward(self, *arguments):
+                calls[0] += 1
+                if os.environ["RANK"] == "1" and calls[0] == 4:  # the first of the steps 4 and 5 of an update
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return original(self, *arguments)
+
+            ChunkLoss.forward = forward
+            status = run_tool(lambda: train(load_config(sys.argv[1])))
+            print(f"rank {os.environ['RANK']} status {status}", flush=True)
+            """
+        )
+    )
+    changes = CHANGES | {"train__checkpoint_every_steps": 100}
+    config, straight = tiny_run(tmp_path, **changes), tiny_run(tmp_path, name="straight", **changes)
+    result = torchrun(config, script)
+    assert result.returncode == 0, result.stderr
+    assert "rank 0 status 138" in result.stdout
+    assert "rank 1 status 138" in result.stdout
+    assert checkpoint_state(config)["step"] == 5
+    for run in (config, straight):
+        result = torchrun(run)
+        assert result.returncode == 0, result.stderr
+    for file in ("model", "training", "memory-rank0", "memory-rank1"):
+        left, right = (load_file(c.run_dir / f"checkpoints/last/{file}.safetensors") for c in (config, straight))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_three_kills_do_no_harm(processes: int):
+    """A short form of tools/kill_test.py."""
+    command = ["--kills", "3", "--steps", "60", "--processes", str(processes), "--seed", "1"]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "kill_test.py"), *command], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 tensors differ" in result.stdout
+
+
+def test_alone_the_collectives_do_nothing():
+    with distributed_world() as world:
+        assert world == World(rank=0, world_size=1, local_rank=0)
+        assert world.is_first
+        assert torch.equal(all_reduce_sum(torch.ones(2)), torch.ones(2))
+        assert all_gather("a") == ["a"]
+        assert on_first_rank(lambda: 7) == 7
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"write train\.device=cpu"):
+            choose_device("cuda")

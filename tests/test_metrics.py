@@ -1,0 +1,114 @@
+"""Event files and metrics.jsonl: what is written, and what is left after a resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ct_audio.metrics import MetricsWriter, memory_use_mib, read_metrics, spectrogram_figure
+
+
+def events(run_dir: Path) -> EventAccumulator:
+    """What TensorBoard shows of a run."""
+    accumulator = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "audio": 0, "images": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def points(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    """A curve."""
+    return [(event.step, pytest.approx(event.value)) for event in events(run_dir).Scalars(tag)]
+
+
+def write_steps(run_dir: Path, steps: range, **options: Any) -> None:
+    """Every step is 10 seconds of audio."""
+    writer = MetricsWriter(run_dir, **options)
+    for step in steps:
+        values = {"nll/train_nats": step / 2, "optim/learning_rate": 0.1}
+        writer.scalars(values, step=step, wall_seconds=step * 1.5, audio_seconds=10.0 * step)
+    writer.close()
+
+
+def test_scalars_over_steps_and_over_audio_and_as_lines(tmp_path: Path):
+    write_steps(tmp_path, range(1, 4))
+    assert points(tmp_path, "nll/train_nats") == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert points(tmp_path, "nll_by_audio/train_nats") == [(10, 0.5), (20, 1.0), (30, 1.5)]
+    assert set(events(tmp_path).Tags()["scalars"]) == {
+        "nll/train_nats",
+        "nll_by_audio/train_nats",
+        "optim/learning_rate",
+    }
+    assert read_metrics(tmp_path)[1] == {
+        "step": 2,
+        "wall_seconds": 3.0,
+        "audio_seconds": 20.0,
+        "nll/train_nats": 1.0,
+        "optim/learning_rate": 0.1,
+    }
+
+
+def test_resume_cuts_both_at_the_step_of_the_checkpoint(tmp_path: Path):
+    write_steps(tmp_path, range(1, 9))
+    write_steps(tmp_path, range(5, 7), step=4, audio_seconds=40.0)
+    steps = [(step, step / 2) for step in range(1, 7)]
+    assert points(tmp_path, "nll/train_nats") == steps
+    assert points(tmp_path, "nll_by_audio/train_nats") == [(10 * step, value) for step, value in steps]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_kill_has_cut_off_is_dropped(tmp_path: Path):
+    write_steps(tmp_path, range(1, 5))
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 2, "wall')
+    [path] = tmp_path.glob("events.*")
+    path.write_bytes(path.read_bytes()[:-5])
+    assert len(read_metrics(tmp_path)) == 4
+    write_steps(tmp_path, range(4, 6), step=3, audio_seconds=30.0)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert points(tmp_path, "nll/train_nats") == [(step, step / 2) for step in range(1, 6)]
+
+
+def test_sound_figure_text_and_hyperparameters_stay_in_one_run(tmp_path: Path):
+    writer = MetricsWriter(tmp_path)
+    waveform = 0.5 * np.sin(0.2 * np.arange(3000)).astype(np.float32)
+    writer.audio("sample/0", waveform, step=5, sample_rate_hz=24_000)
+    writer.figure("sample_spectrogram/0", spectrogram_figure(waveform, 24_000), step=5)
+    writer.text("config", "a: 1\nb: 2")
+    writer.hyperparameters({"model.width": 4, "optim.update_period": {0: 1}}, ["nll/valid_nats"])
+    writer.flush()
+    writer.close()
+    found = events(tmp_path)
+    [sound] = found.Audio("sample/0")
+    assert (sound.step, sound.sample_rate, sound.encoded_audio_string[:4]) == (5, 24_000, b"RIFF")
+    assert found.Images("sample_spectrogram/0")[0].width > 100
+    assert b"    a: 1\n    b: 2" in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    assert {"_hparams_/experiment", "_hparams_/session_start_info"} <= found.summary_metadata.keys()
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_other_ranks_write_nothing(tmp_path: Path):
+    write_steps(tmp_path / "run", range(1, 4), enabled=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_has_no_curve_over_audio(tmp_path: Path):
+    writer = MetricsWriter(tmp_path)
+    writer.scalars({"nll/train_nats": 1.0}, step=1, wall_seconds=1.0)
+    writer.close()
+    assert events(tmp_path).Tags()["scalars"] == ["nll/train_nats"]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["audio_seconds"] is None
+
+
+def test_spectrogram_peaks_at_the_tone_even_of_a_short_sound():
+    tone = np.sin(2 * np.pi * 3000 * np.arange(12_000) / 24_000).astype(np.float32)
+    [image] = spectrogram_figure(tone, 24_000).axes[1].images
+    column = np.asarray(image.get_array())[:, 20]
+    assert column.argmax() == 3000 * 1024 // 24_000
+    assert column.max() == pytest.approx(0.0, abs=0.1)
+    assert spectrogram_figure(tone[:10], 24_000).axes[1].images
+
+
+def test_memory_use_is_plausible():
+    assert 50 < memory_use_mib()["memory_use/process_mib"] < 100_000

@@ -1,0 +1,320 @@
+"""The loop: against a loop written by hand, its curves, its refusals, its signals."""
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import as_module
+from tiny_runs import checkpoint_state, checkpoint_tensors, tiny_run, write_corpus
+
+from ct_audio import train as train_module
+from ct_audio.checkpoint import load_run_model
+from ct_audio.config import RunConfig
+from ct_audio.corpus import open_corpus
+from ct_audio.errors import UserError
+from ct_audio.evaluate import evaluate_nll
+from ct_audio.metrics import read_metrics
+from ct_audio.models import build_model
+from ct_audio.models.memory import detach_memory
+from ct_audio.optim import learning_rate
+from ct_audio.session import ChunkLoss, run_lock
+from ct_audio.train import NonFiniteLossError, train
+
+QUIET = {"train__valid_every_steps": 0}
+
+
+def weights(config: RunConfig) -> dict[str, torch.Tensor]:
+    return load_file(config.run_dir / "checkpoints/last/model.safetensors")
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first if first[name].is_floating_point())
+
+
+def train_by_hand(config: RunConfig, rates: list[float], updates: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Two lanes one after the other, Python slices of the corpus, torch's plain Adam, norms computed here."""
+    codes = [128, *np.asarray(open_corpus(config.data.corpus).split("train").codes).tolist()]
+    torch.manual_seed(config.train.seed)
+    model = as_module(build_model(config)).double()
+    optimizer = torch.optim.Adam(model.parameters(), foreach=False, fused=False)
+    memories, segment = [model.zero_memory(1), model.zero_memory(1)], (len(codes) - 1) // 2  # type: ignore[operator]
+    for rate, steps in zip(rates, updates, strict=True):
+        for step in steps:
+            for lane in range(2):
+                first = lane * segment + 16 * step
+                window = torch.tensor(codes[first : first + 17])
+                output = model(window[None, :-1], memories[lane])
+                nll = model.nll(output.features, window[None, 1:])  # type: ignore[operator]
+                loss = nll.sum() / 16 + sum(output.auxiliary_losses.values())
+                (loss / 2 / len(steps)).backward()
+                memories[lane] = detach_memory(output.memory)
+        for group in model.gradient_groups().values():  # type: ignore[operator]
+            norm = math.sqrt(sum(float((p.grad**2).sum()) for p in group))
+            for parameter in group:
+                parameter.grad *= min(1.0, config.optim.max_gradient_norm / (norm + 1e-6))
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("model", ["compressive_transformer", "wavenet"])
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_the_loop_is_the_loop_by_hand(tmp_path: Path, model: str, num_micro_batches: int):
+    """Also that micro-batches and the update period change nothing but the order of the sums."""
+    config = tiny_run(
+        tmp_path,
+        model,
+        **QUIET,
+        optim__update_period={0: 1, 2: 2},
+        optim__max_gradient_norm=0.5,
+        train__num_micro_batches=num_micro_batches,
+    )
+    assert train(config) == 0
+    updates = [[0], [1], [2, 3], [4, 5]]
+    rates = [learning_rate(steps[-1], config.optim) for steps in updates]
+    assert largest_difference(weights(config), train_by_hand(config, rates, updates)) < 1e-12
+
+
+def test_curves_have_the_tags_that_all_models_share(tmp_path: Path):
+    tags = {}
+    for model in ("compressive_transformer", "wavenet"):
+        config = tiny_run(tmp_path, model, name=model, train__sample_every_steps=6, train__sample_seconds=0.001)
+        assert train(config) == 0
+        found = EventAccumulator(str(config.run_dir), size_guidance={"scalars": 0}).Reload()
+        tags[model] = set(found.Tags()["scalars"])
+        assert [event.step for event in found.Scalars("nll/train_nats")] == [1, 2, 3, 4, 5, 6]
+        assert [event.step for event in found.Scalars("nll/valid_nats")] == [3, 6]
+        assert [event.step for event in found.Scalars("nll/valid_full_nats")] == [6]
+        assert found.Tags()["audio"] == ["sample/0"]
+        assert found.Tags()["images"] == ["sample_spectrogram/0"]
+        assert [path.name for path in (config.run_dir / "samples").iterdir()] == ["step_00000006_0.wav"]
+        assert (config.run_dir / "config.yaml").exists()
+    extra = {"attention_reconstruction/layer_00", "gradient_norm/compression"}
+    extra |= {tag for tag in tags["compressive_transformer"] if tag.startswith("attention_reconstruction/")}
+    assert tags["compressive_transformer"] - tags["wavenet"] == extra
+    assert tags["wavenet"] - tags["compressive_transformer"] == set()
+    assert {
+        "nll/train_nats",
+        "nll/train_bits",
+        "nll/valid_nats",
+        "nll/valid_bits",
+        "nll_by_audio/train_nats",
+        "nll_by_audio/valid_nats",
+        "gradient_norm/model",
+        "optim/learning_rate",
+        "throughput/codes_per_second",
+        "throughput/times_real_time",
+        "memory_use/process_mib",
+    } <= tags["wavenet"]
+
+
+def test_it_learns_and_reports_what_the_evaluator_says(tmp_path: Path):
+    config = tiny_run(tmp_path, train__num_steps=40, train__valid_every_steps=10, train__log_every_steps=10)
+    assert train(config) == 0
+    lines = read_metrics(config.run_dir)
+    curve = [line["nll/train_nats"] for line in lines if "nll/train_nats" in line]
+    assert curve[-1] < curve[0] - 0.3
+    codes = open_corpus(config.data.corpus).split("valid").codes
+    for which, tag, max_codes in (("best", "nll/valid_nats", 64), ("last", "nll/valid_full_nats", None)):
+        loaded = load_run_model(config.run_dir, which=which)
+        score = evaluate_nll(loaded.model, codes, start_code=128, chunk_length=16, max_codes=max_codes)
+        assert score.nll_nats == pytest.approx(min(line[tag] for line in lines if tag in line), rel=1e-12)
+    seconds = [line["wall_seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+    assert lines[0]["audio_seconds"] == pytest.approx(10 * 32 / 24_000)
+
+
+def test_bfloat16_runs_under_autocast_and_keeps_weights_in_float32(tmp_path: Path):
+    first = tiny_run(tmp_path, name="first", train__precision="float32")
+    second = tiny_run(tmp_path, name="second", train__precision="bfloat16")
+    assert train(first) == train(second) == 0
+    tensors = checkpoint_tensors(second)
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float32}
+    assert 0 < largest_difference(weights(first), weights(second)) < 0.1
+
+
+def test_documents_reset_memory(tmp_path: Path):
+    plain = tiny_run(tmp_path, name="plain", train__num_steps=8)
+    reset = tiny_run(tmp_path, name="reset", train__num_steps=8, data__reset_memory_at_document=True)
+    assert train(plain) == train(reset) == 0
+    assert largest_difference(weights(plain), weights(reset)) > 0
+
+
+def test_a_finished_run_says_so_and_may_grow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tiny_run(tmp_path)
+    assert train(config) == 0
+    before = checkpoint_tensors(config)
+    assert train(config) == 0
+    assert "is finished: 6 steps; nothing to do" in capsys.readouterr().out
+    assert all(torch.equal(tensor, before[name]) for name, tensor in checkpoint_tensors(config).items())
+    with pytest.raises(UserError, match="has completed 6 already; num_steps may only grow"):
+        train(tiny_run(tmp_path, train__num_steps=5))
+    longer = tiny_run(tmp_path, train__num_steps=10)
+    assert train(longer) == 0
+    straight = tiny_run(tmp_path, name="straight", train__num_steps=10)
+    assert train(straight) == 0
+    assert largest_difference(weights(longer), weights(straight)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__num_lanes": 4}, r"data\.num_lanes \(was 2, now 4\)"),
+        ({"data__chunk_length": 32}, r"data\.chunk_length"),
+        ({"data__reset_memory_at_document": True}, r"data\.reset_memory_at_document"),
+        ({"model__width": 24}, r"model\.width \(was 16, now 24\)"),
+        ({"optim__peak_learning_rate": 0.5}, r"optim\.peak_learning_rate"),
+        ({"optim__update_period": {0: 2}}, r"optim\.update_period"),
+        ({"train__seed": 5}, r"train\.seed"),
+        ({"train__precision": "float32"}, r"train\.precision"),
+        ({"train__valid_codes": 32}, r"train\.valid_codes"),
+    ],
+)
+def test_a_changed_key_is_named(run_of_six_steps: Path, changes: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        train(tiny_run(run_of_six_steps, **changes))
+
+
+def test_other_codes_in_the_same_place(run_of_six_steps: Path):
+    write_corpus(run_of_six_steps / "other", seed=9)
+    (run_of_six_steps / "corpus").rename(run_of_six_steps / "before")
+    (run_of_six_steps / "other").rename(run_of_six_steps / "corpus")
+    try:
+        with pytest.raises(UserError, match=r"data\.corpus = .* holds other codes"):
+            train(tiny_run(run_of_six_steps, train__num_steps=8))
+    finally:
+        (run_of_six_steps / "corpus").rename(run_of_six_steps / "other")
+        (run_of_six_steps / "before").rename(run_of_six_steps / "corpus")
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path):
+    for changes, message in [
+        ({"model__vocab_size": 32}, "model.vocab_size = 32, but the corpus .* codec of 256 codes"),
+        ({"data__num_lanes": 100}, "the split has 1000 codes; 100 lanes of a chunk of 16 need at least 1600"),
+        ({"train__num_steps": 7, "optim__update_period": {0: 4}}, "write train.num_steps=8"),
+        ({"data__corpus": str(tmp_path / "nowhere")}, "is no prepared corpus"),
+        ({"train__device": "cuda"}, "no usable CUDA device"),
+    ]:
+        if "train__device" in changes and torch.cuda.is_available():
+            continue
+        with pytest.raises(UserError, match=message):
+            train(tiny_run(tmp_path, **changes))
+    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_second_trainer_of_one_run_is_refused(tmp_path: Path):
+    config = tiny_run(tmp_path)
+    with run_lock(config.run_dir), pytest.raises(UserError, match="another process is training"):
+        train(config)
+    assert train(config) == 0
+
+
+def call_at_forward(monkeypatch: pytest.MonkeyPatch, number: int, function: Callable[[Any], Any]) -> None:
+    """Pass what the `number`-th training forward returns (nll, memory, auxiliary losses) through `function`."""
+    original, calls = ChunkLoss.forward, [0]
+
+    def forward(self: ChunkLoss, *arguments: Any) -> Any:
+        calls[0] += 1
+        output = original(self, *arguments)
+        return function(output) if calls[0] == number else output
+
+    monkeypatch.setattr(ChunkLoss, "forward", forward)
+
+
+def test_nan_names_step_lane_and_position_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def poison(output: Any) -> Any:
+        nll = output[0].clone()
+        nll[0, 3:] = math.nan
+        return nll, *output[1:]
+
+    config = tiny_run(tmp_path, train__num_micro_batches=2)
+    call_at_forward(monkeypatch, 2 * 4 + 2, poison)  # step 5, lane 1, whose segment begins at code 500
+    with pytest.raises(
+        NonFiniteLossError, match=r"step 5: the loss is nan in lane 1, corpus position 567 .*step_00000004"
+    ):
+        train(config)
+    assert checkpoint_state(config)["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in weights(config).values())
+
+
+def test_an_infinite_auxiliary_loss_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def poison(output: Any) -> Any:
+        return *output[:2], {name: loss + math.inf for name, loss in output[2].items()}
+
+    call_at_forward(monkeypatch, 3, poison)
+    with pytest.raises(NonFiniteLossError, match="step 3: the loss attention_reconstruction/layer_00 is inf"):
+        train(tiny_run(tmp_path))
+
+
+def test_a_nan_gradient_of_a_finite_loss_never_reaches_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def poison(output: Any) -> Any:
+        output[0].register_hook(lambda gradient: gradient * math.nan)
+        return output
+
+    config = tiny_run(tmp_path, train__checkpoint_every_steps=1)
+    call_at_forward(monkeypatch, 3, poison)
+    with pytest.raises(NonFiniteLossError, match="step 3: the gradient norm of model is nan"):
+        train(config)
+    assert checkpoint_state(config)["step"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_after_the_update_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+):
+    def interrupt(output: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return output
+
+    changes = {"optim__update_period": {0: 3}, "train__checkpoint_every_steps": 100}
+    config, straight = tiny_run(tmp_path, **changes), tiny_run(tmp_path, name="straight", **changes)
+    with monkeypatch.context() as patch:
+        call_at_forward(patch, 2, interrupt)
+        before = signal.getsignal(number)
+        assert train(config) == 128 + number
+        assert signal.getsignal(number) == before
+    assert checkpoint_state(config)["step"] == 3  # the update of steps 0 to 2
+    assert train(config) == train(straight) == 0
+    assert largest_difference(weights(config), weights(straight)) == 0.0
+    curves = [
+        [line["nll/valid_nats"] for line in read_metrics(c.run_dir) if "nll/valid_nats" in line]
+        for c in (config, straight)
+    ]
+    assert curves[0] == curves[1]  # the validation at step 3, put off by the signal, was made up for
+    assert len(curves[0]) == 2
+
+
+def test_a_signal_breaks_off_the_validation_of_the_whole_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_run(tmp_path, train__valid_every_steps=100, train__valid_codes=16)
+    whole = train_module._validate_whole_split
+
+    def interrupted(session: Any) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(session)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_validate_whole_split", interrupted)
+        assert train(config) == 143
+    assert not any("nll/valid_full_nats" in line for line in read_metrics(config.run_dir))
+    assert train(config) == 0
+    assert sum("nll/valid_full_nats" in line for line in read_metrics(config.run_dir)) == 1
+
+
+@pytest.fixture(scope="module")
+def run_of_six_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a finished run; tests must leave it as it is."""
+    directory = tmp_path_factory.mktemp("six_steps")
+    assert train(tiny_run(directory, **QUIET)) == 0
+    return directory
