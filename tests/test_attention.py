@@ -127,13 +127,11 @@ def test_long_window_in_blocks_equals_one_call(monkeypatch: pytest.MonkeyPatch) 
 def test_one_query_over_caches_equals_the_reference() -> None:
     case = make_case("lanes_with_invalid_rows", torch.float64, seed=5)
     whole = ATTENTION_BACKENDS["reference"](**case)
-    position_keys = sinusoids(-case["key_positions"], 6)
+    position_keys = sinusoids(-case["key_positions"], 6).expand(*case["keys"].shape[:3], 6)
     rotated = rotate(case["position_query"], case["query_positions"])
     one = attend_one(
-        case["content_query"][:, :, -1],
-        rotated[:, :, -1],
-        case["keys"],
-        position_keys,
+        torch.cat([case["content_query"], rotated], dim=-1)[:, :, -1] * 8**-0.5,
+        torch.cat([case["keys"], position_keys], dim=-1),
         case["values"],
         case["mask"][:, :, -1:],
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,10 +31,21 @@ def sinusoids(positions: Float[Tensor, "*S"], width: int) -> Float[Tensor, "*S P
 
 def rotate(vectors: Float[Tensor, "*N T P"], positions: Float[Tensor, "T"]) -> Float[Tensor, "*N T P"]:
     """Rot_i y for each row i: rotate(y, i) . s(-j) == y . s(i - j), by the addition theorems."""
-    angles = _angles(positions, vectors.shape[-1])
-    sine, cosine = angles.sin().to(vectors.dtype), angles.cos().to(vectors.dtype)
+    cosine, sine = (table.to(vectors.dtype) for table in rotation_table(positions, vectors.shape[-1]))
+    return vectors * cosine + quarter_turn(vectors) * sine
+
+
+def rotation_table(positions: Float[Tensor, "T"], width: int) -> tuple[Float[Tensor, "T P"], Float[Tensor, "T P"]]:
+    """Cosines and sines with which Rot_i y = y * cosine + quarter_turn(y) * sine."""
+    angles = _angles(positions, width)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(positions.dtype), angles.sin().to(positions.dtype)
+
+
+def quarter_turn(vectors: Float[Tensor, "*N P"]) -> Float[Tensor, "*N P"]:
+    """Each sine/cosine pair turned by 90 degrees."""
     for_sine, for_cosine = vectors.chunk(2, dim=-1)
-    return torch.cat([for_sine * cosine - for_cosine * sine, for_sine * sine + for_cosine * cosine], dim=-1)
+    return torch.cat([-for_cosine, for_sine], dim=-1)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,19 +135,22 @@ def content_attention(
 
 
 def attend_one(
-    content_query: Float[Tensor, "B H E"],
-    rotated_position_query: Float[Tensor, "B H P"],
-    keys: Float[Tensor, "B H S E"],
-    position_keys: Float[Tensor, "S P"],
+    wide_query: Float[Tensor, "B H EP"],
+    wide_keys: Float[Tensor, "B H S EP"],
     values: Float[Tensor, "B H S E"],
     mask: Float[Tensor, "B 1 1 S"] | None,
 ) -> Float[Tensor, "B H E"]:
-    """Relative attention of a single query a lane over cached keys (the content part alone is cached)."""
-    scores = content_query[:, :, None] @ keys.mT + rotated_position_query[:, :, None] @ position_keys.mT
-    scores = scores * keys.shape[-1] ** -0.5
+    """Attention of a single query a lane over cached rows.
+
+    Args:
+        wide_query: [q + u ; Rot_i W_R^T (q + v)], already divided by sqrt(E).
+        wide_keys: [k ; s(-j)].
+        mask: additive, or None where all rows are valid.
+    """
+    scores = wide_query[:, :, None] @ wide_keys.mT
     if mask is not None:
         scores = scores + mask
-    return rearrange(torch.softmax(scores, dim=-1) @ values, "b h 1 e -> b h e")
+    return (torch.softmax(scores, dim=-1) @ values)[:, :, 0]
 
 
 def _angles(positions: Tensor, width: int) -> Tensor:

@@ -7,7 +7,7 @@ The task loss trains everything but f_c; the attention-reconstruction loss train
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ct_audio.errors import UserError
-from ct_audio.models.attention import ATTENTION_BACKENDS, additive_mask, attend_one, content_attention, rotate
+from ct_audio.models.attention import (
+    ATTENTION_BACKENDS,
+    additive_mask,
+    attend_one,
+    content_attention,
+    quarter_turn,
+    sinusoids,
+)
 from ct_audio.models.compression import COMPRESSION_FUNCTIONS
 from ct_audio.models.layers import FeedForward, frozen_layer_norm, linear, shared_linear
 from ct_audio.models.memory import push
-from ct_audio.models.windows import LayerMemory, View, remember, windows_of_memory
+from ct_audio.models.windows import (
+    LayerMemory,
+    View,
+    geometry_of,
+    key_positions,
+    make_view,
+    remember,
+    windows_of_memory,
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,25 @@ class Config:
         return rates
 
 
+class LayerCache(NamedTuple):
+    """What a layer keeps between two steps.
+
+    Attributes:
+        weight, bias: all products of a row in one: content query, position query straight and turned, key, value.
+        inputs: [B, window length, D], raw inputs of the unfinished window.
+        wide_keys: [B, H, S, E + P], keys and position table of every visible row and of the window.
+        values: [B, H, S, E].
+        mask: additive, or None where all rows are valid.
+    """
+
+    weight: Float[Tensor, "O D"]
+    bias: Float[Tensor, "O"]
+    inputs: Float[Tensor, "B T D"]
+    wide_keys: Float[Tensor, "B H S EP"]
+    values: Float[Tensor, "B H S E"]
+    mask: Float[Tensor, "B 1 1 S"] | None
+
+
 class CompressiveLayer(nn.Module):
     """Attention over compressed memory, memory and window, then a feed-forward block; and the layer's f_c."""
 
@@ -141,41 +175,57 @@ class CompressiveLayer(nn.Module):
         return outputs, memory, loss
 
     def step(
-        self,
-        rows: Float[Tensor, "B D"],
-        keys: Float[Tensor, "B H S E"],
-        values: Float[Tensor, "B H S E"],
-        position_keys: Float[Tensor, "S P"],
-        mask: Float[Tensor, "B 1 1 S"] | None,
-        *,
-        position: int,
-        key_index: int,
+        self, rows: Float[Tensor, "B D"], cache: LayerCache, position: int, rotation: tuple[Tensor, Tensor]
     ) -> Float[Tensor, "B D"]:
-        """Output for one row a lane; writes its key and value into the caches at `key_index`."""
-        read = self._read(rows)
-        key, value = rearrange(self.key_value(read), "b (two h e) -> two b h e", two=2, h=self.config.num_heads)
-        keys[:, :, key_index], values[:, :, key_index] = key, value
-        content_query, position_query = self._two_queries(self.query(read)[:, None])
-        here = torch.full((1,), position, dtype=rows.dtype, device=rows.device)
-        end = key_index + 1
-        attended = attend_one(
-            content_query[:, :, 0],
-            rotate(position_query, here)[:, :, 0],
-            keys[:, :, :end],
-            position_keys[:end],
-            values[:, :, :end],
-            mask if mask is None else mask[..., :end],
-        )
-        return self._finish(rows, rearrange(attended, "b h e -> b (h e)"))
+        """Output for one row a lane at `position` of the window; writes its key and value into the cache.
 
-    def cached_rows(
-        self, memory: LayerMemory, inputs: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B H S E"], Float[Tensor, "B H S E"]]:
-        """Keys and values (content part) of compressed memory, memory and the rows of a window."""
-        rows = torch.cat([memory.compressed_memory, memory.memory, inputs], dim=1)
+        Args:
+            rotation: cosines and sines [P] of the position.
+        """
+        heads, width, extra = self.config.num_heads, self.config.width, self.config.num_heads * len(rotation[0])
+        projected = F.linear(self._read(rows), cache.weight, cache.bias)
+        content, straight, turned, key, value = (
+            part.unflatten(1, (heads, -1)) for part in projected.split([width, extra, extra, width, width], dim=1)
+        )
+        wide_query = torch.cat([content, torch.addcmul(straight * rotation[0], turned, rotation[1])], dim=-1)
+        index = cache.values.shape[2] - self.config.window_length + position
+        cache.wide_keys[:, :, index, : key.shape[-1]] = key
+        cache.values[:, :, index] = value
+        end = index + 1
+        mask = None if cache.mask is None else cache.mask[..., :end]
+        attended = attend_one(wide_query, cache.wide_keys[:, :, :end], cache.values[:, :, :end], mask)
+        return self._finish(rows, attended.flatten(1))
+
+    def new_cache(self, memory: LayerMemory, inputs: Float[Tensor, "B T D"]) -> LayerCache:
+        """Caches for stepping through a window, with the products that one step needs folded into one matrix."""
+        heads, scale = self.config.num_heads, (self.config.width // self.config.num_heads) ** -0.5
+        query = rearrange(self.query.weight, "(h e) d -> h e d", h=heads) * scale
+        straight = einsum(self.position, query, "h e p, h e d -> h p d")
+        for_bias = einsum(self.position, self.position_bias * scale, "h e p, h e -> h p")
+        turned, turned_bias = quarter_turn(straight.mT).mT, quarter_turn(for_bias)
+        weight = torch.cat([*(part.flatten(0, 1) for part in (query, straight, turned)), self.key_value.weight])
+        bias = torch.cat([(self.content_bias * scale).flatten(), for_bias.flatten(), turned_bias.flatten()])
+        bias = F.pad(bias, (0, len(weight) - len(bias)))
+        geometry = geometry_of(memory, window_length=inputs.shape[1], compression_rate=self.compression_rate)
+        table = sinusoids(-key_positions(geometry, inputs), self.config.position_width)
+        wide_keys = F.pad(table, (self.config.width // heads, 0)).expand(len(inputs), heads, -1, -1).contiguous()
+        values = wide_keys.new_empty(*wide_keys.shape[:3], self.config.width // heads)
+        return self.refill_cache(LayerCache(weight, bias, inputs.clone(), wide_keys, values, None), memory)
+
+    def refill_cache(self, cache: LayerCache, memory: LayerMemory) -> LayerCache:
+        """The cache with keys and values of another memory; it reuses the buffers.
+
+        Rows of the window that are not known yet get values that `step` overwrites.
+        """
+        rows = torch.cat([memory.compressed_memory, memory.memory, cache.inputs], dim=1)
         both = self.key_value(self._read(rows))
         keys, values = rearrange(both, "b s (two h e) -> two b h s e", two=2, h=self.config.num_heads)
-        return keys.contiguous(), values.contiguous()
+        cache.wide_keys[..., : keys.shape[-1]] = keys
+        cache.values.copy_(values)
+        window_length = cache.inputs.shape[1]
+        geometry = geometry_of(memory, window_length=window_length, compression_rate=self.compression_rate)
+        view = make_view(geometry, memory, window_length, None)
+        return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:])
 
     def _read(self, rows: Tensor) -> Tensor:
         """Rows as attention reads them: memory keeps raw inputs, pre-norm is applied here."""

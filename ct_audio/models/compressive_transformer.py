@@ -14,41 +14,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ct_audio.errors import UserError
-from ct_audio.models.attention import sinusoids
-from ct_audio.models.compressive_layer import CompressiveLayer, Config, check_whole_groups
+from ct_audio.models.attention import rotation_table
+from ct_audio.models.compressive_layer import CompressiveLayer, Config, LayerCache, check_whole_groups
 from ct_audio.models.interface import ModelOutput
 from ct_audio.models.layers import linear
 from ct_audio.models.memory import Memory, map_memory, push
-from ct_audio.models.windows import (
-    Geometry,
-    LayerMemory,
-    View,
-    join_layers,
-    key_positions,
-    layer_memory,
-    make_view,
-    remember,
-)
+from ct_audio.models.windows import Geometry, View, geometry_of, join_layers, layer_memory, make_view, remember
 
 
 class StepState(NamedTuple):
-    """State between two calls of `step`.
+    """State between two calls of `step`; holds the weights as they were at `begin_steps`.
 
     Attributes:
         memory: as of the last whole window.
-        inputs: raw inputs of each layer in the unfinished window, L tensors [B, window length, D].
-        keys, values: content part of every visible row and of the unfinished window, L tensors [B, H, S, E].
-        position_keys: table s(-j) of each layer's rows, L tensors [S, P].
-        masks: additive, L tensors [B, 1, 1, S], or None where all rows are valid.
+        caches: of each layer.
+        rotation: cosines and sines [window length, P] of the positions of a window.
         position: codes of the unfinished window that have been consumed.
     """
 
     memory: Memory
-    inputs: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    position_keys: tuple[Tensor, ...]
-    masks: tuple[Tensor | None, ...]
+    caches: tuple[LayerCache, ...]
+    rotation: tuple[Tensor, Tensor]
     position: int
 
 
@@ -171,27 +157,22 @@ class CompressiveTransformer(nn.Module):
             _, _, layer_inputs = self._run(codes, memory, None, window_length=consumed)
             for whole, part in zip(inputs, layer_inputs, strict=True):
                 whole[:, :consumed] = part
-        return self._cache(memory, tuple(inputs), consumed)
+        caches = tuple(
+            self._layer(index).new_cache(layer_memory(memory, index), rows) for index, rows in enumerate(inputs)
+        )
+        positions = torch.arange(length, dtype=inputs[0].dtype, device=codes.device)
+        return StepState(memory, caches, rotation_table(positions, self.config.position_width), consumed)
 
     def step(self, codes: Int[Tensor, "B"], state: StepState) -> tuple[Float[Tensor, "B D"], StepState]:
         """Features after one more code a lane. Consumes `state`: its caches are written in place."""
         rows, position = self.dropout(self.embedding(codes)), state.position
-        for index, layer in enumerate(self.layers):
-            state.inputs[index][:, position] = rows
-            keys = state.keys[index]
-            rows = cast(CompressiveLayer, layer).step(
-                rows,
-                keys,
-                state.values[index],
-                state.position_keys[index],
-                state.masks[index],
-                position=position,
-                key_index=keys.shape[2] - self.config.window_length + position,
-            )
+        rotation = state.rotation[0][position], state.rotation[1][position]
+        for index, cache in enumerate(state.caches):
+            cache.inputs[:, position] = rows
+            rows = self._layer(index).step(rows, cache, position, rotation)
+        state = state._replace(position=position + 1)
         features = self.final_norm(rows)
-        if position + 1 < self.config.window_length:
-            return features, state._replace(position=position + 1)
-        return features, self._cache(self._push_inputs(state), state.inputs, 0)
+        return features, state if state.position < self.config.window_length else self._next_window(state)
 
     def clone_state(self, state: StepState) -> StepState:
         """An independent copy."""
@@ -218,7 +199,8 @@ class CompressiveTransformer(nn.Module):
         views: dict[Geometry, View] = {}
         for index, layer in enumerate(self.layers):
             before = layer_memory(memory, index)
-            geometry = self._geometry(before, index, window_length)
+            rate = self._layer(index).compression_rate
+            geometry = geometry_of(before, window_length=window_length, compression_rate=rate)
             if geometry not in views:  # layers of one geometry have had the same pushes: they share their counts
                 views[geometry] = make_view(geometry, before, codes.shape[1], document_starts)
             inputs.append(rows)
@@ -229,36 +211,22 @@ class CompressiveTransformer(nn.Module):
         memory = join_layers(remembered)
         return ModelOutput(self.final_norm(rows), memory, losses), memory, inputs
 
-    def _geometry(self, memory: LayerMemory, index: int, window_length: int) -> Geometry:
-        rate = cast(CompressiveLayer, self.layers[index]).compression_rate
-        return Geometry(window_length, memory.memory.shape[1], memory.compressed_memory.shape[1], rate)
+    def _layer(self, index: int) -> CompressiveLayer:
+        return cast(CompressiveLayer, self.layers[index])
 
-    def _push_inputs(self, state: StepState) -> Memory:
-        """Memory after the window whose layer inputs are complete, exactly as `forward` pushes it."""
-        remembered = []
-        for index, rows in enumerate(state.inputs):
-            layer, memory = cast(CompressiveLayer, self.layers[index]), layer_memory(state.memory, index)
-            view = make_view(self._geometry(memory, index, rows.shape[1]), memory, rows.shape[1], None)
-            old_memory, next_memory = push(memory.memory, rows)
+    def _next_window(self, state: StepState) -> StepState:
+        """Push the window whose layer inputs are complete, exactly as `forward` does, and begin the next one."""
+        remembered, caches = [], []
+        for index, cache in enumerate(state.caches):
+            layer, memory, length = self._layer(index), layer_memory(state.memory, index), self.config.window_length
+            geometry = geometry_of(memory, window_length=length, compression_rate=layer.compression_rate)
+            view = make_view(geometry, memory, length, None)
+            old_memory, next_memory = push(memory.memory, cache.inputs)
             compressed = None if layer.compression is None else layer.compression(old_memory)
-            remembered.append(remember(memory, next_memory, compressed, view))
-        return join_layers(remembered)
-
-    def _cache(self, memory: Memory, inputs: tuple[Tensor, ...], position: int) -> StepState:
-        """Project every visible row once; rows of the window that are not known yet are overwritten by `step`."""
-        keys, values, position_keys, masks = [], [], [], []
-        for index, rows in enumerate(inputs):
-            layer, remembered = cast(CompressiveLayer, self.layers[index]), layer_memory(memory, index)
-            geometry = self._geometry(remembered, index, rows.shape[1])
-            key, value = layer.cached_rows(remembered, rows)
-            keys.append(key)
-            values.append(value)
-            position_keys.append(sinusoids(-key_positions(geometry, rows), self.config.position_width))
-            view = make_view(geometry, remembered, rows.shape[1], None)
-            masks.append(None if view.documents is None else view.mask[:, :, -1:])
-        # Cloned: a forward pass must not see inputs change, a new window must not write into a pushed memory.
-        inputs = tuple(rows.clone() for rows in inputs)
-        return StepState(memory, inputs, tuple(keys), tuple(values), tuple(position_keys), tuple(masks), position)
+            # Cloned: the next window must not write into a memory that has been handed out.
+            remembered.append(remember(memory, next_memory.clone(), compressed, view))
+            caches.append(layer.refill_cache(cache, remembered[-1]))
+        return state._replace(memory=join_layers(remembered), caches=tuple(caches), position=0)
 
 
 def build(config: Config) -> CompressiveTransformer:

@@ -151,6 +151,11 @@ def keep_valid(
     return torch.where(valid[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)), valid.sum(dim=1)
 
 
+def geometry_of(memory: LayerMemory, *, window_length: int, compression_rate: int) -> Geometry:
+    """The geometry of a layer with this memory."""
+    return Geometry(window_length, memory.memory.shape[1], memory.compressed_memory.shape[1], compression_rate)
+
+
 def layer_memory(memory: Memory, index: int) -> LayerMemory:
     """The part of a memory that belongs to one layer."""
     return LayerMemory(*(part[index] for part in memory[:4]))
