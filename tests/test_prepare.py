@@ -283,11 +283,12 @@ def command(source: Path, out: Path, *options: str) -> list[str]:
     """The tool's command line."""
     return [
         *(sys.executable, str(ROOT / "tools" / "prepare.py"), str(ROOT / "recipes" / "folder")),
-        *("--source", str(source), "--out", str(out), *options, "--", "--group", "file", "--valid-percent", "20"),
+        *("--source", str(source), "--out", str(out), *options, "--", "--group", "file"),
+        *("--valid-percent", "20", "--test-percent", "20"),
     ]
 
 
-def wait_until(condition, seconds: float = 300.0) -> None:
+def wait_until(condition, seconds: float = 120.0) -> None:
     """Poll until something holds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -326,7 +327,7 @@ def test_kill_9_and_two_processes_end_in_the_bytes_of_one(tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_until(lambda: len(list(files.glob("*.json"))) >= 5)
+    wait_until(lambda: killed.poll() is not None or len(list(files.glob("*.json"))) >= 5)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     wait_until(lambda: group_is_gone(killed.pid))
