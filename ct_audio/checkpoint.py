@@ -107,9 +107,23 @@ def save_checkpoint(
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Path | None:
-    """Directory of the run's checkpoint `which` ("last" or "best"), links resolved; None where there is none."""
+    """Directory of the run's checkpoint `which` ("last" or "best"), links resolved; None where there is none.
+
+    Raises:
+        UserError: there is one, but not whole, or its link is missing; such a run is never taken for a new one.
+    """
     link = run_dir / "checkpoints" / which
-    return link.resolve() if (link / "state.json").is_file() else None
+    if (link / "state.json").is_file():
+        return link.resolve()
+    if link.is_symlink() or link.exists():
+        raise UserError(f"checkpoint {link}: state.json is missing; bring it back, or choose another name")
+    written = sorted(path.name for path in link.parent.glob("step_*") if not path.name.startswith("step_00000000"))
+    if which == "last" and written:
+        raise UserError(
+            f"{link.parent} holds {', '.join(written)}, but no link named last (lost in a copy?); "
+            "make it with ln -s, or choose another name"
+        )
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

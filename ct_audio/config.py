@@ -91,7 +91,8 @@ class TrainConfig:
         device: "auto" takes CUDA where there is one.
         precision: "bfloat16" runs the forward pass under autocast, weights stay float32.
         num_threads: CPU threads a process (0: torch's default).
-        valid_codes: codes of the fixed stretch at the start of the validation split that is scored on the way.
+        valid_codes: codes of the fixed stretch at the start of the validation split that is scored on the way
+            (0: all of it).
         log_every_steps, valid_every_steps, checkpoint_every_steps, sample_every_steps: periods in steps (0: never;
             a final validation, checkpoint and sample are made all the same where the period is not 0).
         sample_seconds: audio that is sampled at each sampling (text: codes = 24,000 times this).
@@ -233,9 +234,10 @@ def _build_section(cls: type, values: Any, name: str, source: str) -> Any:
             raise UserError(f"{source}: unknown key {name}.{key}{_suggest(str(key), list(fields))}")
     merged: dict[str, Any] = {}
     schema = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(schema, False)  # frozen dataclasses make read-only containers
     OmegaConf.set_readonly(schema, False)  # a frozen dataclass makes a read-only schema
     for key, value in values.items():
+        if fields[key].type is float and type(value) is int:
+            value = float(value)
         try:
             schema[key] = value  # assigned, not merged: mappings and lists replace the default
             merged[key] = OmegaConf.to_container(schema)[key]  # type: ignore[index,call-overload]

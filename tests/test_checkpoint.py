@@ -266,6 +266,20 @@ def test_state_that_is_no_state(tmp_path: Path):
         trained.load()
 
 
+def test_a_damaged_run_is_never_taken_for_a_new_one(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path), num_updates=1)
+    root = trained.config.run_dir / "checkpoints"
+    assert find_checkpoint(trained.config.run_dir, "last") is None
+    trained.save(3)
+    (root / "last").unlink()
+    with pytest.raises(UserError, match="holds step_00000003, but no link named last"):
+        find_checkpoint(trained.config.run_dir, "last")
+    (root / "last").symlink_to("step_00000003")
+    (root / "last" / "state.json").unlink()
+    with pytest.raises(UserError, match=r"state\.json is missing"):
+        find_checkpoint(trained.config.run_dir, "last")
+
+
 def test_another_number_of_processes(tmp_path: Path):
     trained = Trained(tiny_run(tmp_path), num_updates=1)
     trained.save(3)

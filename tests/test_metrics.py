@@ -17,7 +17,7 @@ def events(run_dir: Path) -> EventAccumulator:
     return accumulator.Reload()
 
 
-def points(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+def points(run_dir: Path, tag: str) -> list[tuple[int, Any]]:
     """A curve."""
     return [(event.step, pytest.approx(event.value)) for event in events(run_dir).Scalars(tag)]
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import runpy
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from tiny_runs import checkpoint_state, checkpoint_tensors, tiny_run, write_corp
 
 from ct_audio import train as train_module
 from ct_audio.checkpoint import load_run_model
-from ct_audio.config import RunConfig
+from ct_audio.cli import run_tool
+from ct_audio.config import RunConfig, config_to_yaml
 from ct_audio.corpus import open_corpus
 from ct_audio.errors import UserError
 from ct_audio.evaluate import evaluate_nll
@@ -28,7 +30,7 @@ from ct_audio.optim import learning_rate
 from ct_audio.session import ChunkLoss, run_lock
 from ct_audio.train import NonFiniteLossError, train
 
-QUIET = {"train__valid_every_steps": 0}
+QUIET: dict[str, Any] = {"train__valid_every_steps": 0}
 
 
 def weights(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -310,6 +312,28 @@ def test_a_signal_breaks_off_the_validation_of_the_whole_split(tmp_path: Path, m
     assert not any("nll/valid_full_nats" in line for line in read_metrics(config.run_dir))
     assert train(config) == 0
     assert sum("nll/valid_full_nats" in line for line in read_metrics(config.run_dir)) == 1
+
+
+def test_the_tool_ends_with_one_line_and_a_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    tool = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "train.py"))
+    path = tmp_path / "run.yaml"
+    path.write_text(config_to_yaml(tiny_run(tmp_path, **QUIET)))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["train.py", *arguments])
+        status = run_tool(tool["main"])
+        output, errors = capsys.readouterr()
+        return status, output, errors
+
+    status, _, errors = run(str(path), "train.num_stesp=2")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "did you mean num_steps" in errors
+    status, output, errors = run(str(path), "train.num_steps=2", "train.log_every_steps=2")
+    assert (status, errors) == (0, "")
+    assert output.count("\n") == 2  # what it is, and one log line: no progress bar in a pipe
+    assert "step 2/2  nll " in output
 
 
 @pytest.fixture(scope="module")
