@@ -84,8 +84,11 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
+    When a run is resumed num_steps may grow; num_micro_batches, device, num_threads, the `*_every_steps` and sample_seconds
+    may change; seed, precision and valid_codes may not, nor may any key of model, data or optim.
+
     Attributes:
-        num_steps: chunks a lane to train on; may grow when a run is resumed.
+        num_steps: chunks a lane to train on.
         num_micro_batches: parts into which a rank's lanes are split to save memory; the result is the same.
         seed: of initialisation and dropout.
         device: "auto" takes CUDA where there is one.
@@ -95,7 +98,7 @@ class TrainConfig:
             (0: all of it).
         log_every_steps, valid_every_steps, checkpoint_every_steps, sample_every_steps: periods in steps (0: never;
             a final validation, checkpoint and sample are made all the same where the period is not 0).
-        sample_seconds: audio that is sampled at each sampling (text: codes = 24,000 times this).
+        sample_seconds: audio that is sampled at each sampling (of text nothing is sampled).
     """
 
     num_steps: int = 100_000
