@@ -84,8 +84,8 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
-    When a run is resumed num_steps may grow; num_micro_batches, device, num_threads, the `*_every_steps` and sample_seconds
-    may change; seed, precision and valid_codes may not, nor may any key of model, data or optim.
+    When a run is resumed num_steps may grow; num_micro_batches, device, num_threads, the `*_every_steps` and
+    sample_seconds may change; seed, precision and valid_codes may not, nor may any key of model, data or optim.
 
     Attributes:
         num_steps: chunks a lane to train on.
