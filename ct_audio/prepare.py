@@ -206,7 +206,12 @@ def _prepare_files(
 
 def _run_tasks(tasks: list[_Task], todo: list[int], num_processes: int) -> Iterator[tuple[int, FileResult]]:
     if num_processes == 1:
-        yield from ((index, _prepare_file(tasks[index])) for index in todo)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # more would wait for each other, actively
+        try:
+            yield from ((index, _prepare_file(tasks[index])) for index in todo)
+        finally:
+            torch.set_num_threads(num_threads)
         return
     context = multiprocessing.get_context("forkserver")  # fork would copy torch's and BLAS's threads half
     trims = any(
