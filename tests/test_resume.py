@@ -43,20 +43,23 @@ def curves(config: RunConfig) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("model", ["compressive_transformer", "transformer_xl", "wavenet"])
+@pytest.mark.parametrize(
+    ("model", "dropout"),
+    [("compressive_transformer", 0.0), ("compressive_transformer", 0.1), ("transformer_xl", 0.1), ("wavenet", 0.1)],
+)
 def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, dropout: float):
     changes: dict[str, Any] = {
         "model__dropout": dropout,
         "train__num_steps": 12,
         "train__precision": "float32",
         "train__log_every_steps": 5,
+        "train__valid_every_steps": 6,
         "optim__update_period": {0: 1, 6: 2},
     }
     straight = tiny_run(tmp_path, model, name="straight", **changes)
     stopped = tiny_run(tmp_path, model, name="stopped", **changes)
     assert train(straight) == 0
-    for step in (0, 1, 5, 9):
+    for step in (0, 5, 9):
         train_until(stopped, step, monkeypatch)
     assert train(stopped) == 0
     assert_same_checkpoint(straight, stopped)

@@ -13,16 +13,14 @@ from ct_audio.codec import MuLaw
 from ct_audio.config import RunConfig, config_from_dict
 from ct_audio.corpus import CorpusWriter
 
-NUM_TRAIN_CODES = 1000
-
 
 def write_corpus(path: Path, *, seed: int = 0) -> Path:
-    """Noisy sines in documents of 100 codes: 1000 codes of train, 300 of valid."""
+    """Noisy sines: 10 documents of 100 codes in train, 3 of 32 codes in valid."""
     random_numbers = np.random.default_rng(seed)
     writer = CorpusWriter(path, MuLaw(), source={}, preparation={})
-    for split, num_documents in (("train", NUM_TRAIN_CODES // 100), ("valid", 3)):
+    for split, num_documents, length in (("train", 10, 100), ("valid", 3, 32)):
         for document in range(num_documents):
-            waveform = 0.5 * np.sin(0.1 * np.arange(100)) + random_numbers.normal(scale=0.01, size=100)
+            waveform = 0.5 * np.sin(0.1 * np.arange(length)) + random_numbers.normal(scale=0.01, size=length)
             writer.add_document(split, f"{split}{document}", MuLaw().encode(waveform.astype(np.float32)))
     writer.finish()
     return path
@@ -36,14 +34,14 @@ def tiny_run(directory: Path, model: str = "compressive_transformer", **changes:
         "name": "run",
         "runs_dir": str(directory / "runs"),
         "data": {"corpus": str(directory / "corpus"), "chunk_length": 16, "num_lanes": 2},
-        "model": TINY_MODELS[model] | {"vocab_size": 256},
+        "model": TINY_MODELS[model] | {"vocab_size": 256, "num_layers": 2},
         "optim": {"peak_learning_rate": 0.01, "warmup_steps": 3, "decay_steps": 20, "max_gradient_norm": 1.0},
         "train": {
             "num_steps": 6,
             "device": "cpu",
             "precision": "float64",
             "num_threads": 1,
-            "valid_codes": 64,
+            "valid_codes": 48,
             "log_every_steps": 1,
             "valid_every_steps": 3,
             "checkpoint_every_steps": 2,
