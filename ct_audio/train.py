@@ -176,9 +176,7 @@ def _last_good(session: Session) -> str:
 def _log(session: Session, bar: tqdm) -> None:
     """Means since the last log, over all ranks."""
     progress, config = session.progress, session.config
-    tags = sorted(progress.sums)
-    sums = torch.tensor([progress.sums[tag] for tag in tags], dtype=torch.float64)
-    means = dict(zip(tags, (all_reduce_sum(sums) / session.world.world_size).tolist(), strict=True))
+    means = _mean_sums(session)
     steps, updates, seconds = means.pop("steps"), means.pop("updates", 0), means.pop("seconds")
     values = {tag: total / (updates if tag.startswith("gradient_norm/") else steps) for tag, total in means.items()}
     values["nll/train_bits"] = nats_to_bits(values["nll/train_nats"])
@@ -199,6 +197,13 @@ def _log(session: Session, bar: tqdm) -> None:
             f"step {progress.step}/{config.train.num_steps}  nll {values['nll/train_nats']:.4f} nats "
             f"{values['nll/train_bits']:.4f} bits  {rate:.0f} codes/s  {left / 60:.1f} min left",
         )
+
+
+def _mean_sums(session: Session) -> dict[str, float]:
+    """`progress.sums`, the mean over all ranks."""
+    sums = session.progress.sums
+    total = all_reduce_sum(torch.tensor([sums[tag] for tag in sorted(sums)], dtype=torch.float64))
+    return dict(zip(sorted(sums), (total / session.world.world_size).tolist(), strict=True))
 
 
 def _validate(session: Session) -> bool:
@@ -290,6 +295,7 @@ def _sample(session: Session) -> None:
 def _save(session: Session, *, is_best: bool) -> None:
     progress = session.progress
     progress.last["checkpoint"] = progress.step
+    progress.sums = _mean_sums(session)  # state.json is rank 0's, and every rank goes on from it
     progress.wall_seconds = time.perf_counter() - session.began
     session.metrics.flush()
     save_checkpoint(
