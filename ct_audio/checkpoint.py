@@ -12,6 +12,7 @@ pickle.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -342,8 +343,8 @@ def _switch(link: Path, target: str) -> None:
 
 
 def _unused(path: Path) -> Path:
-    candidates = (path, *(path.with_name(f"{path.name}-{count}") for count in range(2, 1000)))
-    return next(candidate for candidate in candidates if not candidate.exists())
+    others = (path.with_name(f"{path.name}-{count}") for count in itertools.count(2))
+    return path if not path.exists() else next(other for other in others if not other.exists())
 
 
 def _delete_unreferenced(root: Path) -> None:
