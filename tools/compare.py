@@ -2,6 +2,7 @@
 
 import csv
 import json
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -33,7 +34,7 @@ def main() -> int:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where to write; made if it is missing")
     arguments = parser.parse_args()
-    runs = {Path(run).name: read_metrics(Path(run)) for run in arguments.runs}
+    runs = {Path(run).name: read_run(Path(run)) for run in arguments.runs}
     evaluations = [item for path in arguments.evaluations for item in read_evaluations(Path(path))]
     rows = result_rows(runs, evaluations)
     out = Path(arguments.out)
@@ -49,21 +50,31 @@ def main() -> int:
     return 0
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
+def read_run(run: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl, oldest first.
 
     Raises:
-        UserError: there is no such file, a line is no JSON, or there is no record.
+        UserError: there is none, or a line is no JSON.
     """
-    records = _read_lines(run / "metrics.jsonl", "train the run first")
+    from ct_audio.metrics import read_metrics  # after --help: it takes seconds
+
+    try:
+        records = read_metrics(run)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read the metrics.jsonl of {run}: {error}") from error
     if not records:
-        raise UserError(f"{run / 'metrics.jsonl'} is empty; train the run first")
+        raise UserError(f"{run} has no metrics.jsonl with a record; train the run first")
     return records
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
     """Objects that evaluate --json printed, one a line."""
-    items = _read_lines(path, "write it with: python tools/evaluate.py RUN --json >> FILE")
+    try:
+        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"cannot read {path}: {error}; write it with: python tools/evaluate.py RUN --json >> FILE"
+        ) from error
     for item in items:
         missing = {"name", "split", "nll_nats", "nll_bits", "protocol", "num_parameters"} - item.keys()
         if missing:
@@ -102,8 +113,12 @@ def result_rows(runs: dict[str, list[dict[str, Any]]], evaluations: list[dict[st
             "without f_c": scored["num_parameters"] - compression if compression is not None else "",
             "steps": last["step"],
             "audio seen (s)": round(last["audio_seconds"], 1),
-            "training codes/s (median)": round(sorted(throughput)[len(throughput) // 2]) if throughput else "",
+            "training codes/s (median)": round(statistics.median(throughput)) if throughput else "",
         }
+        whole = next((record for record in reversed(records) if "nll/valid_full_nats" in record), {})
+        for unit in ("nats", "bits"):
+            value = whole.get(f"nll/valid_full_{unit}")
+            row[f"whole valid ({unit})"] = "" if value is None else f"{value:.4f}"
         for split in sorted(by_split, reverse=True):
             for unit in ("nats", "bits"):
                 value = by_split[split].get(name, {}).get(f"nll_{unit}")
@@ -151,16 +166,6 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def _comparable(protocol: dict[str, Any]) -> dict[str, Any]:
     """The protocol less the memory lengths, which belong to the model."""
     return {key: value for key, value in protocol.items() if not key.endswith("memory_length")}
-
-
-def _read_lines(path: Path, advice: str) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; {advice}") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}; {advice}") from error
 
 
 if __name__ == "__main__":
