@@ -309,6 +309,7 @@ def _save(session: Session, *, is_best: bool) -> None:
             "progress": dataclasses.asdict(progress),
             "stream": session.stream.state_dict(),
             "corpus_fingerprint": session.corpus.fingerprint,
+            "codec": session.corpus.codec.to_json(),
         },
         world=session.world,
         is_best=is_best,

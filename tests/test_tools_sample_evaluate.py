@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import TINY_MODELS, as_module
+from tiny_runs import tiny_run
 
 from ct_audio.checkpoint import save_checkpoint
 from ct_audio.cli import run_tool
@@ -24,6 +26,7 @@ from ct_audio.evaluate import evaluate_nll
 from ct_audio.models import build_model
 from ct_audio.models.wavenet import WaveNet
 from ct_audio.optim import make_optimizer
+from ct_audio.train import train
 from ct_audio.wav import read_wav, write_wav
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,6 +274,15 @@ def test_sample_continues_a_prime_of_another_rate(name: str, corpus: Path, tmp_p
     whole = nll_of(run, MuLaw().encode(both), corpus) * 192
     start = nll_of(run, MuLaw().encode(both[:120]), corpus) * 120
     assert sidecar["nll_nats"] == pytest.approx((whole - start) / 72, abs=1e-3)
+
+
+def test_sample_needs_no_corpus_after_training(tmp_path: Path, sample: Tool) -> None:
+    """Training writes the codec into the checkpoint, so a run alone is enough."""
+    config = tiny_run(tmp_path, "wavenet", train__num_steps=1, train__valid_every_steps=0)
+    assert train(config) == 0
+    shutil.rmtree(config.data.corpus)
+    assert sample(config.run_dir, "--seconds", 0.002, "--num", 1, "--out", tmp_path / "out") in (0, 4)
+    assert read_wav(tmp_path / "out" / "sample_0.wav")[1] == RATE
 
 
 @pytest.mark.parametrize(("width_of_codes", "fault"), [(0.2, "silent"), (1000.0, "runaway")])
