@@ -46,12 +46,14 @@ class LoadedRun:
         model: in evaluation mode, on the device asked for.
         step: steps completed when the checkpoint was written.
         checkpoint_path: its directory.
+        state: what the training loop wrote beside the tensors (progress, corpus_fingerprint, codec, ...).
     """
 
     config: RunConfig
     model: SequenceModel
     step: int
     checkpoint_path: Path
+    state: dict[str, Any]
 
 
 def save_checkpoint(
@@ -216,7 +218,7 @@ def load_run_model(run_dir: str | Path, *, which: str = "best", device: str | to
                 raise
             continue
         as_module(model).to(device).eval()
-        return LoadedRun(config, model, state["step"], path)
+        return LoadedRun(config, model, state["step"], path, state)
     raise AssertionError("unreachable")
 
 

@@ -38,6 +38,10 @@ RUNAWAY_DC = 0.1
 """Mean of the waveform; recordings have below 0.001."""
 RUNAWAY_NLL_SHARE = 0.95
 """Mean NLL as a share of ln V, that of even odds: above it the model finds no structure in its own output."""
+DRIFT_NATS = 1.0
+"""Mean NLL above that of the validation split; recordings of one speaker differ by 0.7 from one second to another."""
+DRIFT_SECONDS = 1.0
+"""Shorter samples may be one loud sound, and are not judged so."""
 SILENCE_FLOOR_DBFS = -120.0
 """What is written for the level of exact zeros, because JSON has no infinity."""
 
@@ -185,11 +189,12 @@ def measure_sample(
     }
 
 
-def find_faults(measures: dict[str, Any], *, vocab_size: int) -> list[str]:
+def find_faults(measures: dict[str, Any], *, vocab_size: int, valid_nll_nats: float | None = None) -> list[str]:
     """What is wrong with a sample as audio: silent, clipped, stuck or runaway; empty where nothing is.
 
     Args:
         measures: of `measure_sample`.
+        valid_nll_nats: the model's NLL on recordings, against which that of the sample is held; None where it has none.
     """
     seconds, rms_dbfs, dc = measures["seconds"], measures["rms_dbfs"], measures["dc"]
     run_seconds, distinct = measures["longest_run_seconds"], measures["distinct_codes"]
@@ -208,6 +213,11 @@ def find_faults(measures: dict[str, Any], *, vocab_size: int) -> list[str]:
         faults.append(f"runaway: mean {dc:.2f} instead of about 0")
     if measures["nll_nats"] > RUNAWAY_NLL_SHARE * math.log(vocab_size):
         faults.append(f"runaway: {measures['nll_nats']:.2f} nats a sample, even odds are {math.log(vocab_size):.2f}")
+    elif valid_nll_nats is not None and seconds >= DRIFT_SECONDS and measures["nll_nats"] > valid_nll_nats + DRIFT_NATS:
+        faults.append(
+            f"runaway: {measures['nll_nats']:.2f} nats a sample, recordings have {valid_nll_nats:.2f} under this "
+            "model: it has drifted into noise; lower --temperature, or train longer"
+        )
     return faults
 
 

@@ -54,7 +54,8 @@ def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(*arguments: Any) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["compare.py", *map(str, arguments)])
         status = tool.run_tool(tool.main)
-        return (status, *capsys.readouterr())
+        output, error = capsys.readouterr()
+        return status, output, error
 
     return run
 

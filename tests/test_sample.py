@@ -309,6 +309,15 @@ def test_faults_are_named() -> None:
     assert kinds(speech, nll=5.4) == {"runaway"}
 
 
+def test_drift_away_from_recordings_is_a_fault_of_long_samples_only() -> None:
+    def faults(num_samples: int, nll: float) -> list[str]:
+        waveform = noise(0.03, num_samples)
+        return find_faults(measured(mu_law(waveform), waveform, nll), vocab_size=256, valid_nll_nats=2.7)
+
+    assert faults(24_000, 3.6) == faults(12_000, 4.6) == []
+    assert [fault.split(":")[0] for fault in faults(24_000, 3.8)] == ["runaway"]
+
+
 def test_an_empty_sample_cannot_be_measured() -> None:
     with pytest.raises(UserError, match="at least one code"):
         measured(np.zeros(0, dtype=np.uint8), np.zeros(0))

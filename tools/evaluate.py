@@ -113,7 +113,7 @@ def _open_corpus(run: "LoadedRun", arguments: argparse.Namespace) -> "Corpus":
 
     path = arguments.corpus or run.config.data.corpus
     corpus = open_corpus(path)
-    trained_on = json.loads((run.checkpoint_path / "state.json").read_text(encoding="utf-8")).get("corpus_fingerprint")
+    trained_on = run.state.get("corpus_fingerprint")
     if corpus.fingerprint != trained_on and not arguments.allow_other_corpus:
         raise UserError(
             f"{path} holds other codes than the corpus that {arguments.run} was trained on (fingerprint "

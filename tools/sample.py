@@ -1,7 +1,6 @@
 """Sample audio from a trained model: wav files (PCM16), each with a JSON sidecar that says how it was made."""
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -94,8 +93,8 @@ def _codec(run: "LoadedRun") -> "Codec":
     from ct_audio.codec import codec_from_json
     from ct_audio.corpus import open_corpus
 
-    state = json.loads((run.checkpoint_path / "state.json").read_text(encoding="utf-8"))
-    codec = codec_from_json(state["codec"]) if "codec" in state else open_corpus(run.config.data.corpus).codec
+    known = run.state.get("codec")
+    codec = codec_from_json(known) if known is not None else open_corpus(run.config.data.corpus).codec
     if codec.vocab_size != run.model.vocab_size:
         raise UserError(f"the codec {codec.name} has {codec.vocab_size} codes, the model {run.model.vocab_size}")
     return codec
@@ -199,11 +198,12 @@ def _write(
 
     rate = codec.sample_rate_hz
     assert rate is not None
+    valid_nll_nats = run.state.get("progress", {}).get("best_valid_nll_nats")
     any_faulty = False
     for lane, (row, logs) in enumerate(zip(codes.cpu().numpy(), log_probabilities.cpu().numpy(), strict=True)):
         waveform = codec.decode(row)
         measures = measure_sample(row, logs, waveform, vocab_size=codec.vocab_size, sample_rate_hz=rate)
-        faults = find_faults(measures, vocab_size=codec.vocab_size)
+        faults = find_faults(measures, vocab_size=codec.vocab_size, valid_nll_nats=valid_nll_nats)
         sidecar = _settings(run, codec, arguments, prime) | measures | {"lane": lane, "warnings": faults}
         if difference is not None:
             sidecar["verify_max_abs_difference"] = difference if math.isfinite(difference) else None
