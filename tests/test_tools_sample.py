@@ -1,0 +1,188 @@
+"""tools/sample.py on a run that is made by hand: files, numbers, exit statuses, errors."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from handmade_runs import RATE, Tool, make_run, noise_corpus, read_json, speech_like, tool
+from tiny_runs import tiny_run
+
+from ct_audio.codec import Byte, MuLaw
+from ct_audio.corpus import CorpusWriter
+from ct_audio.evaluate import evaluate_nll
+from ct_audio.models.wavenet import WaveNet
+from ct_audio.train import train
+from ct_audio.wav import read_wav, write_wav
+
+
+@pytest.fixture
+def sample(monkeypatch: pytest.MonkeyPatch) -> Tool:
+    return tool("sample", monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return noise_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+def test_sample_writes_wavs_and_sidecars(
+    corpus: Path, tmp_path: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = make_run(corpus, tmp_path), tmp_path / "deep" / "out"
+    arguments = [
+        "--seconds",
+        0.01,
+        "--num",
+        2,
+        "--seed",
+        3,
+        "--temperature",
+        0.9,
+        "--top-p",
+        0.95,
+        "--verify",
+        "--plots",
+    ]
+    assert sample(run, *arguments, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("about ")
+    assert "x real time" in printed
+    assert "largest difference of log-probabilities" in printed
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"sample_{lane}.{suffix}" for lane in range(2) for suffix in ("json", "png", "wav")
+    ]
+    for lane in range(2):
+        waveform, rate = read_wav(out / f"sample_{lane}.wav")
+        assert (len(waveform), rate) == (240, RATE)
+        codes = MuLaw().encode(waveform)
+        sidecar = read_json(out / f"sample_{lane}.json")
+        assert list(sidecar) == sorted(sidecar)
+        expected = {"seed": 3, "lane": lane, "num_lanes": 2, "step": 7, "model": "wavenet", "temperature": 0.9}
+        assert expected.items() <= sidecar.items()
+        assert sidecar["top_k"] is None
+        assert sidecar["warnings"] == []
+        assert sidecar["seconds"] == 0.01
+        assert sidecar["distinct_codes_share"] == len(np.unique(codes)) / 256
+        assert sidecar["rms_dbfs"] == pytest.approx(20 * np.log10(np.sqrt(np.mean(waveform**2))), abs=0.1)
+        assert 0 <= sidecar["verify_max_abs_difference"] < 1e-4
+        assert (out / f"sample_{lane}.png").read_bytes().startswith(b"\x89PNG")
+        assert nll_of(run, codes, corpus) == pytest.approx(sidecar["nll_nats"], abs=1e-4)  # equality 8, through a wav
+    assert not np.array_equal(read_wav(out / "sample_0.wav")[0], read_wav(out / "sample_1.wav")[0])
+    assert sample(run, *[a for a in arguments if a != "--plots"], "--out", tmp_path / "again") == 0
+    for name in ("sample_0.wav", "sample_1.wav", "sample_0.json"):
+        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def nll_of(run: Path, codes: np.ndarray, corpus: Path) -> float:
+    from ct_audio.checkpoint import load_run_model
+
+    return evaluate_nll(load_run_model(run).model, codes, start_code=128, chunk_length=64).nll_nats
+
+
+@pytest.mark.parametrize("name", ["wavenet", "compressive_transformer"])
+def test_sample_continues_a_prime_of_another_rate(name: str, corpus: Path, tmp_path: Path, sample: Tool) -> None:
+    run, prime = make_run(corpus, tmp_path, name), tmp_path / "prime.wav"
+    write_wav(prime, speech_like(4800, 5), 2 * RATE)
+    arguments = ["--seconds", 0.003, "--num", 1, "--prime", prime, "--prime-seconds", 0.005, "--verify"]
+    assert sample(run, *arguments, "--out", tmp_path / "a") in (0, 4)
+    assert sample(run, *arguments, "--include-prime", "--out", tmp_path / "b") in (0, 4)
+    alone, _ = read_wav(tmp_path / "a" / "sample_0.wav")
+    both, _ = read_wav(tmp_path / "b" / "sample_0.wav")
+    assert (len(alone), len(both)) == (72, 120 + 72)
+    assert np.array_equal(both[120:], alone)
+    sidecar = read_json(tmp_path / "b" / "sample_0.json")
+    assert (sidecar["prime"], sidecar["prime_seconds"], sidecar["prime_included"]) == ("prime.wav", 0.005, True)
+    assert sidecar["num_samples"] == 72
+    assert sidecar["verify_max_abs_difference"] < 1e-4
+    whole = nll_of(run, MuLaw().encode(both), corpus) * 192
+    start = nll_of(run, MuLaw().encode(both[:120]), corpus) * 120
+    assert sidecar["nll_nats"] == pytest.approx((whole - start) / 72, abs=1e-3)
+
+
+def test_sample_needs_no_corpus_after_training(tmp_path: Path, sample: Tool) -> None:
+    """Training writes the codec into the checkpoint, so a run alone is enough."""
+    config = tiny_run(tmp_path, "wavenet", train__num_steps=1, train__valid_every_steps=0)
+    assert train(config) == 0
+    shutil.rmtree(config.data.corpus)
+    assert sample(config.run_dir, "--seconds", 0.002, "--num", 1, "--out", tmp_path / "out") in (0, 4)
+    assert read_wav(tmp_path / "out" / "sample_0.wav")[1] == RATE
+
+
+@pytest.mark.parametrize(("width_of_codes", "fault"), [(0.2, "silent"), (1000.0, "runaway")])
+def test_sample_warns_of_faults(
+    width_of_codes: float,
+    fault: str,
+    corpus: Path,
+    tmp_path: Path,
+    sample: Tool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = make_run(corpus, tmp_path, width_of_codes=width_of_codes)
+    assert sample(run, "--seconds", 0.02, "--num", 1, "--out", tmp_path / "out") == 4
+    warnings = read_json(tmp_path / "out" / "sample_0.json")["warnings"]
+    assert any(warning.startswith(fault) for warning in warnings)
+    assert f"sample_0.wav: {fault}" in capsys.readouterr().err
+    assert (tmp_path / "out" / "sample_0.wav").exists()
+
+
+def test_sample_fails_verification_of_a_wrong_step(
+    corpus: Path,
+    tmp_path: Path,
+    sample: Tool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = WaveNet.step
+    monkeypatch.setattr(WaveNet, "step", lambda self, codes, state: right(self, (codes + 1) % 256, state))
+    run = make_run(corpus, tmp_path)
+    with torch.no_grad():
+        assert sample(run, "--seconds", 0.01, "--num", 1, "--verify", "--out", tmp_path / "out") == 3
+    assert "verification failed" in capsys.readouterr().err
+    assert read_json(tmp_path / "out" / "sample_0.json")["verify_max_abs_difference"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "0"], "--seconds"),
+        (["--seconds", "inf"], "--seconds"),
+        (["--num", "0"], "--num"),
+        (["--seed", "-1"], "seed"),
+        (["--temperature", "-1"], "temperature"),
+        (["--top-k", "257"], "top-k: expected 1 to 256"),
+        (["--top-p", "0"], "top-p"),
+        (["--prime", "nowhere.wav"], "nowhere.wav"),
+        (["--prime-seconds", "1"], "need --prime"),
+    ],
+)
+def test_sample_errors_are_one_line(
+    arguments: list[str],
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    sample: Tool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert sample(make_run(corpus, tmp_path), *arguments, "--out", tmp_path / "out") == 2
+    found = capsys.readouterr()
+    assert message in found.err
+    assert found.err.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_sample_needs_audio_a_checkpoint_and_a_place(
+    tmp_path: Path, corpus: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    writer = CorpusWriter(text, Byte(), source={}, preparation={})
+    writer.add_document("train", "a", Byte().encode("text " * 100))
+    writer.finish()
+    assert sample(make_run(text, tmp_path / "a"), "--out", tmp_path / "out") == 2
+    assert "writes audio only" in capsys.readouterr().err
+    assert sample(tmp_path / "no_run", "--out", tmp_path / "out") == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert sample(make_run(corpus, tmp_path / "b"), "--seconds", 0.01, "--out", tmp_path / "file") == 2
+    assert "--out" in capsys.readouterr().err
