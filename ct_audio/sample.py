@@ -1,6 +1,7 @@
-"""Sampling: codes one by one from a model, with their log-probabilities, and what a sample is like.
+"""Sampling: codes one by one from a model, with their log-probabilities.
 
-Shape letters: B lanes, P codes of a prime, T sampled codes, V codes of the vocabulary, N samples of a waveform.
+Shape letters: B lanes, P codes of a prime, T sampled codes, V codes of the vocabulary, G bytes of a generator's state,
+R uniform numbers drawn ahead.
 Lane k draws from a generator of its own, seeded from (seed, k): the first codes of a longer sample are the shorter
 sample, and for the same number of lanes, threads and device every bit is the same.
 """
@@ -13,37 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int, Integer
+from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
 from ct_audio.errors import UserError
 from ct_audio.evaluate import evaluation_mode, model_device
 from ct_audio.models import SequenceModel
+from ct_audio.models.memory import named_leaves, state_from_leaves
 
 _DRAWS_AHEAD = 4096  # uniform numbers a lane that are drawn at a time; draws do not depend on it
 _CHECK_EVERY = 64  # codes between two looks for NaN; each look waits for the device
 _PIECE_LENGTH = 4096  # codes of a prime, or of a re-scored sample, that one forward takes at most
-
-SILENT_RMS_DBFS = -75.0
-"""Quieter is no pause: codes 127 and 128 alone give -81 dBFS, the noise floor of quiet recordings is about -60."""
-CLIPPED_SHARE = 0.01
-"""Share of samples at either end of the scale; recorded speech has none or single ones."""
-STUCK_RUN_SECONDS = 0.1
-"""One code for so long; in recorded speech, pauses included, the longest runs last 2 ms."""
-STUCK_DISTINCT_CODES = 8
-"""Fewer codes in a whole sample; recorded speech has at least 15 in every tenth of a second, pauses included."""
-RUNAWAY_RMS_DBFS = -12.0
-"""Louder is noise: the loudest tenth of a second of recorded speech has -17 dBFS, codes drawn evenly have -10.5."""
-RUNAWAY_DC = 0.1
-"""Mean of the waveform; recordings have below 0.001."""
-RUNAWAY_NLL_SHARE = 0.95
-"""Mean NLL as a share of ln V, that of even odds: above it the model finds no structure in its own output."""
-DRIFT_NATS = 1.0
-"""Mean NLL above that of the validation split; recordings of one speaker differ by 0.7 from one second to another."""
-DRIFT_SECONDS = 1.0
-"""Shorter samples may be one loud sound, and are not judged so."""
-SILENCE_FLOOR_DBFS = -120.0
-"""What is written for the level of exact zeros, because JSON has no infinity."""
 
 
 def sample_codes(
@@ -76,20 +57,107 @@ def sample_codes(
         UserError: an argument is out of its range, or the model says NaN (seen with a delay of up to 64 codes).
     Source: top-p is nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
     """
-    vocab_size = model.vocab_size
-    if num_lanes < 1 or num_codes < 0:
-        raise UserError(f"expected at least one lane and no negative number of codes, got {num_lanes} and {num_codes}")
-    if seed < 0:
-        raise UserError(f"seed: expected at least 0, got {seed}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature: expected a finite number of at least 0, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise UserError(f"top-k: expected 1 to {vocab_size}, the number of codes, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p: expected a share in (0, 1], got {top_p}")
-    inputs = _preceded(prime, num_lanes, start_code, vocab_size, model_device(model))
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    return _sample(model, inputs, num_codes, _LaneUniforms(seed, num_lanes, inputs.device), settings)
+    return Sampler(
+        model,
+        num_lanes=num_lanes,
+        seed=seed,
+        start_code=start_code,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        prime=prime,
+    ).run(num_codes)
+
+
+class Sampler:
+    """`sample_codes` with a state that can be taken out between two codes and put back: it goes on bit for bit.
+
+    Args:
+        as of `sample_codes`.
+    Attributes:
+        num_lanes: samples made side by side (B).
+        num_codes: codes sampled so far in each lane.
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        *,
+        num_lanes: int,
+        seed: int,
+        start_code: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        prime: Int[Tensor, "B P"] | None = None,
+    ) -> None:
+        vocab_size = model.vocab_size
+        if num_lanes < 1:
+            raise UserError(f"expected at least one lane, got {num_lanes}")
+        if seed < 0:
+            raise UserError(f"seed: expected at least 0, got {seed}")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise UserError(f"temperature: expected a finite number of at least 0, got {temperature}")
+        if top_k is not None and not 1 <= top_k <= vocab_size:
+            raise UserError(f"top-k: expected 1 to {vocab_size}, the number of codes, got {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UserError(f"top-p: expected a share in (0, 1], got {top_p}")
+        self._model = model
+        self._inputs = _preceded(prime, num_lanes, start_code, vocab_size, model_device(model))
+        self._settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self._uniforms = _LaneUniforms(seed, num_lanes, self._inputs.device)
+        self._codes: Tensor = self._inputs[:, -1]
+        self._state: Any = None
+        self._has_begun = False  # True once the prime has been run and the state is one for `step`
+        self.num_lanes, self.num_codes = num_lanes, 0
+
+    def run(self, num_codes: int) -> Generator[tuple[Int[Tensor, "B"], Float[Tensor, "B"]], None, None]:
+        """Sample so many more codes; the iterator is `sample_codes`'s."""
+        if num_codes < 0:
+            raise UserError(f"expected no negative number of codes, got {num_codes}")
+        return self._run(self.num_codes + num_codes)
+
+    def _run(self, stop: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        model = self._model
+        with evaluation_mode(model):
+            if not self._has_begun:
+                self._state, self._has_begun = _run_prime(model, self._inputs[:, :-1]), True
+            while self.num_codes < stop:
+                with torch.inference_mode():  # left before each yield: it must not leak to the caller
+                    features, self._state = model.step(self._codes, self._state)
+                    log_probabilities = model.log_probabilities(features)
+                    codes = draw_codes(log_probabilities, self._uniforms.next(), **self._settings)
+                    chosen = log_probabilities.gather(-1, codes[:, None])[:, 0]
+                    if self.num_codes % _CHECK_EVERY == 0 or self.num_codes == stop - 1:
+                        _require_finite(chosen, self.num_codes)
+                self._codes = codes
+                self.num_codes += 1
+                yield codes, chosen
+
+    def leaves(self) -> dict[str, Any]:
+        """All that the next code depends on: tensors (of this sampler, not copies) and plain values by name."""
+        generators, ahead = self._uniforms.tensors()
+        own = {"codes": self._codes, "num_codes": self.num_codes, "generators": generators, "uniforms": ahead}
+        return own | dict(named_leaves(self._state, "step"))
+
+    def restore(self, leaves: dict[str, Any]) -> None:
+        """Put back what `leaves` of a sampler with the same arguments gave.
+
+        Raises:
+            UserError: the leaves are of another model or number of lanes.
+        """
+        own = {"codes", "num_codes", "generators", "uniforms"}
+        if not own <= leaves.keys() or leaves["codes"].shape != self._codes.shape:
+            raise UserError(f"state of a sampler: expected {', '.join(sorted(own))} of {self.num_lanes} lanes")
+        device = self._inputs.device
+        placed = {name: leaf.to(device) if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()}
+        like = self._model.begin_steps(self._model.zero_memory(self.num_lanes), self._inputs[:, :0])
+        step = {name.removeprefix("step").removeprefix("/"): placed[name] for name in placed.keys() - own}
+        self._state, self._has_begun = state_from_leaves(like, step), True
+        self._uniforms.restore(leaves["generators"], leaves["uniforms"])
+        self._codes, self.num_codes = placed["codes"].clone(), leaves["num_codes"]
 
 
 @torch.inference_mode()
@@ -143,98 +211,6 @@ def estimate_code_seconds(
             break
     iterator.close()
     return (time.perf_counter() - began) / count
-
-
-def measure_sample(
-    codes: Integer[np.ndarray, "N"],
-    log_probabilities: Float[np.ndarray, "N"],
-    waveform: Float[np.ndarray, "N"],
-    *,
-    vocab_size: int,
-    sample_rate_hz: int,
-) -> dict[str, Any]:
-    """What a sampled waveform is like, in plain numbers ready for JSON.
-
-    Args:
-        codes: of one lane.
-        log_probabilities: of these codes under the model, in nats.
-        waveform: the decoded codes, in [-1, 1].
-    Returns:
-        seconds, num_samples, nll_nats (mean), nll_bits, nll_nats_per_second (of each second, the last may be shorter),
-        rms_dbfs, peak, dc (mean), clipped_share (at the lowest or highest code), distinct_codes,
-        distinct_codes_share (of the vocabulary), longest_run_seconds (of one code).
-    """
-    if not len(codes):
-        raise UserError("expected a sample of at least one code, got none; sample more seconds")
-    wide = waveform.astype(np.float64)
-    nll = -log_probabilities.astype(np.float64)
-    starts = np.r_[0, np.flatnonzero(np.diff(codes.astype(np.int64))) + 1, len(codes)]
-    distinct = len(np.unique(codes))
-    rms = math.sqrt(float(np.mean(wide**2)))
-    return {
-        "seconds": len(codes) / sample_rate_hz,
-        "num_samples": len(codes),
-        "nll_nats": float(nll.mean()),
-        "nll_bits": float(nll.mean()) / math.log(2),
-        "nll_nats_per_second": [
-            float(nll[begin : begin + sample_rate_hz].mean()) for begin in range(0, len(nll), sample_rate_hz)
-        ],
-        "rms_dbfs": max(20 * math.log10(rms), SILENCE_FLOOR_DBFS) if rms else SILENCE_FLOOR_DBFS,
-        "peak": float(np.abs(wide).max()),
-        "dc": float(wide.mean()),
-        "clipped_share": float(np.mean((codes == 0) | (codes == vocab_size - 1))),
-        "distinct_codes": distinct,
-        "distinct_codes_share": distinct / vocab_size,
-        "longest_run_seconds": int(np.diff(starts).max()) / sample_rate_hz,
-    }
-
-
-def find_faults(measures: dict[str, Any], *, vocab_size: int, valid_nll_nats: float | None = None) -> list[str]:
-    """What is wrong with a sample as audio: silent, clipped, stuck or runaway; empty where nothing is.
-
-    Args:
-        measures: of `measure_sample`.
-        valid_nll_nats: the model's NLL on recordings, against which that of the sample is held; None where it has none.
-    """
-    seconds, rms_dbfs, dc = measures["seconds"], measures["rms_dbfs"], measures["dc"]
-    run_seconds, distinct = measures["longest_run_seconds"], measures["distinct_codes"]
-    faults = []
-    if rms_dbfs < SILENT_RMS_DBFS:
-        faults.append(f"silent: RMS {rms_dbfs:.1f} dBFS, below {SILENT_RMS_DBFS:.0f}")
-    if measures["clipped_share"] > CLIPPED_SHARE:
-        faults.append(f"clipped: {measures['clipped_share']:.1%} of the samples at full scale")
-    if run_seconds > min(STUCK_RUN_SECONDS, seconds / 2):
-        faults.append(f"stuck: one code for {run_seconds:.3f} s")
-    if seconds >= STUCK_RUN_SECONDS and distinct < STUCK_DISTINCT_CODES:
-        faults.append(f"stuck: only {distinct} distinct codes")
-    if rms_dbfs > RUNAWAY_RMS_DBFS:
-        faults.append(f"runaway: RMS {rms_dbfs:.1f} dBFS, above {RUNAWAY_RMS_DBFS:.0f}")
-    if seconds >= STUCK_RUN_SECONDS and abs(dc) > RUNAWAY_DC:
-        faults.append(f"runaway: mean {dc:.2f} instead of about 0")
-    if measures["nll_nats"] > RUNAWAY_NLL_SHARE * math.log(vocab_size):
-        faults.append(f"runaway: {measures['nll_nats']:.2f} nats a sample, even odds are {math.log(vocab_size):.2f}")
-    elif valid_nll_nats is not None and seconds >= DRIFT_SECONDS and measures["nll_nats"] > valid_nll_nats + DRIFT_NATS:
-        faults.append(
-            f"runaway: {measures['nll_nats']:.2f} nats a sample, recordings have {valid_nll_nats:.2f} under this "
-            "model: it has drifted into noise; lower --temperature, or train longer"
-        )
-    return faults
-
-
-def _sample(
-    model: SequenceModel, inputs: Tensor, num_codes: int, uniforms: "_LaneUniforms", settings: dict[str, Any]
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    with evaluation_mode(model):
-        codes, state = inputs[:, -1], _run_prime(model, inputs[:, :-1])
-        for index in range(num_codes):
-            with torch.inference_mode():  # left before each yield: it must not leak to the caller
-                features, state = model.step(codes, state)
-                log_probabilities = model.log_probabilities(features)
-                codes = draw_codes(log_probabilities, uniforms.next(), **settings)
-                chosen = log_probabilities.gather(-1, codes[:, None])[:, 0]
-                if index % _CHECK_EVERY == 0 or index == num_codes - 1:
-                    _require_finite(chosen, index)
-            yield codes, chosen
 
 
 @torch.inference_mode()
@@ -298,6 +274,16 @@ class _LaneUniforms:
             self._ahead, self._used = torch.stack(rows).to(self._device), 0
         self._used += 1
         return self._ahead[:, self._used - 1]
+
+    def tensors(self) -> tuple[UInt8[Tensor, "B G"], Float64[Tensor, "B R"]]:
+        """The generators' states, and the numbers that were drawn ahead and not used yet."""
+        return torch.stack([generator.get_state() for generator in self._generators]), self._ahead[:, self._used :]
+
+    def restore(self, generators: UInt8[Tensor, "B G"], ahead: Float64[Tensor, "B R"]) -> None:
+        """Put back what `tensors` gave."""
+        for generator, state in zip(self._generators, generators, strict=True):
+            generator.set_state(state.clone())
+        self._ahead, self._used = ahead.to(self._device).clone(), 0
 
 
 def _preceded(

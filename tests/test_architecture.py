@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "ct_audio"
 
 ROOMS = [
     "errors",
+    "files",
     "codec",
     "wav",
     "corpus",
@@ -32,10 +33,16 @@ ROOMS = [
     "checkpoint",
     "metrics",
     "evaluate",
+    "run_evaluation",
+    "comparison",
     "sample",
+    "sample_measures",
+    "sample_state",
     "analysis",
     "session",
     "train",
+    "sample_session",
+    "sample_report",
     "cli",
 ]
 ONLY_IMPORTER = {

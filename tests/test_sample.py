@@ -13,7 +13,8 @@ from torch import Tensor
 from ct_audio import sample
 from ct_audio.errors import UserError
 from ct_audio.evaluate import evaluate_nll
-from ct_audio.sample import draw_codes, estimate_code_seconds, find_faults, measure_sample, sample_codes, verify_steps
+from ct_audio.sample import draw_codes, estimate_code_seconds, sample_codes, verify_steps
+from ct_audio.sample_measures import find_faults, measure_sample
 
 START_CODE = 16
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}

@@ -193,7 +193,7 @@ def _write(
     import numpy as np
 
     from ct_audio.corpus import write_json
-    from ct_audio.sample import find_faults, measure_sample
+    from ct_audio.sample_measures import find_faults, measure_sample
     from ct_audio.wav import write_wav
 
     rate = codec.sample_rate_hz

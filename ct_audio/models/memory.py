@@ -5,6 +5,7 @@ Also helpers that map over any model's memory: a nest of (named) tuples whose le
 plain Python values.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -93,3 +94,73 @@ def memory_from_tensors(like: Any, tensors: dict[str, Tensor]) -> Any:
             )
     ordered = iter([tensors[name].to(tensor.device) for name, tensor in expected.items()])
     return map_memory(lambda _: next(ordered), like)
+
+
+def named_leaves(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every tensor and plain value (None too) of a step state with a path-like name; `state_from_leaves` inverts it.
+
+    A step state is a nest of tuples and dataclasses. A list in it is left out: it holds views of the tensors beside it.
+    """
+    parts = _named_parts(state)
+    if parts is not None:
+        for name, part in parts.items():
+            yield from named_leaves(part, f"{prefix}/{name}" if prefix else name)
+    elif not isinstance(state, list):
+        yield prefix, state
+
+
+@torch.inference_mode()
+def state_from_leaves(like: Any, leaves: dict[str, Any]) -> Any:
+    """A step state of the form of `like`, which is used up, with the leaves that `named_leaves` gave.
+
+    Args:
+        like: a step state of the same model and number of lanes.
+        leaves: tensors on the device of `like`, and plain values. Where either is None a tensor may have come or gone.
+    Raises:
+        UserError: a leaf is missing, left over, or of another type, shape or dtype than in `like`.
+    """
+    expected = dict(named_leaves(like))
+    if expected.keys() != leaves.keys():
+        different = ", ".join(sorted(expected.keys() ^ leaves.keys()))
+        raise UserError(f"step state: missing or left over: {different}; use the model that it was made with")
+    for name, leaf in expected.items():
+        if leaf is not None and leaves[name] is not None and _form(leaf) != _form(leaves[name]):
+            raise UserError(
+                f"step state {name}: expected {_form(leaf)}, got {_form(leaves[name])}; "
+                "use the model that it was made with"
+            )
+    return _rebuild(like, leaves, "")
+
+
+def _named_parts(nest: Any) -> dict[str, Any] | None:
+    """The parts of a container by name; None for a leaf."""
+    if isinstance(nest, tuple):
+        return dict(zip(map(str, getattr(nest, "_fields", range(len(nest)))), nest, strict=True))
+    if dataclasses.is_dataclass(nest):
+        return {field.name: getattr(nest, field.name) for field in dataclasses.fields(nest)}
+    return None
+
+
+def _form(leaf: Any) -> str:
+    return f"{tuple(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
+
+
+def _rebuild(like: Any, leaves: dict[str, Any], prefix: str) -> Any:
+    parts = _named_parts(like)
+    if parts is None:
+        if isinstance(like, list):
+            return like
+        leaf = leaves[prefix]
+        if not isinstance(leaf, Tensor):
+            return leaf
+        # A new tensor with the strides of `like`: another layout in memory could mean another rounding.
+        return (torch.empty_like(like) if isinstance(like, Tensor) else torch.empty_like(leaf)).copy_(leaf)
+    made = {name: _rebuild(part, leaves, f"{prefix}/{name}" if prefix else name) for name, part in parts.items()}
+    if isinstance(like, tuple):
+        return type(like)(*made.values()) if hasattr(like, "_fields") else tuple(made.values())
+    for name, value in made.items():
+        if isinstance(value, Tensor) and isinstance(parts[name], Tensor):
+            parts[name].copy_(value)  # in place: lists beside it hold views of it
+        else:
+            setattr(like, name, value)
+    return like
