@@ -22,6 +22,7 @@ from jaxtyping import Int64, Integer
 
 from ct_audio.codec import Codec, codec_from_json
 from ct_audio.errors import UserError
+from ct_audio.files import read_json, write_json
 
 FORMAT = "ct_audio corpus"
 FORMAT_VERSION = 1
@@ -210,24 +211,22 @@ class CorpusWriter:
         move_directory(self.work_dir, self.path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON (UTF-8) beside its place, fsync, and rename."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as handle:
-        json.dump(value, handle, ensure_ascii=False, allow_nan=False, indent=1)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    beside.replace(path)
-
-
 def move_directory(source: Path, target: Path) -> None:
-    """Rename a finished directory to its place; what was there is moved aside first and deleted last."""
+    """Rename a finished directory to its place; what was there is moved aside first and deleted last.
+
+    Raises:
+        OSError: it cannot be renamed; what was there is back in its place.
+    """
     aside = target.with_name(target.name + ".replaced")
     if target.exists():
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
-    source.rename(target)
+    try:
+        source.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
     handle = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -246,8 +245,12 @@ class _SplitInProgress:
 
     def add(self, name: str, codes: np.ndarray) -> None:
         raw = codes.tobytes()
-        with self._file.open("ab") as handle:
-            handle.write(raw)
+        try:
+            with self._file.open("ab") as handle:
+                handle.write(raw)
+        except OSError as error:
+            error.filename = str(self._file)
+            raise
         self.sha256.update(raw)
         self.names.append(name)
         self.offsets.append(self.num_codes)
@@ -263,13 +266,16 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path} is no prepared corpus: there is no corpus.json in it; make one with tools/prepare.py")
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        description = read_json(file)
+    except (OSError, ValueError) as error:
         raise _damaged(path, f"not readable as JSON: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise _damaged(path, f"expected format {FORMAT!r} at the top level")
     if description.get("format_version") != FORMAT_VERSION:
         raise _damaged(path, f"expected format_version {FORMAT_VERSION}, got {description.get('format_version')!r}")
+    for key in ("source", "preparation"):
+        if not isinstance(description.get(key, {}), dict):
+            raise _damaged(path, f"expected {key}, a mapping")
     return description
 
 

@@ -5,6 +5,8 @@ The only importer of soundfile. Shape letters: N samples, C channels.
 
 import os
 import re
+import stat
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import soxr
 from jaxtyping import Float
 
 from ct_audio.errors import UserError
+from ct_audio.files import write_file
 
 AUDIO_SUFFIXES = frozenset(
     {
@@ -32,6 +35,8 @@ AUDIO_SUFFIXES = frozenset(
         ".rf64",
     }
 )
+MIN_RATE_HZ, MAX_RATE_HZ = 1000, 2**20
+"""A header that says less or more lies; resampling from 1 Hz would make a day of audio out of a small file."""
 _BLOCK_FRAMES = 1 << 18
 _UNKNOWN_LENGTH_BYTES = 0x7FFFF000  # writers to a pipe put about 2^31 or 2^32 where a size belongs
 _HEADER_SLACK_BYTES = 8  # some writers count the container's own header
@@ -46,18 +51,24 @@ def read_wav(path: str | Path) -> tuple[Float[np.ndarray, "N"], int]:
             as it is (it may exceed 1 or hold NaN: see `require_finite`).
         sample_rate_hz: the file's.
     Raises:
-        UserError: the file is missing, unreadable, damaged, or shorter than its own header promises.
+        UserError: the file is missing, no plain file, unreadable, damaged, shorter than its own header promises, or of
+            a sample rate outside 1000 Hz to 2^20 Hz.
     Differs: an mp3 without a length header cannot tell that it was cut; nothing notices that.
     """
     path = Path(path)
     try:
-        with path.open("rb") as handle, soundfile.SoundFile(handle) as file:
+        _require_plain(path)
+        # by descriptor: any name goes, and an error within Python's own reading would be printed and ignored
+        with path.open("rb") as handle, soundfile.SoundFile(handle.fileno(), closefd=False) as file:
             _require_whole_container(path, file)
+            sample_rate_hz = file.samplerate
+            if not MIN_RATE_HZ <= sample_rate_hz <= MAX_RATE_HZ:
+                raise ValueError(f"sample rate {sample_rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
             blocks = []
             # not file.blocks(): it hides that a file ends early
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 blocks.append(_channel_mean(block))
-            num_promised, sample_rate_hz = file.frames, file.samplerate
+            num_promised = file.frames
     except (soundfile.SoundFileError, OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {_reason(error)}") from error
     waveform = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
@@ -74,20 +85,17 @@ def write_wav(path: str | Path, waveform: Float[np.ndarray, "N"], sample_rate_hz
         waveform: what lies outside [-1, 1] is clipped.
         sample_rate_hz: at least 1.
     Raises:
-        UserError: the waveform is not finite, or the file cannot be written.
+        UserError: the waveform is not finite, or the folder is missing or locked.
+        OSError: the disk is full; nothing is left of the file.
     """
     path = Path(path)
     require_finite(waveform, str(path))
     levels = np.clip(np.rint(waveform.astype(np.float64) * 32768.0), -32768, 32767).astype(np.int16)
-    beside = path.with_name(path.name + ".tmp")
+    encoded = BytesIO()  # libsndfile hides what a full disk says
     try:
-        with beside.open("wb") as handle:
-            soundfile.write(handle, levels, sample_rate_hz, format="WAV", subtype="PCM_16")
-            handle.flush()
-            os.fsync(handle.fileno())
-        beside.replace(path)
+        soundfile.write(encoded, levels, sample_rate_hz, format="WAV", subtype="PCM_16")
+        write_file(path, encoded.getvalue())
     except (soundfile.SoundFileError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        beside.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {_reason(error)}") from error
 
 
@@ -110,6 +118,13 @@ def require_finite(waveform: Float[np.ndarray, "*shape"], what: str) -> None:
     num_bad = int(waveform.size - np.isfinite(waveform).sum())
     if num_bad:
         raise UserError(f"{what}: {num_bad} of {waveform.size} samples are NaN or infinite; repair the audio")
+
+
+def _require_plain(path: Path) -> None:
+    """A FIFO would wait for ever, a device may never end; a folder fails when it is opened."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError("not a plain file")
 
 
 def _channel_mean(block: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N"]:
