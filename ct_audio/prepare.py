@@ -5,8 +5,6 @@ interrupted run leaves nothing that looks whole, and the same command goes on fr
 Shape letters: N samples or codes.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -33,13 +31,15 @@ from tqdm import tqdm
 from ct_audio.codec import MuLaw
 from ct_audio.corpus import Corpus, CorpusWriter, open_corpus
 from ct_audio.errors import UserError
-from ct_audio.report import FileResult, count_reasons, make_report, write_report
+from ct_audio.files import hold_alone, read_json, write_file
+from ct_audio.report import FileResult, count_reasons, make_report, printable, write_report
 from ct_audio.wav import read_wav, require_finite, resample, write_wav
 
 PREPARATION_VERSION = 1
 MAX_DROPPED_PERCENT = 5.0
 SILENCE = 2.0**-15  # -90 dBFS, one step of 16 bits
 FULL_SCALE = 32767 / 32768
+OUT_OF_RANGE = 16.0  # 24 dB over full scale: no loud recording, but a file of another scale, or damaged
 EXAMPLE_SECONDS = 10.0
 
 
@@ -50,7 +50,8 @@ class Recording:
     Attributes:
         path: of the audio file.
         split: where it goes, as "train".
-        name: unique in the corpus; recordings of a split are put in the order of their names.
+        name: unique in the corpus, printable (`ct_audio.report.printable` makes it so); recordings of a split are put
+            in the order of their names.
     """
 
     path: Path
@@ -119,17 +120,21 @@ def prepare_waveform(
     """Resample, gain, trim.
 
     Raises:
-        UserError: the recording is empty, not finite, silent or too short.
+        UserError: the recording is empty, not finite, beyond 16 times full scale after gain, silent or too short.
     """
     if not len(waveform):
         raise UserError("empty: no samples")
     require_finite(waveform, "not finite")
+    gain = 10 ** (settings.gain_db / 20)
+    peak = float(np.abs(waveform).max()) * gain
+    if peak > OUT_OF_RANGE:
+        raise UserError(f"out of range: the peak is {peak:.3g}, full scale is 1; scale the file, or use a lower gain")
     deviation = float(np.abs(waveform - waveform.mean(dtype=np.float64).astype(np.float32)).max())
     if deviation < SILENCE:
         raise UserError(f"silent: no sample is farther than {deviation:.1e} from the mean")
     waveform = resample(waveform, sample_rate_hz, settings.sample_rate_hz)
     if settings.gain_db:
-        waveform = waveform * np.float32(10 ** (settings.gain_db / 20))
+        waveform = waveform * np.float32(gain)
     if settings.trim_db is not None:
         waveform = librosa.effects.trim(waveform, top_db=settings.trim_db)[0]
     seconds = len(waveform) / settings.sample_rate_hz
@@ -168,11 +173,18 @@ def prepare_audio(
     source = source | {"num_files": len(recordings), "listing_sha256": _hash_listing(recordings)}
     partial = out.with_name(out.name + ".partial")
     there = _existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
-    if there is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+    if there is not None and not partial.exists():
         return there, None
-    (partial / "files").mkdir(parents=True, exist_ok=True)
-    with _only_one(partial):
+    partial.mkdir(parents=True, exist_ok=True)
+    with hold_alone(
+        partial / "lock", f"another process is preparing into {partial}; wait for it, or choose another --out"
+    ):
+        # again: another process may have finished in between
+        there = _existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
+        if there is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            return there, None
+        (partial / "files").mkdir(exist_ok=True)
         results = _prepare_files(recordings, partial / "files", settings, num_processes)
         named = [(r.name, r.split, result) for r, result in zip(recordings, results, strict=True)]
         report = make_report(named, settings.sample_rate_hz)
@@ -250,11 +262,13 @@ def _prepare_file(task: _Task) -> FileResult:
         key = _key(task)
         waveform, sample_rate_hz = read_wav(task.path)
         prepared = prepare_waveform(waveform, sample_rate_hz, task.settings)
+        codes = MuLaw(task.settings.sample_rate_hz).encode(prepared)
     except UserError as error:
         reason = str(error).removeprefix(f"cannot read {task.path}: ")
-        known = ("truncated", "empty", "not finite", "silent", "too short")
-        return FileResult(reason=_printable(reason if reason.startswith(known) else f"unreadable: {reason}"))
-    codes = MuLaw(task.settings.sample_rate_hz).encode(prepared)
+        known = ("truncated", "empty", "not finite", "out of range", "silent", "too short")
+        return FileResult(reason=printable(reason if reason.startswith(known) else f"unreadable: {reason}"))
+    except MemoryError:
+        return FileResult(reason="unreadable: too long for the memory of this machine")
     raw, magnitude = codes.tobytes(), np.abs(prepared)
     result = FileResult(
         num_codes=len(codes),
@@ -266,15 +280,17 @@ def _prepare_file(task: _Task) -> FileResult:
         num_clipped=int((magnitude >= FULL_SCALE).sum()),
         histogram=tuple(np.bincount(codes, minlength=256).tolist()),
     )
-    _write(task.target.with_suffix(".codes"), raw)
-    _write(task.target.with_suffix(".json"), json.dumps({"key": key, "result": asdict(result)}).encode())
+    # without fsync: sizes and checksums are compared when the corpus is put together
+    write_file(task.target.with_suffix(".codes"), raw, sync=False)
+    record = json.dumps({"key": key, "result": asdict(result)})
+    write_file(task.target.with_suffix(".json"), record.encode(), sync=False)
     return result
 
 
 def _reusable(task: _Task) -> FileResult | None:
     """What an interrupted run left of this file, if source file and settings are still the same."""
     try:
-        record = json.loads(task.target.with_suffix(".json").read_text())
+        record = read_json(task.target.with_suffix(".json"))
         if record["key"] != _key(task):
             return None
         fields = record["result"]
@@ -289,15 +305,8 @@ def _key(task: _Task) -> dict[str, Any]:
     try:
         status = task.path.stat()
     except OSError as error:
-        raise UserError(f"unreadable: {error.strerror}") from error
+        raise UserError(f"cannot read {task.path}: {error.strerror}") from error
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "settings": task.settings.to_json()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Renamed when complete; without fsync: sizes and checksums are compared when the corpus is put together."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_bytes(data)
-    beside.replace(path)
 
 
 def _assemble(
@@ -363,7 +372,7 @@ def _existing_corpus(out: Path, source: dict[str, Any], settings: dict[str, Any]
 def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool) -> None:
     dropped, num_kept = report["dropped"], report["total"]["num_files"]
     listing = partial / "dropped.txt"
-    listing.write_text("".join(f"{entry['name']}: {entry['reason']}\n" for entry in dropped), encoding="utf-8")
+    write_file(listing, "".join(f"{entry['name']}: {entry['reason']}\n" for entry in dropped).encode())
     what = f"{len(dropped)} of {len(dropped) + num_kept} files had to be dropped ({count_reasons(dropped)})"
     if not num_kept:
         raise UserError(f"{what}: nothing is left; see {listing}")
@@ -378,6 +387,8 @@ def _require_names(recordings: list[Recording]) -> None:
     for recording in recordings:
         if recording.name in seen:
             raise UserError(f"two recordings are named {recording.name!r}; names must be unique")
+        if not recording.name.isprintable():
+            raise UserError(f"a recording is named {recording.name!r}; a recipe must make names printable")
         seen.add(recording.name)
 
 
@@ -385,21 +396,6 @@ def _hash_listing(recordings: list[Recording]) -> str:
     """Hash over names, splits and sizes: tells whether files were added, changed or moved to another split."""
     digest = hashlib.sha256()
     for recording in recordings:
-        size = recording.path.stat().st_size if recording.path.is_file() else -1
+        size = os.path.getsize(recording.path) if os.path.isfile(recording.path) else -1
         digest.update(f"{recording.split}\t{recording.name}\t{size}\n".encode())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _only_one(partial: Path) -> Iterator[None]:
-    """Hold the directory of partial results alone; the kernel lets go of the lock even after kill -9."""
-    with (partial / "lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is preparing into {partial}; wait for it") from error
-        yield
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ct_audio.corpus import write_json
+from ct_audio.files import write_file, write_json
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,16 @@ def make_report(results: Iterable[tuple[str, str, FileResult]], sample_rate_hz: 
 def write_report(directory: Path, report: dict[str, Any], title: str) -> None:
     """Write report.json, report.md and histogram.png into a directory."""
     write_json(directory / "report.json", report)
-    (directory / "report.md").write_text(_markdown(report, title), encoding="utf-8")
+    write_file(directory / "report.md", _markdown(report, title).encode())
     figure = Figure(figsize=(8, 3))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.1, 0.17, 0.87, 0.7))
     share = np.array(report["histogram"]) / sum(report["histogram"])
     axes.stairs(share, np.arange(len(share) + 1) - 0.5, fill=True)
     axes.set(xlabel="code", ylabel="share of all codes", title=title, yscale="log", xlim=(-1, len(share)))
-    figure.savefig(directory / "histogram.png", dpi=100)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=100)
+    write_file(directory / "histogram.png", picture.getvalue())
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
@@ -102,6 +105,17 @@ def entropy_nats(histogram: list[int]) -> float:
     """Entropy of the codes' frequencies: the NLL of a model that knows nothing else."""
     share = np.array(histogram, dtype=np.float64) / sum(histogram)
     return float(-(share[share > 0] * np.log(share[share > 0])).sum())
+
+
+def printable(text: str) -> str:
+    """On one line, without anything that a terminal obeys; different texts stay different.
+
+    Backslashes, control characters, invisible ones and bytes that are no UTF-8 (as `os.fsdecode` gives them) are
+    written as in a Python string.
+    """
+    return "".join(
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def count_reasons(dropped: list[dict[str, Any]]) -> str:

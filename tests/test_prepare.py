@@ -19,6 +19,7 @@ from ct_audio import prepare
 from ct_audio.codec import MuLaw
 from ct_audio.corpus import open_corpus
 from ct_audio.errors import UserError
+from ct_audio.files import hold_alone
 from ct_audio.prepare import AudioSettings, Recording, prepare_audio, prepare_waveform, split_by_hash
 from ct_audio.wav import read_wav, resample
 
@@ -274,7 +275,7 @@ def test_damaged_partial_results_are_noticed(tmp_path, monkeypatch):
 def test_two_at_once_do_not_mix(tmp_path):
     recordings = make_recordings(tmp_path / "in")
     (tmp_path / "out.partial").mkdir()
-    with prepare._only_one(tmp_path / "out.partial"), pytest.raises(UserError, match="another process"):
+    with hold_alone(tmp_path / "out.partial" / "lock", "x"), pytest.raises(UserError, match="another process"):
         run(recordings, tmp_path / "out")
     run(recordings, tmp_path / "out")
 

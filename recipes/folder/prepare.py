@@ -5,12 +5,14 @@ book) never straddles splits.
 """
 
 import argparse
+import os
 import re
 from collections import Counter
 from pathlib import Path
 
 from ct_audio.errors import UserError
 from ct_audio.prepare import Recording, split_by_hash
+from ct_audio.report import printable
 from ct_audio.wav import AUDIO_SUFFIXES
 
 
@@ -39,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording]:
     """Every audio file below `source`, named by its path; hidden files and folders are left out.
 
+    What cannot be used (locked folders, links to folders, FIFOs, ...) is listed too: it is dropped by name.
+
     Raises:
         UserError: there is no audio file, an option does not fit the files, or a split stays empty.
     """
-    files = [file for file in sorted(source.rglob("*")) if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file()]
-    paths = {file.relative_to(source).as_posix(): file for file in files}
-    paths = {path: file for path, file in paths.items() if not any(part.startswith(".") for part in path.split("/"))}
+    paths, unusable = _find_audio(source)
     if not paths:
         raise UserError(f"{source}: found no audio file; expected one of {', '.join(sorted(AUDIO_SUFFIXES))}")
     groups = {path: _group_of(path, options) for path in paths}
@@ -52,7 +54,42 @@ def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording
         splits = _splits_from_lists(groups, {"valid": options.valid_list, "test": options.test_list})
     else:
         splits = _splits_from_hash(groups, options.valid_percent, options.test_percent)
-    return [Recording(file, splits[path], _printable(path)) for path, file in paths.items()]
+    recordings = [Recording(file, splits[path], printable(path)) for path, file in paths.items()]
+    return recordings + [Recording(file, "train", printable(path)) for path, file in unusable.items()]
+
+
+def _find_audio(source: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Paths below `source`, with "/" between folders: what is named like audio; and what nobody can look into.
+
+    The latter are locked folders and links to folders (they may lead in circles): listed, so that the report names
+    them. A folder that is named like audio stands for what is in it, and for itself if that is nothing.
+    """
+    found, unusable, named_folders, todo = {}, {}, {}, [("", source)]
+    while todo:
+        prefix, folder = todo.pop()
+        try:
+            entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        except OSError as error:
+            if not prefix:
+                raise UserError(f"cannot read the folder {source}: {error.strerror}") from error
+            unusable[prefix[:-1]] = folder
+            continue
+        for entry in entries:
+            path, file = prefix + entry.name, folder / entry.name
+            is_audio = file.suffix.lower() in AUDIO_SUFFIXES
+            if entry.is_dir(follow_symlinks=False):
+                todo.append((f"{path}/", file))
+                named_folders |= {path: file} if is_audio else {}
+            elif is_audio:
+                found[path] = file
+            elif os.path.isdir(file):
+                unusable[path] = file
+    unusable |= {
+        path: file
+        for path, file in named_folders.items()
+        if not any(other.startswith(f"{path}/") for other in (*found, *unusable))
+    }
+    return dict(sorted(found.items())), dict(sorted(unusable.items()))
 
 
 def _group_of(path: str, options: argparse.Namespace) -> str:
@@ -109,7 +146,3 @@ def _splits_from_hash(groups: dict[str, str], valid_percent: float, test_percent
                 "use smaller groups (--group file or --group-regex), other percentages, or explicit lists"
             )
     return {path: of_group[group] for path, group in groups.items()}
-
-
-def _printable(path: str) -> str:
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")

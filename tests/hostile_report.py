@@ -1,0 +1,42 @@
+"""The report of what hostile input and faults came to: reports/hostile_input.md, in sections, each from one test."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from recordings import ROOT
+
+FOLDER = ROOT / "reports" / "hostile_input"
+
+
+class Row(NamedTuple):
+    """One kind of hostile input, or one fault: what it must come to, what it came to, and what was said."""
+
+    kind: str
+    expected: str
+    outcome: str
+    message: str = ""
+
+
+def write_section(title: str, rows: Iterable[Row]) -> None:
+    """Put a section into the report, in place of the one of that title from an earlier test run."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{title}.json").write_text(json.dumps(list(rows)), encoding="utf-8")
+    sections = {
+        file.stem: [Row(*row) for row in json.loads(file.read_text())] for file in sorted(FOLDER.glob("*.json"))
+    }
+    lines = ["# Hostile input and faults: what each came to", "", "Written by the tests; do not edit.", ""]
+    lines += ["| section | inputs or faults | outcomes |", "|---|---|---|"]
+    for name, section in sections.items():
+        counts = Counter(row.outcome.partition(":")[0] for row in section)
+        lines.append(f"| {name} | {len(section)} | {', '.join(f'{n} {what}' for what, n in counts.most_common())} |")
+    for name, section in sections.items():
+        lines += ["", f"## {name}", "", "| kind | expected | outcome | message |", "|---|---|---|---|"]
+        lines += ["| " + " | ".join(_cell(text) for text in row) + " |" for row in section]
+    (ROOT / "reports" / "hostile_input.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(text: str) -> str:
+    plain = "".join(char if char.isprintable() else "?" for char in text)
+    return plain.replace("|", "\\|")[:200]
