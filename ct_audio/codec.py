@@ -136,11 +136,12 @@ def codec_from_json(description: Any) -> Codec:
     Raises:
         UserError: the name or a field is unknown, or a value does not fit.
     """
-    if not isinstance(description, dict) or description.get("name") not in CODECS:
+    name = description.get("name") if isinstance(description, dict) else None
+    if not isinstance(description, dict) or not isinstance(name, str) or name not in CODECS:
         raise UserError(f"codec: expected a name out of {', '.join(sorted(CODECS))}, got {description!r}")
     fields = {key: value for key, value in description.items() if key != "name"}
     try:
-        return CODECS[description["name"]](**fields)
+        return CODECS[name](**fields)
     except TypeError as error:
         raise UserError(f"codec {description['name']}: {error}; got {description!r}") from error
 

@@ -114,9 +114,10 @@ class WindowStream:
             UserError: the position is of a split of another size or of another number of lanes.
         """
         for key, value in self.state_dict().items():
-            if not isinstance(state.get(key), int) or (key != "codes_per_lane" and state[key] != value):
+            found = state.get(key)
+            if type(found) is not int or found < 0 or (key != "codes_per_lane" and found != value):
                 raise UserError(
-                    f"stream position: expected {key} = {value}, got {state.get(key)}; "
+                    f"stream position: expected {key} = {value}, got {found}; "
                     "resume with the corpus and the lanes that the run was started with"
                 )
         self._codes_per_lane = state["codes_per_lane"]
