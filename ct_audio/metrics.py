@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -109,6 +110,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in a run's event files: by tag the points (step, value).
+
+    The tags `nll_by_audio/...` have whole seconds of audio seen in place of the step.
+    """
+    kept = {"scalars": 0, "images": 1, "audio": 1, "tensors": 1}  # 0: all
+    events = EventAccumulator(str(run_dir), size_guidance=kept).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def spectrogram_figure(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Figure:

@@ -1,103 +1,240 @@
-"""tools/compare.py: curves and a table from runs; different protocols are never put into one column."""
+"""tools/compare.py on runs that are made by hand: files, table, stored evaluations, what is refused."""
 
 import csv
-import importlib.util
 import json
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from handmade_runs import Tool, make_run, noise_corpus, speech_like, tool
+from test_curves import write_curves
 
-TOOL = Path(__file__).parents[1] / "tools" / "compare.py"
-
-
-def write_run(folder: Path, name: str, best: float) -> Path:
-    run = folder / name
-    run.mkdir()
-    records: list[dict[str, Any]] = [
-        {"step": s, "wall_seconds": 2.0 * s, "audio_seconds": 0.16 * s, "nll/train_nats": 5 - s / 10}
-        | {"throughput/codes_per_second": 1000.0 * s}
-        for s in (1, 2, 3)
-    ]
-    records[1] |= {"nll/valid_nats": best + 1}
-    last = {key: records[-1][key] for key in ("step", "wall_seconds", "audio_seconds")}
-    records.append(last | {"nll/valid_full_nats": best, "nll/valid_full_bits": best / 0.6931471805599453})
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (run / "metrics.jsonl").write_text(lines, encoding="utf-8")
-    return run
-
-
-def write_evaluation(path: Path, name: str, **protocol: Any) -> None:
-    item = {
-        "name": name,
-        "split": "test",
-        "nll_nats": 2.5,
-        "nll_bits": 3.6067,
-        "num_parameters": 1_000,
-        "num_parameters_compression": 100,
-        "protocol": {"num_lanes": 1, "memory_length": len(name), "split": "test"} | protocol,
-    }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(item) + "\n")
+from ct_audio import comparison, run_evaluation
+from ct_audio.checkpoint import load_run_model, save_checkpoint
+from ct_audio.codec import MuLaw
+from ct_audio.corpus import CorpusWriter
+from ct_audio.distributed import World
+from ct_audio.optim import make_optimizer
 
 
 @pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the tool in this process: exit status, standard output, standard error."""
-    spec = importlib.util.spec_from_file_location("compare_tool", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["compare.py", *map(str, arguments)])
-        status = tool.run_tool(tool.main)
-        output, error = capsys.readouterr()
-        return status, output, error
-
-    return run
+def compare(monkeypatch: pytest.MonkeyPatch) -> Tool:
+    """The tool, with blocks so short that the 614 codes of the validation split have an interval."""
+    monkeypatch.setattr(run_evaluation, "BLOCK_LENGTH", 8)
+    monkeypatch.setattr(comparison, "BOOTSTRAP_SECONDS", 16 / 24_000)
+    return tool("compare", monkeypatch)
 
 
-def test_table_and_curves(tmp_path: Path, compare: Callable[..., tuple[int, str, str]]) -> None:
-    runs = [write_run(tmp_path, name, best) for name, best in (("a", 2.25), ("bb", 2.75))]
-    evaluations = tmp_path / "test.jsonl"
-    for run in runs:
-        write_evaluation(evaluations, run.name)
-    status, output, error = compare(*runs, "--evaluations", evaluations, "--out", tmp_path / "out")
-    assert status == 0, error
-    with (tmp_path / "out" / "table.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["run"] for row in rows] == ["a", "bb"]
-    assert rows[0]["parameters"] == "1000"
-    assert rows[0]["without f_c"] == "900"
-    assert rows[0]["training codes/s (median)"] == "2000"
-    assert [row["whole valid (nats)"] for row in rows] == ["2.2500", "2.7500"]
-    assert rows[1]["test (nats)"] == "2.5000"
-    assert "| a | 1,000 | 900 | 3 |" in output
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    return noise_corpus(tmp_path / "corpus")
 
 
-def test_different_protocols_are_refused(tmp_path: Path, compare: Callable[..., tuple[int, str, str]]) -> None:
-    runs = [write_run(tmp_path, name, 2.5) for name in ("a", "b")]
-    evaluations = tmp_path / "test.jsonl"
-    write_evaluation(evaluations, "a")
-    write_evaluation(evaluations, "b", num_lanes=4)
-    status, _, error = compare(*runs, "--evaluations", evaluations, "--out", tmp_path / "out")
-    assert status == 2
-    assert "different protocols" in error
+def run_of(corpus: Path, folder: Path, name: str, model: str = "wavenet", width: float = 20.0) -> Path:
+    """A run with a checkpoint and curves."""
+    made = make_run(corpus, folder / "made", model, width)
+    return write_curves(made.rename(folder / name))
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "table.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def stored(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "evaluations").glob("*")}
+
+
+def test_table_and_curves(corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [
+        run_of(corpus, tmp_path, "first"),
+        run_of(corpus, tmp_path, "same"),
+        run_of(corpus, tmp_path, "wide", width=60.0),
+        run_of(corpus, tmp_path, "compressive", "compressive_transformer"),
+    ]
+    out = tmp_path / "deep" / "out"
+    assert compare(*runs, "--splits", "valid", "test", "--out", out) == 0
+    output, error = capsys.readouterr()
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "table.csv", "table.md"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "table.md").read_text(encoding="utf-8") == output
+    assert error.count("no stored evaluation fits") == error.count("stored in") == 8
+    first, same, wide, compressive = table(out)
+    assert [row["run"] for row in (first, same, wide, compressive)] == ["first", "same", "wide", "compressive"]
+    for row, run in zip((first, same, wide, compressive), runs, strict=True):
+        for split in ("valid", "test"):
+            kept = json.loads((run / "evaluations" / f"{split}-step_00000007.json").read_text())
+            assert row["parameters"] == str(kept["num_parameters"])
+            assert float(row[f"{split} (nats)"]) == kept["nll_nats"]
+            assert float(row[f"{split} (bits)"]) == kept["nll_bits"]
+            assert row[f"{split} codes/s"] == str(round(kept["units_per_second"]))
+            assert f"split {split}" in row[f"{split} protocol"]
+        assert (row["steps"], row["scored at step"], row["audio seen (s)"]) == ("10", "7", "160")
+        assert row["training codes/s"] == "550"
+    difference = ["valid difference (nats)", "valid low", "valid high"]
+    assert [first[key] for key in difference] == ["", "", ""]
+    assert [float(same[key]) for key in difference] == [0.0, 0.0, 0.0]
+    mean, low, high = (float(wide[key]) for key in difference)
+    assert low < mean < high < 0  # the noise is wide, too
+    assert mean == pytest.approx(float(wide["valid (nats)"]) - float(first["valid (nats)"]))
+    assert int(compressive["without f_c"]) < int(compressive["parameters"])
+    assert first["without f_c"] == first["parameters"]
+    assert f"| wide | {int(wide['parameters']):,} |" in output
+    assert f"| {mean:+.4f} [{low:+.4f}, {high:+.4f}] |" in output
+    assert "- compressive: memory_length 8, compressed_memory_length 4\n" in output
+    assert "- test: split test, num_units 321, " in output
+
+
+def test_stored_evaluations_are_used(
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tools/evaluate.py has kept is taken, without the corpus."""
+    run, out = run_of(corpus, tmp_path, "run"), tmp_path / "out"
+    assert tool("evaluate", monkeypatch)(run) == 0
+    kept = stored(run)
+    assert list(kept) == ["valid-step_00000007.json"]
+    shutil.rmtree(corpus)
+    assert compare(run, "--out", out) == 0
+    assert "scoring now" not in capsys.readouterr().err
+    assert stored(run) == kept
+
+
+def test_a_run_that_has_gone_on_is_scored_again(
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = run_of(corpus, tmp_path, "run"), tmp_path / "out"
+    assert compare(run, "--out", out) == 0
+    before = float(table(out)[0]["valid (nats)"])
+    loaded = load_run_model(run)
+    for _, parameter in loaded.model.named_parameters():
+        parameter.data.mul_(0.0)
+    save_checkpoint(
+        run,
+        config=loaded.config,
+        model=loaded.model,
+        optimizer=make_optimizer(loaded.model, loaded.config.optim),
+        memories=[loaded.model.zero_memory(1)],
+        state={"step": 9, "corpus_fingerprint": loaded.state["corpus_fingerprint"]},
+        world=World(0, 1, 0),
+        is_best=True,
+    )
+    capsys.readouterr()
+    assert compare(run, "--out", out) == 0
+    assert "step_00000009: no stored evaluation fits" in capsys.readouterr().err
+    (row,) = table(out)
+    assert row["scored at step"] == "9"
+    assert float(row["valid (nats)"]) == pytest.approx(5.545, abs=1e-3)  # ln 256: all weights are 0
+    assert before > 6
+
+
+def test_the_beginning_of_a_split_is_kept_apart(corpus: Path, tmp_path: Path, compare: Tool) -> None:
+    run, out = run_of(corpus, tmp_path, "run"), tmp_path / "out"
+    assert compare(run, "--max-seconds", 0.01, "--out", out) == 0
+    assert "num_units 240," in table(out)[0]["valid protocol"]
+    assert compare(run, "--out", out) == 0
+    assert "num_units 621," in table(out)[0]["valid protocol"]
+    assert sorted(stored(run)) == ["valid-step_00000007-max_seconds_0.01.json", "valid-step_00000007.json"]
+
+
+def test_a_read_only_run_is_warned_of(
+    corpus: Path,
+    tmp_path: Path,
+    compare: Tool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(path: Path, _value: Any) -> None:
+        raise PermissionError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(run_evaluation, "write_json", refuse)
+    run = run_of(corpus, tmp_path, "run")
+    assert compare(run, "--out", tmp_path / "out") == 0
+    assert "warning: run, valid, step_00000007: the result is not kept" in capsys.readouterr().err
+    assert table(tmp_path / "out")[0]["valid (nats)"]
+    assert tool("evaluate", monkeypatch)(run, "--json") == 0
+    output, error = capsys.readouterr()
+    assert "Read-only file system" in error
+    assert json.loads(output)["split"] == "valid"
+
+
+def test_a_model_without_parameters_is_a_level(corpus: Path, tmp_path: Path, compare: Tool) -> None:
+    run = run_of(corpus, tmp_path, "run")
+    assert compare(run, "--out", tmp_path / "out") == 0
+    file = run / "evaluations" / "valid-step_00000007.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_parameters": 0}), encoding="utf-8")
+    before = (tmp_path / "out" / "curves.png").read_bytes()
+    assert compare(run, "--out", tmp_path / "out") == 0
+    assert table(tmp_path / "out")[0]["parameters"] == "0"
+    assert (tmp_path / "out" / "curves.png").read_bytes() != before
+
+
+def test_another_protocol_is_refused(
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run_of(corpus, tmp_path, name) for name in ("a", "b")]
+    assert compare(*runs, "--out", tmp_path / "out") == 0
+    file = runs[1] / "evaluations" / "valid-step_00000007.json"
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps(found | {"protocol": found["protocol"] | {"num_lanes": 4}}), encoding="utf-8")
+    capsys.readouterr()
+    assert compare(*runs, "--out", tmp_path / "refused") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: a and b were not scored alike on valid: num_lanes is 1 against 4")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "refused").exists()
+
+
+def test_other_codes_are_refused(tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Other validation codes of the same length; another training split alone does no harm."""
+    runs = []
+    for name, train, valid in (("base", 1, 2), ("other_valid", 1, 3), ("other_train", 4, 2)):
+        writer = CorpusWriter(tmp_path / name, MuLaw(), source={}, preparation={})
+        writer.add_document("train", "a", MuLaw().encode(speech_like(100, train)))
+        writer.add_document("valid", "b", MuLaw().encode(speech_like(300, valid)))
+        writer.finish()
+        runs.append(run_of(tmp_path / name, tmp_path, f"run_on_{name}"))
+    assert compare(*runs[:2], "--out", tmp_path / "out") == 2
+    assert "run_on_base and run_on_other_valid were not scored alike on valid: split_sha256" in capsys.readouterr().err
+    assert compare(runs[0], runs[2], "--out", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("what", ["no_run", "no_curve", "no_checkpoint", "no_split", "twice", "no_corpus"])
+def test_what_is_missing_is_named(
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    run, arguments = run_of(corpus, tmp_path, "run"), []
+    if what == "no_run":
+        run = tmp_path / "nowhere"
+    elif what == "no_curve":
+        next(run.glob("events*")).unlink()
+    elif what == "no_checkpoint":
+        shutil.rmtree(run / "checkpoints")
+    elif what == "no_split":
+        arguments = ["--splits", "dev"]
+    elif what == "twice":
+        arguments = [run]
+    else:
+        shutil.rmtree(corpus)
+    assert compare(run, *arguments, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    messages = {
+        "no_run": "no such run",
+        "no_curve": "no event file",
+        "no_checkpoint": "no checkpoint",
+        "no_split": "no split 'dev'",
+        "twice": "each run once",
+        "no_corpus": "no prepared corpus",
+    }
+    assert messages[what] in error
+    assert error.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["no_run", "no_evaluations", "not_an_evaluation"])
-def test_what_is_missing_is_named(tmp_path: Path, compare: Callable[..., tuple[int, str, str]], what: str) -> None:
-    run, evaluations = write_run(tmp_path, "a", 2.5), tmp_path / "test.jsonl"
-    if what == "not_an_evaluation":
-        evaluations.write_text('{"split": "test"}\n', encoding="utf-8")
-    status, _, error = compare(
-        tmp_path / "other" if what == "no_run" else run, "--evaluations", evaluations, "--out", tmp_path / "out"
-    )
-    assert status == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
+def test_runs_of_one_name_are_told_apart(corpus: Path, tmp_path: Path, compare: Tool) -> None:
+    runs = []
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        runs.append(run_of(corpus, tmp_path / folder, "run"))
+    assert compare(*runs, "--out", tmp_path / "out") == 0
+    assert [row["run"] for row in table(tmp_path / "out")] == [str(run) for run in runs]

@@ -1,171 +1,225 @@
 """Put runs side by side: NLL curves over steps, audio seen and wall time (PNG), and a result table (Markdown, CSV)."""
 
+import argparse
 import csv
-import json
-import statistics
+import io
 import sys
-from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ct_audio.cli import build_parser, run_tool
 from ct_audio.errors import UserError
 
-# The x axes of the curves: key of metrics.jsonl, label, and what one unit of it is divided by.
-AXES = {
-    "step": ("step", 1.0),
-    "audio_seconds": ("audio seen (minutes)", 60.0),
-    "wall_seconds": ("wall time (minutes)", 60.0),
-}
-CURVES = {"nll/train_nats": {"alpha": 0.35, "linewidth": 1.0}, "nll/valid_nats": {"marker": "o", "markersize": 3.0}}
+if TYPE_CHECKING:
+    from ct_audio.checkpoint import LoadedRun
+    from ct_audio.run_evaluation import EvaluationSettings
+
+MEMORY_LENGTHS = ("memory_length", "compressed_memory_length")
+
+
+@dataclass
+class Run:
+    """What is known of a run.
+
+    Attributes:
+        curves: see `ct_audio.curves.Curves`.
+        valid_codes: length of the stretch that the validation curve is of; 0: the whole split.
+        evaluations: by split, as they are stored.
+    """
+
+    path: Path
+    curves: Any
+    valid_codes: int = 0
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def any_evaluation(self) -> dict[str, Any]:
+        """For what all of them say: parameters, step, memory lengths."""
+        return next(iter(self.evaluations.values()))
 
 
 def main() -> int:
-    """Parse, read the runs, write DIR/curves.png, DIR/table.md and DIR/table.csv."""
-    parser = build_parser(
-        "Compare runs: NLL curves from their metrics.jsonl and a result table from the objects that "
-        "`tools/evaluate.py --json` printed."
-    )
-    parser.add_argument("runs", nargs="+", help="run directories, as runs/NAME")
-    parser.add_argument(
-        "--evaluations", nargs="*", default=[], metavar="FILE", help="files with one object of evaluate --json a line"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; made if it is missing")
-    arguments = parser.parse_args()
-    runs = {Path(run).name: read_run(Path(run)) for run in arguments.runs}
-    evaluations = [item for path in arguments.evaluations for item in read_evaluations(Path(path))]
-    rows = result_rows(runs, evaluations)
+    """Parse, read the runs, score what is not scored yet, write DIR/curves.png, DIR/table.md and DIR/table.csv."""
+    arguments = _parse()
+    from ct_audio.curves import draw_curves, read_curves  # after --help: it takes seconds
+
+    runs = {label: Run(path, read_curves(path)) for label, path in label_paths(arguments.runs).items()}
+    score_runs(runs, arguments)
+    rows = result_rows(runs)
+    table = markdown_table(rows, runs)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    draw_curves(runs, out / "curves.png")
-    (out / "table.md").write_text(markdown_table(rows, evaluations), encoding="utf-8")
-    with (out / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print((out / "table.md").read_text(encoding="utf-8"), end="")
+    levels = {label for label, run in runs.items() if not run.any_evaluation["num_parameters"]}
+    draw_curves({label: run.curves for label, run in runs.items()}, out / "curves.png", levels=levels)
+    _write(out / "table.md", table)
+    _write(out / "table.csv", csv_table(rows, runs))
+    print(table, end="")
     print(f"wrote curves.png, table.md and table.csv to {out}", file=sys.stderr)
     return 0
 
 
-def read_run(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, oldest first.
+def _parse() -> argparse.Namespace:
+    parser = build_parser(
+        "Compare runs: NLL curves from their event files, and a result table with the difference of each run from the "
+        "first one and its 95% interval. Results of tools/evaluate.py are taken from RUN/evaluations; what is missing, "
+        "or of an older checkpoint, is measured and kept there."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs; all are set against the first")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to write; made if it is missing")
+    parser.add_argument("--splits", nargs="+", default=["valid"], metavar="SPLIT", help="splits in the table")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="score only the beginning of each split")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to score")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's default")
+    return parser.parse_args()
+
+
+def label_paths(paths: list[str]) -> dict[str, Path]:
+    """Directories by the last part of their path, or by the whole of it where last parts are equal."""
+    names = [Path(path).name for path in paths]
+    labels = {path if names.count(name) > 1 else name: Path(path) for path, name in zip(paths, names, strict=True)}
+    if len({path.resolve() for path in labels.values()}) < len(paths):
+        raise UserError(f"expected each run once, got {' '.join(paths)}")
+    return labels
+
+
+def score_runs(runs: dict[str, Run], arguments: argparse.Namespace) -> None:
+    """Give each run its evaluations: those that are stored for its best checkpoint, else measured and stored now.
 
     Raises:
-        UserError: there is none, or a line is no JSON.
+        UserError: a checkpoint or split is missing, or the runs were not scored alike.
     """
-    from ct_audio.metrics import read_metrics  # after --help: it takes seconds
+    import torch
 
-    try:
-        records = read_metrics(run)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read the metrics.jsonl of {run}: {error}") from error
-    if not records:
-        raise UserError(f"{run} has no metrics.jsonl with a record; train the run first")
-    return records
+    from ct_audio.checkpoint import load_run_model
+    from ct_audio.comparison import require_alike
+    from ct_audio.distributed import choose_device
+    from ct_audio.run_evaluation import EvaluationSettings, find_evaluation
 
-
-def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """Objects that evaluate --json printed, one a line."""
-    try:
-        items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; write it with: python tools/evaluate.py RUN --json >> FILE"
-        ) from error
-    for item in items:
-        missing = {"name", "split", "nll_nats", "nll_bits", "protocol", "num_parameters"} - item.keys()
-        if missing:
-            raise UserError(f"{path}: an object lacks {sorted(missing)}; expected what evaluate --json prints")
-    return items
-
-
-def result_rows(runs: dict[str, list[dict[str, Any]]], evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a run: size, steps, NLL a split, throughput.
-
-    Raises:
-        UserError: two runs of one column were scored under different protocols, or a run was scored twice.
-    """
-    by_split: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for item in evaluations:
-        if item["name"] in by_split[item["split"]]:
-            raise UserError(f"{item['name']} was scored twice on {item['split']}; leave one of the two out")
-        by_split[item["split"]][item["name"]] = item
-    for split, items in by_split.items():
-        protocols = {json.dumps(_comparable(item["protocol"]), sort_keys=True): name for name, item in items.items()}
-        if len(protocols) > 1:
-            raise UserError(
-                f"{split}: scored under different protocols, so not comparable: {' against '.join(protocols)}"
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    for label, run in runs.items():
+        loaded = load_run_model(run.path, device=choose_device(arguments.device))
+        run.valid_codes = loaded.config.train.valid_codes
+        for split in arguments.splits:
+            settings = EvaluationSettings(split=split, max_seconds=arguments.max_seconds)
+            run.evaluations[split] = find_evaluation(run.path, loaded, settings) or measure(
+                label, run.path, loaded, settings
             )
-    rows = []
-    for name, records in runs.items():
-        last = records[-1]
-        scored = next((items[name] for items in by_split.values() if name in items), {})
-        compression = scored.get("num_parameters_compression")
-        throughput = [
-            record["throughput/codes_per_second"] for record in records if "throughput/codes_per_second" in record
-        ]
+    for split in arguments.splits:
+        require_alike({label: run.evaluations[split] for label, run in runs.items()})
+    if len({run.valid_codes for run in runs.values()}) > 1:
+        lengths = ", ".join(f"{label} {run.valid_codes}" for label, run in runs.items())
+        print(f"warning: the validation curves are of stretches of different length ({lengths} codes)", file=sys.stderr)
+
+
+def measure(label: str, path: Path, loaded: "LoadedRun", settings: "EvaluationSettings") -> dict[str, Any]:
+    """Score a run, keep the result in it (a warning where that cannot be), and say so."""
+    from ct_audio.run_evaluation import evaluate_run, run_corpus, store_evaluation
+
+    what = f"{label}, {settings.split}, {loaded.checkpoint_path.name}"
+    print(f"{what}: no stored evaluation fits, scoring now", file=sys.stderr, flush=True)
+    report, blocks = evaluate_run(loaded, run_corpus(loaded), settings, progress=f"{label} {settings.split}")
+    try:
+        print(f"{what}: stored in {store_evaluation(path, loaded, settings, report, blocks)}", file=sys.stderr)
+    except OSError as error:
+        print(f"warning: {what}: the result is not kept in the run: {error}", file=sys.stderr)
+    return report | {"blocks": blocks}
+
+
+def result_rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
+    """A row a run: size, steps, speed, and for each split NLL, difference from the first run, interval and speed."""
+    from ct_audio.comparison import paired_difference
+
+    rows, first = [], next(iter(runs.values()))
+    for label, run in runs.items():
+        about = run.any_evaluation
         row: dict[str, Any] = {
-            "run": name,
-            "parameters": scored.get("num_parameters", ""),
-            "without f_c": scored["num_parameters"] - compression if compression is not None else "",
-            "steps": last["step"],
-            "audio seen (s)": round(last["audio_seconds"], 1),
-            "training codes/s (median)": round(statistics.median(throughput)) if throughput else "",
+            "run": label,
+            "parameters": about["num_parameters"],
+            "without f_c": about["num_parameters"] - about["num_parameters_compression"],
+            "steps": _whole(run.curves.last("steps")),
+            "scored at step": about["step"],
+            "audio seen (s)": _whole(run.curves.last("audio seen")),
+            "training codes/s": _whole(run.curves.median_throughput),
         }
-        whole = next((record for record in reversed(records) if "nll/valid_full_nats" in record), {})
-        for unit in ("nats", "bits"):
-            value = whole.get(f"nll/valid_full_{unit}")
-            row[f"whole valid ({unit})"] = "" if value is None else f"{value:.4f}"
-        for split in sorted(by_split, reverse=True):
-            for unit in ("nats", "bits"):
-                value = by_split[split].get(name, {}).get(f"nll_{unit}")
-                row[f"{split} ({unit})"] = "" if value is None else f"{value:.4f}"
+        for split, evaluation in run.evaluations.items():
+            row |= {f"{split} (nats)": evaluation["nll_nats"], f"{split} (bits)": evaluation["nll_bits"]}
+            difference = (None,) * 3 if run is first else paired_difference(first.evaluations[split], evaluation)[:3]
+            names = (f"{split} difference (nats)", f"{split} low", f"{split} high")
+            row |= dict(zip(names, difference, strict=True))
+            row[f"{split} codes/s"] = _whole(evaluation["units_per_second"])
         rows.append(row)
     return rows
 
 
-def markdown_table(rows: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, and below it the protocol of each split."""
-    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
-    lines += [" | ".join(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()) for row in rows]
-    protocols = {item["split"]: _comparable(item["protocol"]) for item in evaluations}
-    notes = [
-        f"{split}: {', '.join(f'{key} {value}' for key, value in sorted(protocol.items()))}"
-        for split, protocol in sorted(protocols.items())
-    ]
-    return "\n".join(f"| {line} |" for line in lines) + "\n\n" + "".join(f"- {note}\n" for note in notes)
+def csv_table(rows: list[dict[str, Any]], runs: dict[str, Run]) -> str:
+    """The rows, and behind them the protocol of each split."""
+    table = io.StringIO()
+    protocols = [{f"{s} protocol": _plain(e["protocol"]) for s, e in run.evaluations.items()} for run in runs.values()]
+    writer = csv.DictWriter(table, fieldnames=[*rows[0], *protocols[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | protocol for row, protocol in zip(rows, protocols, strict=True))
+    return table.getvalue()
 
 
-def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """One panel an axis: validation NLL with markers, training NLL faint behind it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(AXES), figsize=(5.2 * len(AXES), 4.4), sharey=True)
-    for panel, (key, (label, unit)) in zip(panels, AXES.items(), strict=True):
-        for index, (name, records) in enumerate(runs.items()):
-            for tag, style in CURVES.items():
-                points = [(record[key] / unit, record[tag]) for record in records if tag in record and key in record]
-                if points:
-                    shown = name if tag == "nll/valid_nats" else None
-                    panel.plot(*zip(*points, strict=True), color=f"C{index}", label=shown, **style)
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("NLL (nats a code); markers: validation")
-    panels[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+def markdown_table(rows: list[dict[str, Any]], runs: dict[str, Run]) -> str:
+    """The rows, the interval in one column with the difference, and below them protocol and method."""
+    table = []
+    for row in rows:
+        cells = {key: _cell(value) for key, value in row.items()}
+        for split in next(iter(runs.values())).evaluations:
+            difference, low, high = (row[f"{split} {name}"] for name in ("difference (nats)", "low", "high"))
+            interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
+            cells[f"{split} difference (nats)"] = "" if difference is None else f"{difference:+.4f}{interval}"
+            del cells[f"{split} low"], cells[f"{split} high"]
+        table.append(cells)
+    lines = [list(table[0]), ["---"] * len(table[0]), *(list(cells.values()) for cells in table)]
+    notes = "".join(f"- {note}\n" for note in _notes(runs))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n" + notes
 
 
-def _comparable(protocol: dict[str, Any]) -> dict[str, Any]:
-    """The protocol less the memory lengths, which belong to the model."""
-    return {key: value for key, value in protocol.items() if not key.endswith("memory_length")}
+def _notes(runs: dict[str, Run]) -> list[str]:
+    from ct_audio.comparison import BOOTSTRAP_SECONDS, NUM_RESAMPLES, comparable_protocol
+
+    first_label, first = next(iter(runs.items()))
+    notes = [f"{split}: {_plain(comparable_protocol(e['protocol']))}" for split, e in first.evaluations.items()]
+    for label, run in runs.items():
+        protocol = run.any_evaluation["protocol"]
+        lengths = {key: protocol[key] for key in MEMORY_LENGTHS if protocol.get(key) is not None}
+        notes += [f"{label}: {_plain(lengths)}"] if lengths else []
+    if len(runs) > 1:
+        notes.append(
+            f"difference: from {first_label} on the same codes; in brackets the 95% interval of a paired bootstrap "
+            f"over blocks of {BOOTSTRAP_SECONDS:g} s ({NUM_RESAMPLES:,} resamples). It is about the codes that were "
+            "scored; what another seed of the training would change is not in it."
+        )
+    return [*notes, "codes/s: as measured, with whatever else the machine did; in training the median of the logs."]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def _plain(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 if __name__ == "__main__":

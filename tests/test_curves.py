@@ -1,0 +1,98 @@
+"""Curves of runs: what is read from event files and metrics.jsonl, and the picture."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ct_audio.curves import Curves, draw_curves, nll_range, read_curves, running_mean
+from ct_audio.errors import UserError
+from ct_audio.metrics import MetricsWriter
+
+
+def write_curves(run_dir: Path, *, audio: bool = True, level: float | None = None) -> Path:
+    """Ten steps of 16 s of audio and 3 s of wall time; validated at every second one."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    writer = MetricsWriter(run_dir)
+    for step in range(1, 11):
+        where: dict[str, Any] = {"wall_seconds": 3.0 * step, "audio_seconds": 16.0 * step if audio else None}
+        if level is None:
+            values = {"nll/train_nats": 6 - step / 8, "throughput/codes_per_second": 100.0 * step}
+            writer.scalars(values, step=step, **where)
+        if step % 2 == 0:
+            writer.scalars({"nll/valid_nats": 6 - step / 4 if level is None else level}, step=step, **where)
+    writer.close()
+    return run_dir
+
+
+def test_curves_are_those_that_were_logged(tmp_path: Path) -> None:
+    curves = read_curves(write_curves(tmp_path / "run"))
+    steps = [2, 4, 6, 8, 10]
+    assert curves.nll["steps"]["valid"] == [(step, 6 - step / 4) for step in steps]
+    assert curves.nll["audio seen"]["valid"] == [(16 * step, 6 - step / 4) for step in steps]
+    assert curves.nll["wall time"]["valid"] == [(3 * step, 6 - step / 4) for step in steps]
+    assert curves.nll["steps"]["train"] == [(step, 6 - step / 8) for step in range(1, 11)]
+    assert [curves.last(axis) for axis in ("steps", "audio seen", "wall time")] == [10, 160, 30]
+    assert curves.median_throughput == 550
+
+
+def test_text_has_no_audio(tmp_path: Path) -> None:
+    curves = read_curves(write_curves(tmp_path / "run", audio=False))
+    assert curves.last("audio seen") is None
+    draw_curves({"text": curves}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Markers for what is trained, a level line for what is not; nothing half-written is left beside."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("ct_audio.curves.Figure.savefig", lambda self, path, **_: drawn.append(self) or path.touch())
+    runs = {"trained": write_curves(tmp_path / "a"), "level": write_curves(tmp_path / "b", level=2.5)}
+    curves = {label: read_curves(path) for label, path in runs.items()}
+    draw_curves(curves, tmp_path / "curves.png", levels={"level"})
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["curves.png"]
+    panels = drawn[0].axes
+    assert [panel.get_xlabel() for panel in panels] == ["steps", "audio seen (minutes)", "wall time (seconds)"]
+    for panel, divisor in zip(panels, (1, 60 / 16, 1 / 3), strict=True):
+        assert panel.get_ylim() == nll_range(curves)
+        train, valid, level = panel.lines
+        assert list(train.get_xdata()) == pytest.approx([step / divisor for step in range(1, 11)])
+        assert list(valid.get_xdata()) == pytest.approx([step / divisor for step in (2, 4, 6, 8, 10)])
+        assert (valid.get_label(), level.get_label()) == ("trained: 3.500", "level: 2.500")
+        assert list(level.get_ydata()) == [2.5, 2.5]
+        assert list(level.get_xdata()) == [0, 1]  # the whole width of the panel
+
+
+def test_the_range_leaves_out_the_fall_from_the_start() -> None:
+    def curves(*valid: float) -> Curves:
+        points = [(float(step), value) for step, value in enumerate(valid)]
+        return Curves({axis: {"train": [(0.0, 9.0)], "valid": points} for axis in ("steps", "audio seen")}, [])
+
+    low, high = nll_range({"a": curves(5.5, 3.0, 2.9, 2.8, 2.7)})
+    assert (low, high) == pytest.approx((2.7 - 0.06 * 0.3, 3.0 + 0.06 * 0.3))
+    low, high = nll_range({"a": curves(5.5, 3.0, 2.9, 2.8, 2.7), "level": curves(2.4, 2.4)})
+    assert (low, high) == pytest.approx((2.4 - 0.06 * 0.6, 3.0 + 0.06 * 0.6))
+    assert nll_range({"level": curves(2.5, 2.5)}) == pytest.approx((2.4, 2.6))
+    assert nll_range({"train only": curves()}) == pytest.approx((8.9, 9.1))
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_a_running_mean_stands_at_its_last_point(length: int) -> None:
+    points = [(10.0, 1.0), (20.0, 3.0), (30.0, 8.0), (40.0, 0.0)]
+    expected = [
+        (points[last][0], sum(y for _, y in points[last - length + 1 : last + 1]) / length)
+        for last in range(length - 1, 4)
+    ]
+    assert running_mean(points, length) == pytest.approx(expected)
+    assert running_mean([], 0) == []
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run"):
+        read_curves(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no event file"):
+        read_curves(tmp_path)
+    write_curves(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("no JSON\n", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot read the metrics"):
+        read_curves(tmp_path)

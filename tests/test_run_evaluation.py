@@ -1,0 +1,142 @@
+"""Evaluations that a run keeps: blocks against a loop, and when a kept result is used again."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from handmade_runs import make_run, noise_corpus
+from tiny import tiny_model
+
+from ct_audio import run_evaluation
+from ct_audio.checkpoint import load_run_model, save_checkpoint
+from ct_audio.distributed import World
+from ct_audio.evaluate import evaluate_nll
+from ct_audio.optim import make_optimizer
+from ct_audio.run_evaluation import (
+    BlockSums,
+    EvaluationSettings,
+    evaluate_run,
+    find_evaluation,
+    run_corpus,
+    store_evaluation,
+)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return make_run(noise_corpus(tmp_path / "corpus"), tmp_path / "runs", "compressive_transformer")
+
+
+def evaluate_and_store(run_dir: Path, **settings: Any) -> tuple[Path, dict[str, Any], EvaluationSettings]:
+    run, chosen = load_run_model(run_dir), EvaluationSettings(**settings)
+    report, blocks = evaluate_run(run, run_corpus(run), chosen, progress=None)
+    return store_evaluation(run_dir, run, chosen, report, blocks), report | {"blocks": blocks}, chosen
+
+
+@pytest.mark.parametrize("num_lanes", [1, 3])
+def test_blocks_are_sums_of_the_nll_of_each_code(num_lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_evaluation, "BLOCK_LENGTH", 10)
+    codes = np.random.default_rng(0).integers(0, 32, 197).astype(np.uint8)
+    by_code, blocks = np.full(197, np.nan), BlockSums(197)
+
+    def collect(positions: torch.Tensor, nll: torch.Tensor) -> None:
+        blocks(positions, nll)
+        for first, row in zip(positions.tolist(), nll.tolist(), strict=True):
+            by_code[first : first + len(row)] = row
+
+    settings = {"start_code": 16, "chunk_length": 16, "num_lanes": num_lanes, "on_nll": collect}
+    evaluate_nll(tiny_model("compressive_transformer"), codes, **settings)
+    found = blocks.to_json()
+    assert found["length"] == 10
+    assert found["counts"] == [10] * 19 + [7]
+    assert found["nll_sums_nats"] == pytest.approx([by_code[i : i + 10].sum() for i in range(0, 197, 10)], abs=1e-9)
+
+
+def test_what_is_stored_is_found_again(run_dir: Path) -> None:
+    path, result, settings = evaluate_and_store(run_dir, split="test")
+    assert path == run_dir / "evaluations" / "test-step_00000007.json"
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    found = find_evaluation(run_dir, load_run_model(run_dir), settings)
+    assert found is not None
+    assert result.items() <= found.items()
+    assert sum(found["blocks"]["nll_sums_nats"]) == pytest.approx(found["nll_nats"] * found["num_units"])
+    assert find_evaluation(run_dir, load_run_model(run_dir), EvaluationSettings()) is None
+
+
+def test_settings_have_files_of_their_own(run_dir: Path) -> None:
+    names = {
+        evaluate_and_store(run_dir, **settings)[0].name
+        for settings in (
+            {},
+            {"memory_length": 8},  # the configuration's
+            {"memory_length": 16},
+            {"memory_length": 16, "compressed_memory_length": 8},
+            {"num_lanes": 2},
+            {"num_lanes": 2, "warmup_seconds": 0.0},
+            {"max_seconds": 0.01},
+        )
+    }
+    assert names == {
+        "valid-step_00000007.json",
+        "valid-step_00000007-memory_length_16.json",
+        "valid-step_00000007-memory_length_16-compressed_memory_length_8.json",
+        "valid-step_00000007-num_lanes_2.json",
+        "valid-step_00000007-num_lanes_2-warmup_seconds_0.json",
+        "valid-step_00000007-max_seconds_0.01.json",
+    }
+
+
+@pytest.mark.parametrize("what", ["step", "weights", "config", "corpus"])
+def test_a_stale_result_is_not_used(run_dir: Path, what: str) -> None:
+    _, _, settings = evaluate_and_store(run_dir)
+    run = load_run_model(run_dir)
+    assert find_evaluation(run_dir, run, settings) is not None
+    config, step, fingerprint = run.config, 7, run.state["corpus_fingerprint"]
+    if what == "step":
+        step = 9
+    elif what == "weights":
+        next(p for _, p in run.model.named_parameters()).data.add_(1.0)
+    elif what == "config":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
+    else:
+        fingerprint = "other"
+    save_checkpoint(
+        run_dir,
+        config=config,
+        model=run.model,
+        optimizer=make_optimizer(run.model, config.optim),
+        memories=[run.model.zero_memory(1)],
+        state={"step": step, "corpus_fingerprint": fingerprint},
+        world=World(0, 1, 0),
+        is_best=True,
+    )
+    assert find_evaluation(run_dir, load_run_model(run_dir), settings) is None
+
+
+def test_a_damaged_result_counts_as_missing(run_dir: Path) -> None:
+    path, _, settings = evaluate_and_store(run_dir)
+    run, whole = load_run_model(run_dir), path.read_text(encoding="utf-8")
+    for cut in range(0, len(whole) - 1, 97):
+        path.write_text(whole[:cut], encoding="utf-8")
+        assert find_evaluation(run_dir, run, settings) is None
+    found = json.loads(whole)
+    changes = ({"blocks": []}, {"nll_nats": "2"}, {"nll_nats": 99.0}, {"format_version": 2}, {"num_units": 3})
+    for change in changes:
+        path.write_text(json.dumps(found | change), encoding="utf-8")
+        assert find_evaluation(run_dir, run, settings) is None
+    path.write_text(json.dumps(found), encoding="utf-8")
+    assert find_evaluation(run_dir, run, settings) == found
+
+
+def test_what_cannot_be_written_leaves_nothing_and_says_so(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate_and_store(run_dir)
+    assert list((run_dir / "evaluations").iterdir()) == []
