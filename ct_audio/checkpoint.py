@@ -11,10 +11,9 @@ link points at is deleted. So `last` is loadable whenever the process is killed.
 pickle.
 """
 
-import hashlib
 import itertools
-import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ct_audio.checkpoint_files import FORMAT, FORMAT_VERSION, digest, find_checkpoint, read_state
 from ct_audio.config import RunConfig, config_to_yaml, load_config
-from ct_audio.corpus import write_json
 from ct_audio.distributed import World, all_gather, barrier
 from ct_audio.errors import UserError
+from ct_audio.files import write_file, write_json
 from ct_audio.models import SequenceModel, build_model
 from ct_audio.models.memory import map_memory, memory_from_tensors, named_tensors
-
-FORMAT = "ct_audio checkpoint"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def save_checkpoint(
     *,
     config: RunConfig,
     model: SequenceModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     memories: list[Any],
     state: dict[str, Any],
     world: World,
@@ -71,6 +68,7 @@ def save_checkpoint(
 
     Args:
         run_dir: the run's directory.
+        optimizer: None for a model without parameters.
         memories: of this rank's lanes, one a micro-batch, in the order of the lanes.
         state: JSON-able; must hold "step", the steps completed. Only rank 0's is written.
         is_best: the checkpoint is the best one so far by validation NLL.
@@ -80,86 +78,40 @@ def save_checkpoint(
     root = run_dir / "checkpoints"
     name = f"step_{state['step']:08d}"
     beside = root / f"writing-{name}"
+    files = {f"memory-rank{world.rank}.safetensors": _lane_tensors(memories)}
     if world.is_first:
         for stale in root.glob("writing-*"):
             shutil.rmtree(stale)
         beside.mkdir(parents=True)
-    barrier()
-    files = {f"memory-rank{world.rank}.safetensors": _lane_tensors(memories)}
-    if world.is_first:
         files["model.safetensors"] = _model_tensors(model)
         files["training.safetensors"] = _optimizer_tensors(model, optimizer)
-        _write_text(beside / "config.yaml", config_to_yaml(config))
+    barrier()
     try:
         digests = {file: _write_tensors(beside / file, tensors) for file, tensors in files.items()}
+        digests = {file: digest for part in all_gather(digests) for file, digest in part.items()}
+        if world.is_first:
+            write_file(beside / "config.yaml", config_to_yaml(config).encode())
+            digests["config.yaml"] = digest(beside / "config.yaml")
+            header = {"format": FORMAT, "format_version": FORMAT_VERSION, "world_size": world.world_size}
+            write_json(beside / "state.json", header | state | {"files": digests})
+            _sync_directory(beside)
+            place = _unused(root / name)  # a step may be saved twice, and `last` must never be touched
+            beside.rename(place)
+            _sync_directory(root)
+            for link in ("last", "best")[: 1 + is_best]:
+                _switch(root / link, place.name)
+            _delete_unreferenced(root)
     except OSError:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)  # it may be what fills the disk
         raise
-    digests = {file: digest for part in all_gather(digests) for file, digest in part.items()}
-    if world.is_first:
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "world_size": world.world_size}
-        write_json(beside / "state.json", header | state | {"files": digests})
-        _sync_directory(beside)
-        place = _unused(root / name)  # a step may be saved twice, and `last` must never be touched
-        beside.rename(place)
-        _sync_directory(root)
-        for link in ("last", "best")[: 1 + is_best]:
-            _switch(root / link, place.name)
-        _delete_unreferenced(root)
     barrier()
-
-
-def find_checkpoint(run_dir: Path, which: str) -> Path | None:
-    """Directory of the run's checkpoint `which` ("last" or "best"), links resolved; None where there is none.
-
-    Raises:
-        UserError: there is one, but not whole, or its link is missing; such a run is never taken for a new one.
-    """
-    link = run_dir / "checkpoints" / which
-    if (link / "state.json").is_file():
-        return link.resolve()
-    if link.is_symlink() or link.exists():
-        raise UserError(f"checkpoint {link}: state.json is missing; bring it back, or choose another name")
-    written = sorted(path.name for path in link.parent.glob("step_*") if not path.name.startswith("step_00000000"))
-    if which == "last" and written:
-        raise UserError(
-            f"{link.parent} holds {', '.join(written)}, but no link named last (lost in a copy?); "
-            "make it with ln -s, or choose another name"
-        )
-    return None
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, after checking that all of its files are whole.
-
-    Raises:
-        UserError: a file is missing, of another size or content than when it was written, or of another format.
-    """
-    try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {checkpoint}: cannot read state.json: {error}") from error
-    if not isinstance(state, dict) or (state.get("format"), state.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise UserError(f"checkpoint {checkpoint}: expected state.json of {FORMAT}, version {FORMAT_VERSION}")
-    for file, expected in state["files"].items():
-        path = checkpoint / file
-        if not path.is_file():
-            raise UserError(f"checkpoint {checkpoint}: {file} is missing; use another checkpoint or start a new run")
-        found = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        if found != expected:
-            raise UserError(
-                f"checkpoint {checkpoint}: {file} is damaged: expected {expected['bytes']} bytes with sha256 "
-                f"{expected['sha256'][:12]}, got {found['bytes']} with {found['sha256'][:12]}; "
-                "use another checkpoint or start a new run"
-            )
-    return state
 
 
 def load_checkpoint(
     checkpoint: Path,
     *,
     model: SequenceModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     num_lanes: int,
     num_micro_batches: int,
     world: World,
@@ -187,7 +139,13 @@ def load_checkpoint(
     prefix = "memory/"
     lanes = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     memory = memory_from_tensors(model.zero_memory(num_lanes), lanes)
-    _set_rng_state({name.removeprefix("rng/"): t for name, t in tensors.items() if name.startswith("rng/")})
+    try:
+        _set_rng_state({name.removeprefix("rng/"): t for name, t in tensors.items() if name.startswith("rng/")})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint}: memory-rank{world.rank}.safetensors: expected rng/cpu, a state of torch's "
+            f"random generator: {error}; use another checkpoint or start a new run"
+        ) from error
     return split_memory(memory, num_lanes, num_micro_batches), state
 
 
@@ -209,6 +167,7 @@ def load_run_model(run_dir: str | Path, *, which: str = "best", device: str | to
         try:
             state = read_state(path)
             config = load_config(path / "config.yaml")
+            _require_shapes(path / "model.safetensors", config)
             model = build_model(config)
             if config.train.precision == "float64":
                 as_module(model).double()
@@ -245,6 +204,22 @@ def _model_tensors(model: SequenceModel) -> dict[str, Tensor]:
     return {**{name: parameter.detach() for name, parameter in module.named_parameters()}, **buffers}
 
 
+def _require_shapes(path: Path, config: RunConfig) -> None:
+    """Compare names and shapes before the model is built: a configuration may ask for more memory than there is."""
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in _model_tensors(build_model(config)).items()}
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path}: cannot build the model of config.yaml: {str(error).splitlines()[0]}") from error
+    found = {name: tuple(tensor.shape) for name, tensor in _read_tensors(path).items()}
+    if expected != found:
+        different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise UserError(
+            f"{path} does not fit the model of config.yaml: {different[0]}: expected {expected.get(different[0])}, "
+            f"got {found.get(different[0])}; {len(different)} tensors differ"
+        )
+
+
 def _load_model(checkpoint: Path, model: SequenceModel) -> None:
     path = checkpoint / "model.safetensors"
     expected, found = _model_tensors(model), _read_tensors(path)
@@ -257,7 +232,9 @@ def _load_model(checkpoint: Path, model: SequenceModel) -> None:
         tensor.copy_(found[name])
 
 
-def _optimizer_tensors(model: SequenceModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: SequenceModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    if optimizer is None:
+        return {}
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -265,7 +242,9 @@ def _optimizer_tensors(model: SequenceModel, optimizer: torch.optim.Optimizer) -
     }
 
 
-def _load_optimizer(checkpoint: Path, model: SequenceModel, optimizer: torch.optim.Optimizer) -> None:
+def _load_optimizer(checkpoint: Path, model: SequenceModel, optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is None:
+        return
     path = checkpoint / "training.safetensors"
     found = _read_tensors(path)
     if not found:  # written before the first update
@@ -279,6 +258,7 @@ def _load_optimizer(checkpoint: Path, model: SequenceModel, optimizer: torch.opt
     for name, parameter in parameters.items():
         for key in ("exp_avg", "exp_avg_sq"):
             _require_like(path, f"{name}/{key}", parameter, found[f"{name}/{key}"])
+        _require_like(path, f"{name}/step", torch.zeros((), dtype=torch.float32), found[f"{name}/step"])
         optimizer.state[parameter] = {
             key: found[f"{name}/{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
         }
@@ -313,10 +293,14 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     try:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        reason = (
+            (int(number[1]), os.strerror(int(number[1])), str(path)) if number else (f"cannot write {path}: {error}",)
+        )
+        raise OSError(*reason) from error
     with path.open("rb+") as handle:
         os.fsync(handle.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return digest(path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -324,13 +308,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}; use another checkpoint or start a new run") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def _switch(link: Path, target: str) -> None:
@@ -362,8 +339,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -20,6 +20,7 @@ from ct_audio.checkpoint import (
     save_checkpoint,
     split_memory,
 )
+from ct_audio.checkpoint_files import digest
 from ct_audio.config import RunConfig
 from ct_audio.distributed import World
 from ct_audio.errors import UserError
@@ -235,7 +236,7 @@ def rewrite(checkpoint: Path, file: str, **changes: torch.Tensor | None) -> None
     save_file(tensors, checkpoint / file)
     state = json.loads((checkpoint / "state.json").read_text())
     path = checkpoint / file
-    state["files"][file] = {"bytes": path.stat().st_size, "sha256": checkpoint_module._sha256(path)}
+    state["files"][file] = digest(path)
     (checkpoint / "state.json").write_text(json.dumps(state))
 
 
