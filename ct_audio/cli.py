@@ -5,11 +5,16 @@ A tool ends with `sys.exit(run_tool(main))`. Exit statuses: 0 success, 1 the mac
 """
 
 import argparse
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 
 from ct_audio.errors import UserError
+
+_FULL = "; make room there, then run the same command again"
+_ADVICE = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: "; raise the limit (ulimit -f), then run it again"}
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -39,7 +44,11 @@ def run_tool(main: Callable[[], int | None]) -> int:
     except MemoryError as error:
         return _fail(f"out of memory: {error}; use less at a time", 1)
     except OSError as error:
-        return _fail(str(error), 1)
+        return _fail(f"{error}{_ADVICE.get(error.errno or 0, '')}", 1)
+    except RuntimeError as error:  # torch's own words for it
+        if not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        return _fail(f"out of memory: {str(error).splitlines()[0]}; use less at a time", 1)
 
 
 def _fail(message: str, status: int) -> int:

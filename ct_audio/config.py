@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ct_audio.errors import UserError
 from ct_audio.models import model_config_class
+
+_MAX_CHARACTERS = 1 << 20
+_MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ class RunConfig:
                 f"data.num_lanes = {self.data.num_lanes} is not divisible by "
                 f"train.num_micro_batches = {self.train.num_micro_batches}; change one of them"
             )
+        if getattr(self.model, "num_layers", 1) > _MAX_LAYERS:
+            raise UserError(f"model.num_layers: expected at most {_MAX_LAYERS}, got {self.model.num_layers}")
         window_length = getattr(self.model, "window_length", 1)
         if self.data.chunk_length % window_length:
             raise UserError(
@@ -180,12 +186,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from error
-    if "${" in text:
-        raise UserError(f"{path}: interpolation (`${{`) is not supported; write the value itself")
-    try:
-        plain: Any = OmegaConf.to_container(OmegaConf.create(text)) if text.strip() else {}
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    plain = _parse_yaml(text, str(path)) if text.strip() else {}
     if not isinstance(plain, dict):
         raise UserError(f"{path}: expected a mapping of keys at the top level, got {type(plain).__name__}")
     for override in overrides:
@@ -195,6 +196,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def config_from_dict(plain: dict[str, Any], *, source: str = "configuration") -> RunConfig:
     """Build and check a `RunConfig` from nested plain dictionaries (as `config_to_dict` makes them)."""
+    _require_plain(plain, source)
     model_section = plain.get("model")
     if not isinstance(model_section, dict) or not isinstance(model_section.get("name"), str):
         raise UserError(f"{source}: expected model.name, a string naming the model")
@@ -257,16 +259,44 @@ def _build_section(cls: type, values: Any, name: str, source: str) -> Any:
     return cls(**merged)
 
 
+def _parse_yaml(text: str, what: str) -> Any:
+    """Plain values out of a YAML that anybody may have written; no tag, anchor or interpolation is obeyed.
+
+    Raises:
+        UserError: it is no such YAML; the message begins with `what`.
+    """
+    if len(text) > _MAX_CHARACTERS:
+        raise UserError(f"{what}: expected a configuration of at most {_MAX_CHARACTERS} characters, got {len(text)}")
+    if "${" in text:
+        raise UserError(f"{what}: interpolation (`${{`) is not supported; write the value itself")
+    try:
+        if any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(text)):
+            raise UserError(f"{what}: anchors (`&`) and aliases (`*`) are not supported; write the value itself")
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:  # ValueError: as !!int "many"
+        raise UserError(f"{what} is not valid YAML: {_one_line(error)}") from error
+    return plain
+
+
+def _require_plain(value: Any, what: str) -> None:
+    """Raise where a number is beyond 64 bits, a text cannot be written down, or a value is left open (`???`)."""
+    if isinstance(value, dict | list):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        for part in parts:
+            _require_plain(part, what)
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise UserError(f"{what}: a number has {value.bit_length()} bits; expected at most 63")
+    elif isinstance(value, str) and (value.encode("utf-8", "replace").decode() != value or "\0" in value):
+        raise UserError(f"{what}: {value!r} is no text; write it without \\0 and \\ud800 to \\udfff")
+    elif value == "???":
+        raise UserError(f"{what}: `???` stands for a value that is missing; write the value")
+
+
 def _apply_override(plain: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"override {override!r}: expected key=value, as train.num_steps=100")
-    if "${" in override:
-        raise UserError(f"override {override!r}: interpolation (`${{`) is not supported; write the value itself")
-    try:
-        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from error
+    value = _parse_yaml(f"value: {text}", f"override {override!r}: the value")["value"]
     node = plain
     *parents, last = key.strip().split(".")
     for parent in parents:

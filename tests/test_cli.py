@@ -25,7 +25,15 @@ def fails_with(error):
         (UserError("expected a,\n got b"), 2, "error: expected a, got b\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (MemoryError("8 GiB"), 1, "error: out of memory: 8 GiB; use less at a time\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "error: [Errno 28] No space left on device: 'x'\n"),
+        (OSError(errno.ENOENT, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'\n"),
+        (
+            *(OSError(errno.ENOSPC, "No space left on device", "x"), 1),
+            "error: [Errno 28] No space left on device: 'x'; make room there, then run the same command again\n",
+        ),
+        (
+            *(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 1),
+            "error: out of memory: DefaultCPUAllocator: can't allocate memory: you tried 9 bytes; use less at a time\n",
+        ),
     ],
 )
 def test_errors_are_one_line(capsys, error, status, message):
