@@ -64,6 +64,7 @@ def test_evaluate_defaults_and_settings(
     text = capsys.readouterr().out
     assert "nll of valid" in text
     assert "memory_length 8" in text
+    assert f"stored in {run / 'evaluations' / 'valid-step_00000007.json'}" in text
     lengths = ["--memory-length", 16, "--compressed-memory-length", 8]
     assert evaluate(run, "--json", "--lanes", 3, "--max-seconds", 0.02, *lengths) == 0
     protocol = json.loads(capsys.readouterr().out)["protocol"]

@@ -138,15 +138,16 @@ def result_rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
 
     rows, first = [], next(iter(runs.values()))
     for label, run in runs.items():
-        about = run.any_evaluation
+        about, curves = run.any_evaluation, run.curves
+        is_trained = about["num_parameters"] > 0
         row: dict[str, Any] = {
             "run": label,
             "parameters": about["num_parameters"],
             "without f_c": about["num_parameters"] - about["num_parameters_compression"],
-            "steps": _whole(run.curves.last("steps")),
-            "scored at step": about["step"],
-            "audio seen (s)": _whole(run.curves.last("audio seen")),
-            "training codes/s": _whole(run.curves.median_throughput),
+            "steps": _whole(curves.last("steps")) if is_trained else None,
+            "scored at step": about["step"] if is_trained else None,
+            "audio seen (s)": _whole(curves.last("audio seen")) if is_trained else None,
+            "training codes/s": _whole(curves.median_throughput),
         }
         for split, evaluation in run.evaluations.items():
             row |= {f"{split} (nats)": evaluation["nll_nats"], f"{split} (bits)": evaluation["nll_bits"]}
@@ -188,7 +189,10 @@ def _notes(runs: dict[str, Run]) -> list[str]:
     from ct_audio.comparison import BOOTSTRAP_SECONDS, NUM_RESAMPLES, comparable_protocol
 
     first_label, first = next(iter(runs.items()))
-    notes = [f"{split}: {_plain(comparable_protocol(e['protocol']))}" for split, e in first.evaluations.items()]
+    notes = []
+    for split, evaluation in first.evaluations.items():
+        protocol = comparable_protocol(evaluation["protocol"])
+        notes.append(f"{split}: {_plain(protocol | {'split_sha256': protocol['split_sha256'][:12]})}")
     for label, run in runs.items():
         protocol = run.any_evaluation["protocol"]
         lengths = {key: protocol[key] for key in MEMORY_LENGTHS if protocol.get(key) is not None}
