@@ -17,6 +17,7 @@ setup(
         "torch==2.11.0",
         "torchaudio==2.11.0",  # a matched pair with torch: change both or neither
         "numpy==2.3.5",
+        "numba==0.68.1",  # compiles the loop of models/linear_prediction.py
         "soundfile==0.14.0",
         "librosa==0.11.0",
         "soxr==1.1.0",
@@ -27,6 +28,7 @@ setup(
         "jaxtyping==0.3.11",
         "tqdm==4.70.1",
         "matplotlib==3.10.9",
+        "espeakng-loader==0.2.4",  # recipes/espeak: speech for the demo (GPL-3.0, only run, never linked)
     ],
     extras_require={
         "dev": [

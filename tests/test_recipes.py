@@ -13,8 +13,16 @@ from ct_audio.models import build_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 YAMLS = sorted(RECIPES.glob("*/*.yaml"))
-SETS = sorted({(path.parent, path.stem.endswith("_small")) for path in YAMLS})
-SIZES = {False: (38e6, 42e6), True: (0.3e6, 1e6)}
+SIZES = {"paper": (38e6, 42e6), "small": (0.3e6, 1e6), "demo": (0.1e6, 0.3e6), "linear": (0, 0)}
+
+
+def kind(path: Path) -> str:
+    """The set within its recipe that a YAML belongs to."""
+    first, last = path.stem.split("_")[0], path.stem.split("_")[-1]
+    return first if first in ("demo", "linear") else "small" if last == "small" else "paper"
+
+
+SETS = sorted({(path.parent, kind(path)) for path in YAMLS})
 
 
 def identity(path: Path) -> str:
@@ -27,7 +35,7 @@ def num_parameters(path: Path) -> int:
 
 
 def test_there_are_recipes() -> None:
-    assert {"folder", "kathleen"} <= {path.parent.name for path in YAMLS}
+    assert {"espeak", "folder", "kathleen"} <= {path.parent.name for path in YAMLS}
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=identity)
@@ -42,11 +50,11 @@ def test_yaml_is_complete_and_says_how_to_run_it(path: Path) -> None:
     assert written["data"].keys() == {field.name for field in dataclasses.fields(config.data)}
 
 
-@pytest.mark.parametrize(("folder", "small"), SETS, ids=lambda value: getattr(value, "name", str(value)))
-def test_models_of_a_set_are_of_one_size_and_trained_alike(folder: Path, small: bool) -> None:
-    paths = [path for path in YAMLS if path.parent == folder and path.stem.endswith("_small") == small]
+@pytest.mark.parametrize(("folder", "name"), SETS, ids=lambda value: getattr(value, "name", str(value)))
+def test_models_of_a_set_are_of_one_size_and_trained_alike(folder: Path, name: str) -> None:
+    paths = [path for path in YAMLS if path.parent == folder and kind(path) == name]
     sizes = {path.stem: num_parameters(path) for path in paths}
-    least, most = SIZES[small]
+    least, most = SIZES[name]
     assert least <= min(sizes.values())
     assert max(sizes.values()) <= most
     assert max(sizes.values()) <= 1.05 * min(sizes.values()), sizes

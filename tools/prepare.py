@@ -1,4 +1,7 @@
-"""Prepare a data set: `python tools/prepare.py recipes/NAME --source DIR --out DIR [-- the recipe's own options]`."""
+"""Prepare a data set: `python tools/prepare.py recipes/NAME --source DIR --out DIR [-- the recipe's own options]`.
+
+A recipe that makes its own recordings, as recipes/espeak, needs no --source.
+"""
 
 import argparse
 import importlib.util
@@ -23,7 +26,12 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     )
     parser.epilog = "The recipe's own options stand after --; `-- --help` shows them."
     parser.add_argument("recipe", type=Path, help="folder of the recipe, as recipes/folder")
-    parser.add_argument("--source", type=Path, required=True, help="folder of the recordings")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=None,
+        help="folder of the recordings; where a recipe makes its own, they are kept there (else in OUT_recordings)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus to make")
     parser.add_argument("--gain-db", type=float, default=0.0, help="one fixed gain for all files, in dB")
     parser.add_argument(
@@ -44,7 +52,8 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
 def load_recipe(folder: Path) -> ModuleType:
     """Import the prepare.py of a recipe.
 
-    It defines `add_arguments(parser)` and `list_recordings(source: Path, options: Namespace) -> list[Recording]`.
+    It defines `add_arguments(parser)` and `list_recordings(source: Path, options: Namespace) -> list[Recording]`, and
+    `MAKES_RECORDINGS = True` if it fills `source` itself.
     """
     file = folder / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
@@ -57,6 +66,17 @@ def load_recipe(folder: Path) -> ModuleType:
     return module
 
 
+def find_source(options: argparse.Namespace, *, makes_recordings: bool) -> Path:
+    """The folder of the recordings, which exists unless the recipe makes it."""
+    if makes_recordings:
+        return options.source or options.out.with_name(options.out.name + "_recordings")
+    if options.source is None:
+        raise UserError(f"--source: expected the folder of the recordings; {options.recipe} makes none of its own")
+    if not options.source.is_dir():
+        raise UserError(f"--source {options.source}: expected a folder of recordings; it does not exist")
+    return options.source
+
+
 def main() -> int:
     """Run the tool."""
     options, rest = parse_arguments(sys.argv[1:])
@@ -67,14 +87,13 @@ def main() -> int:
     recipe_options = recipe_parser.parse_args(rest)
     if options.num_processes < 1:
         raise UserError(f"--num-processes: expected at least 1, got {options.num_processes}")
-    if not options.source.is_dir():
-        raise UserError(f"--source {options.source}: expected a folder of recordings; it does not exist")
+    folder = find_source(options, makes_recordings=getattr(recipe, "MAKES_RECORDINGS", False))
     start = time.monotonic()
     settings = AudioSettings(gain_db=options.gain_db, trim_db=options.trim_db, min_seconds=options.min_seconds)
     own = {name: str(value) if isinstance(value, Path) else value for name, value in vars(recipe_options).items()}
-    source = {"recipe": options.recipe.resolve().name, "path": str(options.source), "options": own}
+    source = {"recipe": options.recipe.resolve().name, "path": str(folder), "options": own}
     corpus, report = prepare_audio(
-        recipe.list_recordings(options.source, recipe_options),
+        recipe.list_recordings(folder, recipe_options),
         options.out,
         settings=settings,
         source=source,
