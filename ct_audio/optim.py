@@ -56,8 +56,13 @@ def completes_update(step: int, config: OptimConfig) -> bool:
     return step + 1 == update_steps(step, config).stop
 
 
+def has_parameters(model: SequenceModel) -> bool:
+    """Whether there is anything to train."""
+    return next(model.named_parameters(), None) is not None
+
+
 def make_optimizer(model: SequenceModel, config: OptimConfig) -> torch.optim.Adam:
-    """Adam over all parameters of a model; the loop sets the learning rate before each update."""
+    """Adam over all parameters of a model, which must have some; the loop sets the learning rate before each update."""
     return torch.optim.Adam(
         [parameter for _, parameter in model.named_parameters()],
         lr=config.initial_learning_rate,

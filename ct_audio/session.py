@@ -32,7 +32,7 @@ from ct_audio.distributed import World, choose_device, data_parallel, on_first_r
 from ct_audio.errors import UserError
 from ct_audio.metrics import MetricsWriter, read_metrics
 from ct_audio.models import SequenceModel, build_model
-from ct_audio.optim import completes_update, make_optimizer, update_steps
+from ct_audio.optim import completes_update, has_parameters, make_optimizer, update_steps
 from ct_audio.window_stream import WindowStream
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -111,7 +111,10 @@ class Progress:
 
 @dataclass
 class Session:
-    """What one call of the training command works with; signals that come and losses that are NaN are noted here."""
+    """What one call of the training command works with; signals that come and losses that are NaN are noted here.
+
+    `optimizer` is None for a model without parameters.
+    """
 
     config: RunConfig
     world: World
@@ -119,7 +122,7 @@ class Session:
     corpus: Corpus
     model: SequenceModel
     loss: nn.Module
-    optimizer: torch.optim.Adam
+    optimizer: torch.optim.Adam | None
     stream: WindowStream
     memories: list[Any]
     progress: Progress
@@ -184,20 +187,20 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     model = build_model(config)
     as_module(model).to(device, torch.float64 if settings.precision == "float64" else None)
     torch.manual_seed(settings.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim) if has_parameters(model) else None
     memories = split_memory(model.zero_memory(num_lanes), num_lanes, settings.num_micro_batches)
     checkpoint, progress = on_first_rank(lambda: find_checkpoint(config.run_dir, "last")), Progress()
     if checkpoint is not None:
         lanes = {"num_lanes": num_lanes, "num_micro_batches": settings.num_micro_batches}
         memories, state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world, **lanes)
-        if state["corpus_fingerprint"] != corpus.fingerprint:
+        if state.get("corpus_fingerprint") != corpus.fingerprint:
             raise UserError(
                 f"data.corpus = {data.corpus} holds other codes than when {config.run_dir} was started; "
                 "bring that corpus back, or choose another name"
             )
-        stream.load_state_dict(state["stream"])
-        progress = Progress(**state["progress"])
-    loss = data_parallel(ChunkLoss(model, device_type=device.type, precision=settings.precision), world)
+        stream.load_state_dict(state.get("stream", {}))
+        progress = _progress_from_json(state.get("progress", {}), step=state["step"])
+    loss = ChunkLoss(model, device_type=device.type, precision=settings.precision)
     rate = corpus.codec.sample_rate_hz or math.inf
     codes = progress.step * data.num_lanes * data.chunk_length
     session = Session(
@@ -206,7 +209,7 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
         device=device,
         corpus=corpus,
         model=model,
-        loss=loss,
+        loss=data_parallel(loss, world) if optimizer else loss,
         optimizer=optimizer,
         stream=stream,
         memories=memories,
@@ -218,6 +221,20 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     )
     _announce(session)
     return session
+
+
+def _progress_from_json(fields: dict[str, Any], *, step: int) -> Progress:
+    """What state.json says; raises `UserError` where that is no progress of a run."""
+    try:
+        progress = Progress(**fields)
+        seconds = [progress.wall_seconds, progress.training_seconds, *progress.sums.values()]
+        fits = progress.step == step and all(isinstance(value, int | float) for value in seconds)
+        fits = fits and all(type(at) is int and 0 <= at <= step for at in progress.last.values())
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"state.json: progress: {error}; use another checkpoint or start a new run") from error
+    if not fits:
+        raise UserError(f"state.json: progress does not fit step {step}; use another checkpoint or start a new run")
+    return progress
 
 
 def _check(config: RunConfig, corpus: Corpus, num_lanes: int) -> None:

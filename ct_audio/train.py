@@ -55,6 +55,8 @@ def train(config: RunConfig) -> int:
             return 0
         session = set_up(config, world, stack.enter_context(caught_signals()))
         stack.callback(session.metrics.close)
+        if session.optimizer is None:
+            return _without_steps(session) or _validate_whole_split(session)
         if not session.resumed and config.train.checkpoint_every_steps:
             _save(session, is_best=False)  # so that from here on there is always one to go on from
         return _loop(session) or _validate_whole_split(session)
@@ -63,6 +65,7 @@ def train(config: RunConfig) -> int:
 def _loop(session: Session) -> int:
     """Steps until the run is complete (returns 0) or a signal has come (128 + its number)."""
     config, progress, optimizer = session.config, session.progress, session.optimizer
+    assert optimizer is not None
     num_steps = config.train.num_steps
     _when_due(session, stop=0)  # what a signal has put off in the session before
     hidden = None if session.world.is_first else True
@@ -90,6 +93,33 @@ def _loop(session: Session) -> int:
             if stop:
                 say(session, f"stopped by {signal.Signals(stop).name} and saved at step {progress.step}")
                 return 128 + stop
+    return 0
+
+
+def _without_steps(session: Session) -> int:
+    """A run of a model without parameters: fit it, if it has `fit`, score it and save it as complete.
+
+    Its validation NLL is written at the first and at the last step: a level line beside other models' curves.
+
+    Returns:
+        0; or 128 + the number of the signal that came before it was saved (the same command then starts afresh).
+    """
+    settings, progress = session.config.train, session.progress
+    fit = getattr(session.model, "fit", None)
+    if fit is not None and not session.resumed:
+        fit(session.corpus.split("train").codes)
+    for step in (1, settings.num_steps):
+        if step > progress.step:
+            progress.step = step
+            if settings.valid_every_steps:
+                _validate(session)
+    if progress.is_due("sample", settings.sample_every_steps, settings.num_steps):
+        _sample(session)
+    stop = _agree(session)
+    if stop:
+        return 128 + stop
+    if progress.is_due("checkpoint", settings.checkpoint_every_steps, settings.num_steps):
+        _save(session, is_best=True)
     return 0
 
 

@@ -4,6 +4,7 @@ A model of `window_length` 1 has no windows: a chunk of any length is whole, and
 are cut at `window_of(model)` all the same.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -17,8 +18,14 @@ from ct_audio.models.memory import named_tensors
 VOCAB_SIZE = 32
 LANES = 2
 
-every_model = pytest.mark.parametrize("name", TINY_MODELS)
-every_transformer = pytest.mark.parametrize("name", [name for name in TINY_MODELS if name != "wavenet"])
+
+def _with(models: Iterable[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", list(models))
+
+
+every_model = _with(TINY_MODELS)
+every_transformer = _with(name for name, plain in TINY_MODELS.items() if "window_length" in plain)
+every_trained_model = _with(name for name, plain in TINY_MODELS.items() if plain["name"] != "linear_prediction")
 
 
 def float64_model(name: str, **changes: Any) -> Any:
@@ -26,6 +33,9 @@ def float64_model(name: str, **changes: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():  # away from zeros and ones, so that every path matters
             parameter.add_(0.2 * torch.randn_like(parameter))
+    fit: Any = getattr(model, "fit", None)
+    if fit is not None:
+        fit(random_codes(200, seed=9)[0].numpy())
     return model
 
 

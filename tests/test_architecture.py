@@ -26,6 +26,7 @@ ROOMS = [
     "models.compressive_layer",
     "models.compressive_transformer",
     "models.wavenet",
+    "models.linear_prediction",
     "models",
     "config",
     "optim",

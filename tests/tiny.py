@@ -21,6 +21,8 @@ _TRANSFORMER = {
     "dropout": 0.0,
 }
 
+_LINEAR_PREDICTION = {"name": "linear_prediction", "vocab_size": 32, "order": 4, "regularisation": 1e-4}
+
 TINY_MODELS: dict[str, dict[str, Any]] = {
     "compressive_transformer": _TRANSFORMER,
     "compressive_transformer_pre_norm": _TRANSFORMER | {"norm_position": "pre"},
@@ -37,6 +39,9 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
         "width": 12,
         "skip_width": 10,
     },
+    "linear_prediction": _LINEAR_PREDICTION | {"forgetting": 0.97},
+    "linear_prediction_fixed": _LINEAR_PREDICTION | {"adaptation": "none"},
+    "linear_prediction_fixed_scale": _LINEAR_PREDICTION | {"adaptation": "none", "scale_decay": 1.0},
 }
 
 

@@ -34,7 +34,9 @@ def tiny_run(directory: Path, model: str = "compressive_transformer", **changes:
         "name": "run",
         "runs_dir": str(directory / "runs"),
         "data": {"corpus": str(directory / "corpus"), "chunk_length": 16, "num_lanes": 2},
-        "model": TINY_MODELS[model] | {"vocab_size": 256, "num_layers": 2},
+        "model": TINY_MODELS[model]
+        | {"vocab_size": 256}
+        | ({"num_layers": 2} if "num_layers" in TINY_MODELS[model] else {}),
         "optim": {"peak_learning_rate": 0.01, "warmup_steps": 3, "decay_steps": 20, "max_gradient_norm": 1.0},
         "train": {
             "num_steps": 6,

@@ -14,6 +14,9 @@ The contract in prose
       back is final: passing it to `forward` again raises.
     * `document_starts[:, t]` is True where `codes[:, t]` is the first code of a document: nothing before t then has any
       influence at t or later. None means that the streams are continuous.
+    * A model may have a method `fit(codes)`, given the train split's codes as one stream before anything else: what it
+      computes it keeps in buffers. A model without parameters is not trained: the trainer calls `fit`, if it is there,
+      writes the checkpoint and stops.
     * `begin_steps` and `step` are the incremental path. `step` consumes its state and may reuse its buffers;
       `clone_state` makes an independent copy first.
 """
@@ -23,6 +26,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+UNLIMITED_RANGE = 2**40
+"""`temporal_range` of a model whose memory fades but never ends: more codes than a stream has."""
 
 
 class ModelOutput(NamedTuple):

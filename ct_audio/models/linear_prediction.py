@@ -1,0 +1,406 @@
+"""Linear prediction of the decoded waveform: the line that every model has to beat. It has no parameters.
+
+Each sample is predicted as a weighted sum of the samples before it; what is left over is modelled as a logistic
+distribution whose scale follows the size of the last residuals, cut at the edges of the codes' cells. The weights
+either follow the signal (recursive least squares) or are computed once from the training split (`fit`). All of it is
+float64 on the CPU, whatever the model's dtype and device: a loop over time, compiled by numba when it is first used.
+Shape letters: B lanes, T codes of a chunk, R codes before stepping, P order, Q rows of the covariance (P, or 0 where
+the weights are fixed), V codes of the vocabulary, N codes of a split.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, no_type_check
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float64, Int, Integer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ct_audio.errors import UserError
+from ct_audio.models.interface import UNLIMITED_RANGE, ModelOutput
+
+_FIRST_RESIDUAL = 0.01  # mean size of the residuals before any has been seen
+_SMALLEST_SCALE = 1e-5  # a tenth of the narrowest cell: digital silence still costs next to nothing
+_FIT_PIECE = 2**20  # codes of a split that are read at a time; the result does not depend on it
+
+
+@dataclass(frozen=True)
+class Config:
+    """Linear prediction; the defaults are tuned on the validation split of recipes/kathleen.
+
+    Attributes:
+        vocab_size: number of mu-law codes V (mu = V - 1).
+        order: samples that a prediction is made from.
+        adaptation: "recursive_least_squares": the weights follow the signal; "none": they are fitted once.
+        forgetting: weight of an error in least squares against that of the next sample's, in (0, 1).
+        regularisation: least squares as if white noise of this power were added to the past samples, above 0.
+        scale_decay: of the exponential average of the residuals' size, in [0, 1]; 1: the scale is fixed (that of all
+            residuals of the training split, or that of the beginning where the weights adapt).
+        uniform_share: share of the probability that is spread evenly over all codes, in (0, 1).
+    """
+
+    name: Literal["linear_prediction"] = "linear_prediction"
+    vocab_size: int = 256
+    order: int = 16
+    adaptation: Literal["recursive_least_squares", "none"] = "recursive_least_squares"
+    forgetting: float = 0.993
+    regularisation: float = 1e-8
+    scale_decay: float = 0.9
+    uniform_share: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for field, minimum in {"vocab_size": 4, "order": 1}.items():
+            if getattr(self, field) < minimum:
+                raise UserError(f"model.{field}: expected at least {minimum}, got {getattr(self, field)}")
+        for field in ("forgetting", "uniform_share"):
+            if not 0 < getattr(self, field) < 1:
+                raise UserError(f"model.{field}: expected a number in (0, 1), got {getattr(self, field)}")
+        if not 0 < self.regularisation < math.inf:
+            raise UserError(f"model.regularisation: expected a number above 0, got {self.regularisation}")
+        if not 0 <= self.scale_decay <= 1:
+            raise UserError(f"model.scale_decay: expected a number in [0, 1], got {self.scale_decay}")
+
+
+class LinearPredictionMemory(NamedTuple):
+    """What a lane remembers; all zeros before the stream begins.
+
+    Attributes:
+        history: the last P samples, newest first.
+        weights: of the prediction.
+        covariance: inverse of the forgetting, regularised autocorrelation matrix (P of recursive least squares).
+        residual: mean size of the last residuals.
+        count: codes seen; at 0 the other tensors are set to what a stream begins with.
+    """
+
+    history: Float64[Tensor, "B P"]
+    weights: Float64[Tensor, "B P"]
+    covariance: Float64[Tensor, "B Q Q"]
+    residual: Float64[Tensor, "B"]
+    count: Int[Tensor, "B"]
+
+
+@dataclass(slots=True)
+class StepState:
+    """State of the incremental path; `step` overwrites the memory's tensors."""
+
+    memory: LinearPredictionMemory
+
+
+class LinearPrediction(nn.Module):
+    """Linear prediction with a discretised logistic residual.
+
+        mean = clip(w . (x[t], x[t-1], ...), -1, 1)        scale = E|residual| / (2 ln 2)
+        p(code) = (1 - u) (S((upper - mean) / scale) - S((lower - mean) / scale)) + u / V,   S the logistic function
+
+    Features are (mean, scale) of the next sample. The weights are those that minimise, over the samples so far,
+
+        sum_i forgetting^(t-i) ((x[i] - w . past[i])^2 + P regularisation w[i mod P]^2) + the same of before the stream
+
+    The second term never ends, which bounds the covariance, however long digital silence lasts: its eigenvalues are
+    at most (1 - f^P) / (P r f^(P-1)), and at least the inverse of P / (1 - f) + P r / (1 - f^P), with f `forgetting`
+    and r `regularisation`.
+    Source: S. Haykin, Adaptive Filter Theory, recursive least squares. Differs: the regularisation is renewed, one
+    weight a sample, so that it is not forgotten; the scale and the cells are our own.
+    """
+
+    lower_edges: Float64[Tensor, "V"]
+    upper_edges: Float64[Tensor, "V"]
+    coefficients: Float64[Tensor, "P"]
+    mean_residual: Float64[Tensor, ""]
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        lower, upper, waveform = mu_law_cells(config.vocab_size)
+        self.register_buffer("lower_edges", torch.tensor(lower), persistent=False)
+        self.register_buffer("upper_edges", torch.tensor(upper), persistent=False)
+        self._waveform = waveform
+        if config.adaptation == "none":
+            self.register_buffer("coefficients", torch.zeros(config.order, dtype=torch.float64))
+            self.register_buffer("mean_residual", torch.tensor(_FIRST_RESIDUAL, dtype=torch.float64))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number V of codes."""
+        return self.config.vocab_size
+
+    @property
+    def window_length(self) -> int:
+        """1: there are no windows."""
+        return 1
+
+    @property
+    def temporal_range(self) -> int:
+        """Distance in codes to the farthest code that can change a prediction; averages never forget altogether."""
+        fixed = self.config.adaptation == "none" and self.config.scale_decay == 1
+        return self.config.order - 1 if fixed else UNLIMITED_RANGE
+
+    @property
+    def attention_cost(self) -> int:
+        """0: there is no attention."""
+        return 0
+
+    def zero_memory(
+        self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
+    ) -> LinearPredictionMemory:
+        """Memory of a stream that has not begun.
+
+        Raises:
+            UserError: a length was passed; the order alone decides.
+        """
+        for name, length in (("memory", memory_length), ("compressed memory", compressed_memory_length)):
+            if length is not None:
+                raise UserError(f"linear_prediction: the {name} length cannot be set (got {length}); leave it out")
+        order = self.config.order
+        rows = order if self.config.adaptation == "recursive_least_squares" else 0
+        zeros = functools.partial(self.lower_edges.new_zeros, dtype=torch.float64)
+        return LinearPredictionMemory(
+            history=zeros((num_lanes, order)),
+            weights=zeros((num_lanes, order)),
+            covariance=zeros((num_lanes, rows, rows)),
+            residual=zeros((num_lanes,)),
+            count=zeros((num_lanes,), dtype=torch.int64),
+        )
+
+    def forward(
+        self,
+        codes: Int[Tensor, "B T"],
+        memory: LinearPredictionMemory,
+        *,
+        document_starts: Bool[Tensor, "B T"] | None = None,
+    ) -> ModelOutput:
+        """Features (mean, scale) [B, T, 2] and next memory of a chunk of any length; no gradients."""
+        own = self._own(memory, codes.shape[0])
+        features = self._follow(codes, own, document_starts).to(codes.device)
+        return ModelOutput(features, LinearPredictionMemory(*(tensor.to(codes.device) for tensor in own)), {})
+
+    def nll(self, features: Float[Tensor, "*batch 2"], targets: Int[Tensor, "*batch"]) -> Float64[Tensor, "*batch"]:
+        """Negative log-likelihood of each target in nats."""
+        return -self._log_probability(features, self.lower_edges[targets], self.upper_edges[targets])
+
+    def log_probabilities(self, features: Float[Tensor, "*batch 2"]) -> Float64[Tensor, "*batch V"]:
+        """Normalised log-probabilities of every code in nats."""
+        return self._log_probability(features[..., None, :], self.lower_edges, self.upper_edges)
+
+    def begin_steps(self, memory: LinearPredictionMemory, codes: Int[Tensor, "B R"]) -> StepState:
+        """State for `step` after R more codes (any number, 0 too)."""
+        own = self._own(memory, codes.shape[0])
+        self._follow(codes, own, None)
+        return StepState(own)
+
+    def step(self, codes: Int[Tensor, "B"], state: StepState) -> tuple[Float64[Tensor, "B 2"], StepState]:
+        """Features after one more code a lane; consumes `state`."""
+        features = self._follow(codes[:, None], state.memory, None)
+        return features[:, 0].to(codes.device), state
+
+    def clone_state(self, state: StepState) -> StepState:
+        """An independent copy of a step state."""
+        return StepState(LinearPredictionMemory(*(tensor.clone() for tensor in state.memory)))
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """One group without a parameter."""
+        return {"model": []}
+
+    def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
+        """Compute the fixed weights and their mean residual by the autocorrelation method; deterministic.
+
+        Nothing is done where the weights adapt.
+
+        Args:
+            codes: the split as one stream, a memory map will do; it is read twice.
+        Raises:
+            UserError: the split is too short.
+        """
+        if self.config.adaptation != "none":
+            return
+        order = self.config.order
+        if len(codes) <= 2 * order:
+            raise UserError(f"linear_prediction: expected more than {2 * order} codes to fit, got {len(codes)}")
+        sums, past = np.zeros(order + 1), np.zeros(order + 1)
+        for piece in _pieces(codes, "autocorrelation"):
+            _autocorrelation()(piece, self._waveform, sums, past)
+        lags = np.arange(order)
+        matrix = sums[np.abs(lags[:, None] - lags)] + len(codes) * self.config.regularisation * np.eye(order)
+        self.coefficients.copy_(torch.from_numpy(np.linalg.solve(matrix, sums[1:])))
+        memory, size, predicted = self.zero_memory(1), 0.0, 0.0
+        for piece in _pieces(codes, "residual"):
+            features, memory, _ = self(torch.from_numpy(piece[None]).to(self.coefficients.device), memory)
+            means = features[0, :, 0].cpu().numpy()
+            size += float(np.abs(self._waveform[piece] - np.r_[predicted, means[:-1]]).sum())
+            predicted = means[-1]
+        self.mean_residual.fill_(size / len(codes))
+
+    def _log_probability(self, features: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        """Of the cells between `lower` and `upper`: S(b) - S(a) = S(b) S(-a) (1 - exp(a - b)), exact in both tails."""
+        mean, scale = features.double().unbind(-1)
+        a, b = (lower - mean) / scale, (upper - mean) / scale
+        logistic = F.logsigmoid(b) + F.logsigmoid(-a) + torch.log(-torch.expm1(a - b))
+        share = self.config.uniform_share
+        evenly = torch.full_like(logistic, math.log(share / self.config.vocab_size))
+        return torch.logaddexp(logistic + math.log1p(-share), evenly)
+
+    def _own(self, memory: LinearPredictionMemory, num_lanes: int) -> LinearPredictionMemory:
+        """A copy that the loop may overwrite, on the CPU."""
+        expected = [(num_lanes, *tensor.shape[1:]) for tensor in self.zero_memory(1)]
+        got = [tuple(tensor.shape) for tensor in memory]
+        if got != expected:
+            raise UserError(
+                f"linear_prediction: expected a memory of shapes {expected}, got {got}; "
+                f"pass zero_memory({num_lanes}) or the memory of the chunk before"
+            )
+        return LinearPredictionMemory(*(tensor.detach().to("cpu", copy=True).contiguous() for tensor in memory))
+
+    def _follow(
+        self, codes: Int[Tensor, "B T"], memory: LinearPredictionMemory, document_starts: Bool[Tensor, "B T"] | None
+    ) -> Float64[Tensor, "B T 2"]:
+        """Features of codes; overwrites the memory."""
+        config = self.config
+        if document_starts is None:
+            document_starts = torch.zeros(codes.shape, dtype=torch.bool)
+        features = torch.empty(*codes.shape, 2, dtype=torch.float64)
+        weights, residual = np.zeros(config.order), _FIRST_RESIDUAL
+        if config.adaptation == "none":
+            weights, residual = self.coefficients.cpu().numpy(), float(self.mean_residual)
+        _loop()(
+            codes.cpu().contiguous().numpy(),
+            document_starts.cpu().contiguous().numpy(),
+            self._waveform,
+            weights,
+            residual,
+            (config.forgetting, config.regularisation, config.scale_decay),
+            tuple(tensor.numpy() for tensor in memory),
+            features.numpy(),
+        )
+        return features
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Buffers move between devices and stay float64: `.float()` must not round them."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if getattr(self, name).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+def build(config: Config) -> LinearPrediction:
+    """A new model; its weights are zeros until it adapts or is fitted."""
+    return LinearPrediction(config)
+
+
+def mu_law_cells(
+    vocab_size: int,
+) -> tuple[Float64[np.ndarray, "V"], Float64[np.ndarray, "V"], Float64[np.ndarray, "V"]]:
+    """Lower and upper edge of each code's cell, the first and the last infinite, and the sample that it decodes to."""
+    mu = vocab_size - 1
+
+    def expand(code: np.ndarray) -> np.ndarray:
+        companded = 2 * code / mu - 1
+        return np.sign(companded) * np.expm1(np.abs(companded) * math.log1p(mu)) / mu
+
+    codes = np.arange(vocab_size, dtype=np.float64)
+    edges = expand(codes[1:] - 0.5)
+    return np.r_[-np.inf, edges], np.r_[edges, np.inf], expand(codes)
+
+
+def _pieces(codes: Integer[np.ndarray, "N"], what: str) -> Iterator[Int[np.ndarray, "_"]]:
+    """Consecutive pieces as int64, with a progress bar."""
+    begins = range(0, len(codes), _FIT_PIECE)
+    for begin in tqdm(begins, desc=f"fit: {what}", unit="piece", leave=False, disable=None):
+        yield codes[begin : begin + _FIT_PIECE].astype(np.int64)
+
+
+@functools.cache
+@no_type_check  # numba compiles the bare functions
+def _loop():
+    """The loop over lanes and time in machine code: without fast-math, so that sums keep their order.
+
+    Plain loops over numbers: array expressions take numba several times as long to compile.
+    """
+    from numba import njit  # half a second, and compiling some more; nothing is written to disk
+
+    @njit(nogil=True)
+    def predict(weights, past):
+        total = 0.0
+        for i in range(len(past)):
+            total += weights[i] * past[i]
+        return total
+
+    @njit(nogil=True)
+    def clip(value):  # NaN stays NaN
+        return 1.0 if value > 1.0 else (-1.0 if value < -1.0 else value)
+
+    @njit(nogil=True)
+    def measure(weights, covariance, gain, share, error, factor):
+        for i in range(len(gain)):
+            weights[i] += gain[i] * (share * error)
+            for j in range(len(gain)):  # gain_i gain_j first: the matrix stays symmetric to the bit
+                covariance[i, j] = (covariance[i, j] - gain[i] * gain[j] * share) * factor
+
+    @njit(nogil=True)
+    def adapt(weights, covariance, past, error, index, forgetting, ridge, gain):
+        for i in range(len(past)):
+            gain[i] = 0.0
+        for j in range(len(past)):
+            for i in range(len(past)):
+                gain[i] += past[j] * covariance[j, i]
+        measure(weights, covariance, gain, 1.0 / (forgetting + predict(gain, past)), error, 1.0 / forgetting)
+        for i in range(len(past)):  # and, as a second measurement, that weights[index] is 0
+            gain[i] = covariance[index, i]
+        measure(weights, covariance, gain, ridge / (1.0 + ridge * gain[index]), -weights[index], 1.0)
+
+    @njit(nogil=True)
+    def begin(past, weights, first_weights, covariance, variance):
+        for i in range(len(past)):
+            past[i], weights[i] = 0.0, first_weights[i]
+        for i in range(len(covariance)):
+            for j in range(len(covariance)):
+                covariance[i, j] = variance if i == j else 0.0
+
+    @njit(nogil=True)
+    def follow(codes, document_starts, waveform, first_weights, first_residual, settings, memory, features):
+        history, all_weights, covariances, residual, count = memory
+        forgetting, regularisation, decay = settings
+        order, gain = history.shape[1], np.empty(history.shape[1])
+        for lane in range(len(history)):
+            past, weights, covariance = history[lane], all_weights[lane], covariances[lane]
+            for t in range(codes.shape[1]):
+                if document_starts[lane, t] or count[lane] == 0:
+                    begin(past, weights, first_weights, covariance, (1.0 - forgetting) / regularisation)
+                    residual[lane], count[lane] = first_residual, 0
+                sample, said = waveform[codes[lane, t]], predict(weights, past)
+                residual[lane] = decay * residual[lane] + (1.0 - decay) * abs(sample - clip(said))
+                if len(covariance):
+                    index = count[lane] % order
+                    adapt(weights, covariance, past, sample - said, index, forgetting, order * regularisation, gain)
+                for i in range(order - 1, 0, -1):
+                    past[i] = past[i - 1]
+                past[0] = sample
+                count[lane] += 1
+                features[lane, t, 0] = clip(predict(weights, past))
+                features[lane, t, 1] = max(residual[lane] / (2.0 * math.log(2.0)), _SMALLEST_SCALE)
+
+    return follow
+
+
+@functools.cache
+@no_type_check
+def _autocorrelation():
+    """Add a piece's products of samples 0, 1, ... apart to `sums`; `past` is carried from piece to piece."""
+    from numba import njit
+
+    @njit(nogil=True)
+    def add(codes, waveform, sums, past):
+        for code in codes:
+            for lag in range(len(past) - 1, 0, -1):
+                past[lag] = past[lag - 1]
+            past[0] = waveform[code]
+            for lag in range(len(past)):
+                sums[lag] += past[0] * past[lag]
+
+    return add
