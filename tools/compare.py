@@ -217,7 +217,7 @@ def _whole(value: float | None) -> int | None:
 
 
 def _plain(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items())
+    return ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items())
 
 
 def _write(path: Path, text: str) -> None:
