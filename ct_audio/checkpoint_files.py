@@ -90,8 +90,8 @@ def _check_state(checkpoint: Path, state: dict[str, Any]) -> None:
     expected = {"model.safetensors", "training.safetensors"} | memories
     if state["files"].keys() - {"config.yaml"} != expected:
         raise UserError(
-            f"checkpoint {checkpoint}: state.json does not fit: expected files {', '.join(sorted(expected)[:4])}, "
-            f"got {', '.join(sorted(state['files'])[:8])}; {_ADVICE}"
+            f"checkpoint {checkpoint}: state.json does not fit: expected files {sorted(expected)[:4]}, "
+            f"got {sorted(state['files'])[:8]}; {_ADVICE}"
         )
 
 

@@ -52,5 +52,7 @@ def run_tool(main: Callable[[], int | None]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())  # and nothing that a terminal obeys: it may quote a hostile file
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    print(f"error: {line}", file=sys.stderr)
     return status

@@ -156,8 +156,6 @@ class RunConfig:
                 f"data.num_lanes = {self.data.num_lanes} is not divisible by "
                 f"train.num_micro_batches = {self.train.num_micro_batches}; change one of them"
             )
-        if getattr(self.model, "num_layers", 1) > _MAX_LAYERS:
-            raise UserError(f"model.num_layers: expected at most {_MAX_LAYERS}, got {self.model.num_layers}")
         window_length = getattr(self.model, "window_length", 1)
         if self.data.chunk_length % window_length:
             raise UserError(
@@ -200,6 +198,9 @@ def config_from_dict(plain: dict[str, Any], *, source: str = "configuration") ->
     model_section = plain.get("model")
     if not isinstance(model_section, dict) or not isinstance(model_section.get("name"), str):
         raise UserError(f"{source}: expected model.name, a string naming the model")
+    num_layers = model_section.get("num_layers")
+    if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:  # a loop over them comes before any check of memory
+        raise UserError(f"{source}: model.num_layers: expected at most {_MAX_LAYERS}, got {num_layers}")
     sections = {
         "data": DataConfig,
         "model": model_config_class(model_section["name"]),

@@ -4,6 +4,7 @@ Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import math
 import signal
@@ -225,16 +226,19 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
 
 def _progress_from_json(fields: dict[str, Any], *, step: int) -> Progress:
     """What state.json says; raises `UserError` where that is no progress of a run."""
-    try:
-        progress = Progress(**fields)
-        seconds = [progress.wall_seconds, progress.training_seconds, *progress.sums.values()]
-        fits = progress.step == step and all(isinstance(value, int | float) for value in seconds)
-        fits = fits and all(type(at) is int and 0 <= at <= step for at in progress.last.values())
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"state.json: progress: {error}; use another checkpoint or start a new run") from error
+    last, sums = fields.get("last", {}), fields.get("sums", {})
+    seconds = [fields.get(key, 0.0) for key in ("wall_seconds", "training_seconds")]
+    fits = (
+        fields.keys() <= {field.name for field in dataclasses.fields(Progress)}
+        and fields.get("step") == step
+        and isinstance(last, dict)
+        and isinstance(sums, dict)
+        and all(type(at) is int and 0 <= at <= step for at in last.values())
+        and all(isinstance(value, float) for value in [*seconds, *sums.values()])
+    )
     if not fits:
         raise UserError(f"state.json: progress does not fit step {step}; use another checkpoint or start a new run")
-    return progress
+    return Progress(**fields)
 
 
 def _check(config: RunConfig, corpus: Corpus, num_lanes: int) -> None:

@@ -24,6 +24,7 @@ def fails_with(error):
     [
         (UserError("expected a,\n got b"), 2, "error: expected a, got b\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (UserError("got a\x1b[2J\udcff é"), 2, "error: got a\\x1b[2J\\udcff é\n"),
         (MemoryError("8 GiB"), 1, "error: out of memory: 8 GiB; use less at a time\n"),
         (OSError(errno.ENOENT, "No such file", "x"), 1, "error: [Errno 2] No such file: 'x'\n"),
         (
