@@ -20,6 +20,7 @@ from tiny_runs import checkpoint_tensors, tiny_run, write_corpus
 from ct_audio import train as train_module
 from ct_audio.checkpoint import load_run_model
 from ct_audio.codec import MuLaw
+from ct_audio.config import load_config
 from ct_audio.corpus import open_corpus
 from ct_audio.errors import UserError
 from ct_audio.evaluate import evaluate_nll
@@ -365,3 +366,13 @@ def test_it_is_a_better_guess_than_the_codes_frequencies(tmp_path: Path) -> None
     train_codes, codes = (np.asarray(corpus.split(name).codes) for name in ("train", "valid"))
     shares = (np.bincount(train_codes, minlength=256) + 1) / (len(train_codes) + 256)
     assert evaluate_nll(model, codes, start_code=128, chunk_length=16).nll_nats < -np.log(shares[codes]).mean()
+
+
+@pytest.mark.parametrize("recipe", ["folder", "kathleen"])
+def test_the_line_of_a_recipe_is_of_the_same_codes_and_steps_as_its_small_set(recipe: str) -> None:
+    folder = Path(__file__).parents[1] / "recipes" / recipe
+    small = load_config(folder / "wavenet_small.yaml")
+    for name in ("linear_prediction", "linear_prediction_fixed"):
+        line = load_config(folder / f"{name}.yaml")
+        assert line.data == small.data
+        assert (line.train.valid_codes, line.train.num_steps) == (small.train.valid_codes, small.train.num_steps)
