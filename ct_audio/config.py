@@ -162,6 +162,12 @@ class RunConfig:
                 f"data.chunk_length = {self.data.chunk_length} is not a whole number of windows of "
                 f"model.window_length = {window_length}; change one of them"
             )
+        min_chunk_length = getattr(self.model, "min_chunk_windows", 1) * window_length
+        if self.data.chunk_length < min_chunk_length:
+            raise UserError(
+                f"data.chunk_length = {self.data.chunk_length}: with model.compression_loss = bptt the task loss "
+                f"reaches f_c only in chunks of at least {min_chunk_length} codes (ceil(n_m / n_s) + 2 windows)"
+            )
 
     @property
     def run_dir(self) -> Path:

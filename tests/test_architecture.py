@@ -23,6 +23,7 @@ ROOMS = [
     "models.attention",
     "models.windows",
     "models.layers",
+    "models.compressive_config",
     "models.compressive_layer",
     "models.compressive_transformer",
     "models.wavenet",

@@ -35,6 +35,7 @@ class Oracle:
         rows = [self.state["embedding.weight"][code] for code in codes]
         for layer in range(config.num_layers):
             parameters = {k.split(".", 2)[2]: v for k, v in self.state.items() if k.startswith(f"layers.{layer}.")}
+            self.usage: dict[int, list[Tensor]] = {}
             outputs = [self._output(parameters, rows, t, layer) for t in range(len(rows))]
             losses += self._update(parameters, layer, rows)
             rows = outputs
@@ -55,7 +56,7 @@ class Oracle:
             )
 
         seen = self.compressed[layer] + self.memory[layer] + rows[: t + 1]
-        attended = self._attention(parameters, rows[t], seen, list(range(t + 1 - len(seen), t + 1)), t)
+        attended = self._attention(parameters, rows[t], seen, self._positions(layer, t), t)
         if pre:
             middle = rows[t] + attended
             return middle + feedforward(self._norm(feedforward_norm, middle))
@@ -63,7 +64,7 @@ class Oracle:
         return self._norm(feedforward_norm, middle + feedforward(middle))
 
     def _attention(
-        self, parameters: dict[str, Tensor], row: Tensor, seen: list[Tensor], positions: list[int], here: int
+        self, parameters: dict[str, Tensor], row: Tensor, seen: list[Tensor], positions: list[float], here: int
     ) -> Tensor:
         heads = []
         for h in range(self.config.num_heads):
@@ -75,8 +76,20 @@ class Oracle:
                 by_position = (query + parameters["position_bias"][h]) @ (parameters["position"][h] @ table)
                 scores.append((content + by_position) / math.sqrt(len(query)))
             weights = torch.softmax(torch.stack(scores), 0)
+            for row_number, weight in enumerate(weights):
+                self.usage.setdefault(row_number, []).append(weight)
             heads.append(sum(weight * value for weight, value in zip(weights, values, strict=True)))
         return parameters["output.weight"] @ torch.cat(heads)
+
+    def _positions(self, layer: int, t: int) -> list[float]:
+        """Of what code t of a window sees, relative to the window's first code."""
+        memory, compressed, rate = self.memory[layer], self.compressed[layer], self.config.compression_rate
+        positions: list[float] = list(range(-len(memory), t + 1))
+        for back in range(1, len(compressed) + 1):
+            codes = [-len(memory) - back * rate + i for i in range(rate)]
+            temporal = self.config.compressed_positions == "temporal"
+            positions.insert(0, sum(codes) / rate if temporal else -len(memory) - back)
+        return positions
 
     def _head(
         self, parameters: dict[str, Tensor], h: int, row: Tensor, seen: list[Tensor]
@@ -91,22 +104,51 @@ class Oracle:
         return query, keys, [parameters["key_value.weight"][first : first + part] @ r for r in seen]
 
     def _update(self, parameters: dict[str, Tensor], layer: int, rows: list[Tensor]) -> list[Tensor]:
-        """Algorithm 1 of the layer, and Algorithm 2's loss."""
+        """Algorithm 1 of the layer, and the loss of f_c."""
         config, rate = self.config, self.config.compression_rate
+        if not config.keeps_memory(layer):
+            return []
+        rows = [row.detach() for row in rows]
         together = self.memory[layer] + rows
         empty = config.memory_length - len(self.memory[layer])
         num_old = max(len(rows) - empty, 0)
         old_memory, self.memory[layer] = together[:num_old], together[num_old:]
         if not config.compressed_memory_length:
             return []
-        new = [self._compress(parameters, old_memory[i : i + rate]) for i in range(0, len(old_memory), rate)]
-        loss = torch.zeros((), dtype=torch.float64)
-        if new:
-            for row in rows:
-                loss += sum(self._difference(parameters, h, row, old_memory, new) for h in range(config.num_heads))
+        if config.compression_function == "most_used":
+            new = self._most_used(layer, old_memory)
+        else:
+            new = [self._compress(parameters, old_memory[i : i + rate]) for i in range(0, len(old_memory), rate)]
+        losses = self._loss(parameters, rows, old_memory, new)
         together = self.compressed[layer] + new
         self.compressed[layer] = together[max(len(together) - config.compressed_memory_length, 0) :]
-        return [loss / (len(rows) * config.width)]
+        return losses
+
+    def _most_used(self, layer: int, old_memory: list[Tensor]) -> list[Tensor]:
+        first = len(self.compressed[layer])
+        mean_usage = [float(torch.stack(self.usage[first + i]).mean()) for i in range(len(old_memory))]
+        best = sorted(range(len(old_memory)), key=lambda i: -mean_usage[i])[
+            : len(old_memory) // self.config.compression_rate
+        ]
+        return [old_memory[i] for i in sorted(best)]
+
+    def _loss(self, parameters: dict[str, Tensor], rows: list, old_memory: list, new: list) -> list[Tensor]:
+        if self.config.compression_loss not in ("attention_reconstruction", "autoencoding"):
+            return []
+        loss, count = torch.zeros((), dtype=torch.float64), len(rows) * self.config.width
+        if self.config.compression_loss == "autoencoding":
+            weight, bias = (parameters[f"compression_decoder.project.{key}"] for key in ("weight", "bias"))
+            for index, row in enumerate(new):
+                group = torch.cat(old_memory[index * self.config.compression_rate :][: self.config.compression_rate])
+                loss = loss + (weight @ row + bias - group).square().sum()
+            return [loss / count]
+        share = round(self.config.reconstruction_query_share * len(rows))
+        for index in range(share if new else 0):
+            query = rows[index * len(rows) // share]
+            loss = loss + sum(
+                self._difference(parameters, h, query, old_memory, new) for h in range(self.config.num_heads)
+            )
+        return [loss * len(rows) / share / count]
 
     def _difference(self, parameters: dict[str, Tensor], h: int, row: Tensor, old: list, new: list) -> Tensor:
         attended = []
@@ -117,13 +159,35 @@ class Oracle:
         return (attended[0] - attended[1]).square().sum()
 
     def _compress(self, parameters: dict[str, Tensor], group: list[Tensor]) -> Tensor:
-        if self.config.compression_function == "conv":
-            weight = parameters["compression.project.weight"]
-            return weight @ torch.cat(group) + parameters["compression.project.bias"]
+        function = self.config.compression_function
+        p = {key.removeprefix("compression."): value for key, value in parameters.items() if "compression." in key}
+        if function == "conv":
+            return p["project.weight"] @ torch.cat(group) + p["project.bias"]
+        if function == "dilated_conv":
+            level = 0
+            while f"levels.{level}.weight" in p:
+                padded = [torch.zeros_like(group[0])] * 2**level + group
+                group = [
+                    p[f"levels.{level}.weight"] @ torch.cat([padded[i], padded[i + 2**level]])
+                    + p[f"levels.{level}.bias"]
+                    for i in range(len(group))
+                ]
+                level += 1
+                if f"levels.{level}.weight" in p:
+                    group = [row.clamp(min=0) for row in group]
+            return group[-1]
+        if function == "gru":
+            state = torch.zeros_like(group[0])
+            for row in group:
+                from_row = (p["cell.weight_ih"] @ row + p["cell.bias_ih"]).chunk(3)
+                from_state = (p["cell.weight_hh"] @ state + p["cell.bias_hh"]).chunk(3)
+                reset, update = (torch.sigmoid(from_row[i] + from_state[i]) for i in (0, 1))
+                state = (1 - update) * torch.tanh(from_row[2] + reset * from_state[2]) + update * state
+            return state
         stacked = torch.stack(group)
-        return stacked.mean(0) if self.config.compression_function == "mean" else stacked.amax(0)
+        return stacked.mean(0) if function == "mean" else stacked.amax(0)
 
-    def _sinusoid(self, distance: int) -> Tensor:
+    def _sinusoid(self, distance: float) -> Tensor:
         pairs = self.config.position_width // 2
         angles = [distance / 10_000.0 ** (2 * pair / self.config.position_width) for pair in range(pairs)]
         return torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
@@ -150,7 +214,7 @@ def codes_of(num_lanes: int, length: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_features_memory_and_losses_equal_the_oracle(name: str) -> None:
     model = float64_model(name)
-    length, num_windows = model.window_length, 3
+    length, num_windows = model.window_length, 4
     codes = codes_of(2, num_windows * length)
     output = model(codes, model.zero_memory(2))
     lane_losses: dict[int, list[float]] = {}
@@ -169,36 +233,64 @@ def test_features_memory_and_losses_equal_the_oracle(name: str) -> None:
                     assert (newest - torch.stack(kept[layer])).abs().max() <= 1e-12
         for layer in range(len(windows[0][1])):
             lane_losses.setdefault(layer, []).extend(float(w[1][layer]) for w in windows)
-    expected = {f"attention_reconstruction/layer_{i:02d}": sum(v) / len(v) for i, v in lane_losses.items()}
+    loss_name = model.config.compression_loss
+    expected = {f"{loss_name}/layer_{i:02d}": sum(v) / len(v) for i, v in lane_losses.items()}
     assert output.auxiliary_losses.keys() == expected.keys()
     for key, loss in output.auxiliary_losses.items():
         assert expected[key] > 0
         assert abs(float(loss.detach()) - expected[key]) <= 1e-12
 
 
-@pytest.mark.parametrize("name", COMPRESSIVE)
-def test_reconstruction_loss_trains_the_compression_and_nothing_else(name: str) -> None:
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_a_share_of_the_queries_is_enough_for_the_reconstruction_loss(share: float) -> None:
+    model = float64_model("compressive_transformer", reconstruction_query_share=share, num_layers=1, window_length=10)
+    codes, oracle = codes_of(1, 40), Oracle(model)
+    windows = [oracle.window(codes[0, 10 * w : 10 * (w + 1)].tolist()) for w in range(4)]
+    (loss,) = model(codes, model.zero_memory(1)).auxiliary_losses.values()
+    assert float(loss.detach()) == pytest.approx(sum(float(w[1][0]) for w in windows) / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in COMPRESSIVE if "bptt" not in name])
+def test_the_loss_of_the_compression_trains_it_and_nothing_else(name: str) -> None:
     model = float64_model(name)
     output = model(codes_of(2, 4 * model.window_length), model.zero_memory(2))
     losses = torch.stack(list(output.auxiliary_losses.values())).sum()
     if not any(".compression." in key for key, _ in model.named_parameters()):
-        assert not losses.requires_grad  # mean and max have nothing to train
+        assert not losses.requires_grad  # mean, max and most_used have nothing to train
         return
     losses.backward()
     reached = {
         key for key, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
     }
-    assert reached == {key for key, _ in model.named_parameters() if ".compression." in key}
+    assert reached == {key for key, _ in model.named_parameters() if ".compression" in key}
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_task_loss_trains_everything_but_the_compression(name: str) -> None:
+    """With bptt it trains the compression too: that is what bptt is."""
     model = float64_model(name)
-    codes = codes_of(2, 4 * model.window_length)
+    codes = codes_of(2, 5 * model.window_length)
     output = model(codes, model.zero_memory(2))
     model.nll(output.features, codes).mean().backward()
     for key, parameter in model.named_parameters():
-        assert (parameter.grad is not None and bool(parameter.grad.any())) != (".compression." in key), key
+        trained = parameter.grad is not None and bool(parameter.grad.any())
+        assert trained == (".compression" not in key or name.endswith("bptt")), key
+
+
+def test_bptt_gradients_equal_the_oracle() -> None:
+    """The unroll in plain Python: compressed rows keep their graph, all that enters f_c is cut."""
+    model = float64_model("compressive_transformer_bptt")
+    codes, targets = codes_of(1, 40), codes_of(1, 40, seed=1)
+    output = model(codes, model.zero_memory(1))
+    model.nll(output.features, targets).sum().backward()
+    oracle = Oracle(model)
+    oracle.state = {key: value.detach().clone().requires_grad_() for key, value in model.state_dict().items()}
+    features = torch.cat([oracle.window(codes[0, 8 * w : 8 * (w + 1)].tolist())[0] for w in range(5)])
+    logits = features @ oracle.state["head.weight"].T + oracle.state["head.bias"]
+    torch.nn.functional.cross_entropy(logits, targets[0], reduction="sum").backward()
+    for key, parameter in model.named_parameters():
+        assert (parameter.grad - oracle.state[key].grad).abs().max() <= 1e-12, key
+        assert oracle.state[key].grad.any(), key
 
 
 def test_without_a_compression_loss_the_compression_stays_and_has_no_group() -> None:

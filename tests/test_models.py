@@ -94,8 +94,10 @@ def test_chunk_of_windows_equals_windows_one_by_one(name: str, warm: bool) -> No
     for key, value in whole.auxiliary_losses.items():
         assert_close(value.detach(), torch.stack([part[key] for part in losses]).mean())
     if has_windows(model):  # otherwise the chunk is the window: gradients cross it, and test_wavenet.py checks them
+        crossing = getattr(model.config, "compression_loss", "") == "bptt"  # reaches f_c from later windows of a chunk
         for key, gradient in gradients(model).items():
-            assert_close(gradient, whole_gradients[key])
+            if not (crossing and ".compression." in key):  # see test_compression.py
+                assert_close(gradient, whole_gradients[key])
 
 
 @every_transformer
@@ -111,7 +113,7 @@ def test_chunk_equals_windows_for_other_memory_lengths(name: str, windows_of_mem
     assert_close(output.features.detach(), features)
     assert_same_memory(detach_memory(output.memory), last)
     shapes = {tuple(tensor.shape) for name, tensor in named_tensors(last) if tensor.ndim == 3}
-    assert {shape[1] for shape in shapes} == {windows_of_memory * window, compressed}
+    assert {shape[1] for shape in shapes} - {0} == {windows_of_memory * window, compressed} - {0}
     assert not torch.allclose(run_windows(model, codes)[0][:, -1], features[:, -1])
 
 
@@ -199,11 +201,18 @@ def test_temporal_range_is_reached_and_not_exceeded(name: str) -> None:
         return in_chunk[:, at], run_windows(model, codes)[0][:, at]
 
     expected = said(codes)
-    for far, reaches in ((distance, True), (distance + 1, endless)):
+
+    def changes(far: int) -> list[bool]:
         changed = codes.clone()
         changed[:, at - far] = (changed[:, at - far] + 7) % VOCAB_SIZE
-        for got, before in zip(said(changed), expected, strict=True):
-            assert torch.equal(got, before) != reaches
+        return [not torch.equal(got, before) for got, before in zip(said(changed), expected, strict=True)]
+
+    if getattr(model.config, "compression_function", "") == "most_used":
+        # It keeps some of the oldest rows; which, was chosen by attention that saw older ones: that has no end.
+        assert [True, True] in [changes(distance - later) for later in range(window)]
+    else:
+        assert changes(distance + 1) == [endless, endless]
+        assert changes(distance) == [True, True]
 
 
 def whole_window_reach(name: str) -> dict[str, int]:
@@ -266,8 +275,9 @@ def test_every_parameter_learns(name: str) -> None:
     windows = -(-getattr(model.config, "memory_length", 0) // window) + 2
     memory = model.zero_memory(LANES)
     zero: list[str] = []
+    length = window * getattr(model.config, "min_chunk_windows", 1)
     for index in range(windows):
-        codes, targets = random_codes(window, seed=2 * index), random_codes(window, seed=2 * index + 1)
+        codes, targets = random_codes(length, seed=2 * index), random_codes(length, seed=2 * index + 1)
         loss, output = loss_of(model, codes, targets, memory)
         loss.backward()
         memory = detach_memory(output.memory)

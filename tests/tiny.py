@@ -30,6 +30,12 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "compressive_transformer_long_window": _TRANSFORMER | {"window_length": 16, "memory_length": 4},
     "compressive_transformer_mean": _TRANSFORMER | {"compression_function": "mean"},
     "compressive_transformer_max": _TRANSFORMER | {"compression_function": "max"},
+    "compressive_transformer_dilated_conv": _TRANSFORMER
+    | {"compression_function": "dilated_conv", "compression_rate": 4, "compressed_positions": "temporal"},
+    "compressive_transformer_gru": _TRANSFORMER | {"compression_function": "gru", "compression_loss": "autoencoding"},
+    "compressive_transformer_most_used": _TRANSFORMER | {"compression_function": "most_used"},
+    "compressive_transformer_bptt": _TRANSFORMER
+    | {"compression_loss": "bptt", "memory_layers": [0, 1], "memory_length": 16},
     "transformer_xl": _TRANSFORMER | {"memory_length": 16, "compressed_memory_length": 0},
     "wavenet": {
         "name": "wavenet",

@@ -113,13 +113,28 @@ def reference_attention(
         mask: additive, 0 or -inf; every query sees at least one key.
     Source: Dai et al. 2019 (Transformer-XL), section 3.3.
     """
+    weights = attention_weights(
+        content_query, position_query, keys, query_positions=query_positions, key_positions=key_positions, mask=mask
+    )
+    return einsum(weights, values, "n h t s, n h s e -> n h t e")
+
+
+def attention_weights(
+    content_query: Float[Tensor, "N H T E"],
+    position_query: Float[Tensor, "N H T P"],
+    keys: Float[Tensor, "N H S E"],
+    *,
+    query_positions: Float[Tensor, "T"],
+    key_positions: Float[Tensor, "S"],
+    mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
+) -> Float[Tensor, "N H T S"]:
+    """The weights of relative attention, summing to 1 over the keys; arguments as in `reference_attention`."""
     distances, index = torch.unique(query_positions[:, None] - key_positions[None, :], return_inverse=True)
     table = sinusoids(distances, position_query.shape[-1]).to(keys.dtype)
     by_distance = einsum(position_query, table, "n h t p, r p -> n h t r")
     by_position = by_distance.gather(-1, index.expand(*by_distance.shape[:2], *index.shape))
     scores = einsum(content_query, keys, "n h t e, n h s e -> n h t s") + by_position
-    weights = torch.softmax(scores * keys.shape[-1] ** -0.5 + mask.to(scores.dtype), dim=-1)
-    return einsum(weights, values, "n h t s, n h s e -> n h t e")
+    return torch.softmax(scores * keys.shape[-1] ** -0.5 + mask.to(scores.dtype), dim=-1)
 
 
 def content_attention(
@@ -139,8 +154,8 @@ def attend_one(
     wide_keys: Float[Tensor, "B H S EP"],
     values: Float[Tensor, "B H S E"],
     mask: Float[Tensor, "B 1 1 S"] | None,
-) -> Float[Tensor, "B H E"]:
-    """Attention of a single query a lane over cached rows.
+) -> tuple[Float[Tensor, "B H E"], Float[Tensor, "B H S"]]:
+    """Attention of a single query a lane over cached rows, and its weights.
 
     Args:
         wide_query: [q + u ; Rot_i W_R^T (q + v)], already divided by sqrt(E).
@@ -150,7 +165,8 @@ def attend_one(
     scores = wide_query[:, :, None] @ wide_keys.mT
     if mask is not None:
         scores = scores + mask
-    return (torch.softmax(scores, dim=-1) @ values)[:, :, 0]
+    weights = torch.softmax(scores, dim=-1)
+    return (weights @ values)[:, :, 0], weights[:, :, 0]
 
 
 def _angles(positions: Tensor, width: int) -> Tensor:

@@ -1,33 +1,35 @@
-"""One layer of the Compressive Transformer and the architecture's configuration.
+"""One layer of the Compressive Transformer.
 
 Shape letters: B lanes, T codes of a chunk, W windows, N = B W, D width, H heads, E head width, P position width,
 M memory rows, K compressed rows, S keys of a window.
 
-The task loss trains everything but f_c; the attention-reconstruction loss trains f_c and nothing else.
+The task loss trains everything but f_c (with `bptt` it trains f_c too); the other losses of f_c train f_c and what
+belongs to it, and nothing else.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum, rearrange, reduce, repeat
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ct_audio.errors import UserError
 from ct_audio.models.attention import (
     ATTENTION_BACKENDS,
     additive_mask,
     attend_one,
+    attention_weights,
     content_attention,
     quarter_turn,
     sinusoids,
 )
-from ct_audio.models.compression import COMPRESSION_FUNCTIONS
+from ct_audio.models.compression import COMPRESSION_FUNCTIONS, Decoder, autoencoding_loss, choose_most_used
+from ct_audio.models.compressive_config import Config
 from ct_audio.models.layers import FeedForward, frozen_layer_norm, linear, shared_linear
 from ct_audio.models.memory import push
 from ct_audio.models.windows import (
+    Geometry,
     LayerMemory,
     View,
     geometry_of,
@@ -36,70 +38,6 @@ from ct_audio.models.windows import (
     remember,
     windows_of_memory,
 )
-
-
-@dataclass(frozen=True)
-class Config:
-    """Architecture; lengths are in codes or rows.
-
-    Attributes:
-        vocab_size: number V of codes.
-        num_layers, width, num_heads, feedforward_width: as in any transformer; head width is width / num_heads.
-        position_width: P, width of the sinusoidal table (the paper's is `width`), even.
-        dropout: of the embedding, of each sublayer's output and inside the feed-forward block.
-        window_length: n_s. memory_length: n_m. compressed_memory_length: n_cm; 0 gives Transformer-XL.
-        compression_rate: c, one number or a list with one a layer.
-        compression_function: f_c. compression_loss: what trains f_c ("none": it stays as it was initialised).
-        attention_backend: "fused" or "reference" (slow, the formula as it is written).
-        norm_position: "post" as in the paper, or "pre".
-    """
-
-    name: Literal["compressive_transformer"] = "compressive_transformer"
-    vocab_size: int = 256
-    num_layers: int = 20
-    width: int = 384
-    num_heads: int = 6
-    feedforward_width: int = 1024
-    position_width: int = 64
-    dropout: float = 0.0
-    window_length: int = 768
-    memory_length: int = 768
-    compressed_memory_length: int = 768
-    compression_rate: Any = 4
-    compression_function: Literal["conv", "mean", "max"] = "conv"
-    compression_loss: Literal["attention_reconstruction", "none"] = "attention_reconstruction"
-    attention_backend: Literal["fused", "reference"] = "fused"
-    norm_position: Literal["post", "pre"] = "post"
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "width", "num_heads", "feedforward_width", "window_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("memory_length", "compressed_memory_length"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.{name}: expected at least 0, got {getattr(self, name)}")
-        if self.width % self.num_heads:
-            raise UserError(f"model.width = {self.width} is not divisible by model.num_heads = {self.num_heads}")
-        if self.position_width < 2 or self.position_width % 2:
-            raise UserError(f"model.position_width: expected an even number above 0, got {self.position_width}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout: expected a number in [0, 1), got {self.dropout}")
-        for rate in self.compression_rates:
-            check_whole_groups(self.compressed_memory_length, rate, window=self.window_length)
-            check_whole_groups(self.compressed_memory_length, rate, memory=self.memory_length)
-
-    @property
-    def compression_rates(self) -> tuple[int, ...]:
-        """The compression rate of each layer."""
-        rate = self.compression_rate
-        rates = tuple(rate) if isinstance(rate, list | tuple) else (rate,) * self.num_layers
-        whole = all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in rates)
-        if len(rates) != self.num_layers or not whole:
-            raise UserError(
-                f"model.compression_rate: expected a whole number of at least 1, or a list of {self.num_layers}, "
-                f"got {rate}"
-            )
-        return rates
 
 
 class LayerCache(NamedTuple):
@@ -111,6 +49,8 @@ class LayerCache(NamedTuple):
         wide_keys: [B, H, S, E + P], keys and position table of every visible row and of the window.
         values: [B, H, S, E].
         mask: additive, or None where all rows are valid.
+        usage: [B, M + T], attention that each row of memory and window has got so far, summed over the window's
+            queries, mean over heads; None unless `most_used` needs it.
     """
 
     weight: Float[Tensor, "O D"]
@@ -119,15 +59,34 @@ class LayerCache(NamedTuple):
     wide_keys: Float[Tensor, "B H S EP"]
     values: Float[Tensor, "B H S E"]
     mask: Float[Tensor, "B 1 1 S"] | None
+    usage: Float[Tensor, "B MT"] | None
+
+
+class LayerOutput(NamedTuple):
+    """What a layer makes of a chunk.
+
+    Attributes:
+        rows: [B, T, D].
+        memory: the next memory (unchanged without a push).
+        losses: of f_c, by name.
+        usage: as in `LayerCache`, of this chunk, which is one window then.
+    """
+
+    rows: Float[Tensor, "B T D"]
+    memory: LayerMemory
+    losses: dict[str, Float[Tensor, ""]]
+    usage: Float[Tensor, "B MT"] | None
 
 
 class CompressiveLayer(nn.Module):
     """Attention over compressed memory, memory and window, then a feed-forward block; and the layer's f_c."""
 
-    def __init__(self, config: Config, compression_rate: int) -> None:
+    def __init__(self, config: Config, index: int) -> None:
         super().__init__()
         self.config = config
-        self.compression_rate = compression_rate if config.compressed_memory_length else 1
+        compresses = bool(config.compressed_memory_length) and config.keeps_memory(index)
+        self.compression_rate = config.compression_rates[index] if compresses else 1
+        self.chooses_most_used = compresses and config.compression_function == "most_used"
         width, heads, head_width = config.width, config.num_heads, config.width // config.num_heads
         gain = (2 * config.num_layers) ** -0.5 if config.norm_position == "pre" else 1.0
         self.query = linear(width, width)
@@ -145,34 +104,65 @@ class CompressiveLayer(nn.Module):
         self.feedforward_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
         self.compression: nn.Module | None = None
-        if config.compressed_memory_length:
-            self.compression = COMPRESSION_FUNCTIONS[config.compression_function](width, compression_rate)
+        self.compression_decoder: Decoder | None = None
+        if compresses and not self.chooses_most_used:
+            self.compression = COMPRESSION_FUNCTIONS[config.compression_function](width, self.compression_rate)
             self.compression.requires_grad_(config.compression_loss != "none")
+            if config.compression_loss == "autoencoding":
+                self.compression_decoder = Decoder(width, self.compression_rate)
 
-    def forward(
-        self, rows: Float[Tensor, "B T D"], memory: LayerMemory, view: View, *, with_push: bool
-    ) -> tuple[Float[Tensor, "B T D"], LayerMemory, Float[Tensor, ""] | None]:
-        """Outputs of all windows, the next memory (unchanged without a push) and the loss that trains f_c."""
+    def forward(self, rows: Float[Tensor, "B T D"], memory: LayerMemory, view: View, *, with_push: bool) -> LayerOutput:
+        """All windows of a chunk at once (with `most_used`, the chunk is one window)."""
         query, own, later, remembered = self._project(rows, memory)
         old_memory, next_memory = push(memory.memory.detach(), rows.detach())
         stream = torch.cat([remembered, later], dim=1)
         compressed_stream = self.key_value(self._read(memory.compressed_memory.detach()))
-        new_compressed, loss = None, None
-        if with_push and self.compression is not None:
-            new_compressed = self.compression(old_memory)
-            if torch.is_grad_enabled() and self.config.compression_loss == "attention_reconstruction":
-                loss = self._reconstruction_loss(query, stream[:, : rows.shape[1]], new_compressed, view)
-            new_compressed = new_compressed.detach().to(rows.dtype)
-            compressed_stream = torch.cat([compressed_stream, self.key_value(self._read(new_compressed))], dim=1)
         num_windows = rows.shape[1] // view.geometry.window_length
-        earlier = windows_of_memory(view.geometry, compressed_stream, stream, num_windows)
         own = rearrange(own, "b (w t) d -> (b w) t d", w=num_windows)
+        new_compressed, losses, usage = None, {}, None
+        if self.chooses_most_used:
+            earlier = windows_of_memory(view.geometry, compressed_stream, stream, num_windows)
+            usage = self._usage(query, torch.cat([*earlier, own], dim=1), view)
+        if with_push:
+            new_compressed, view = self.compress(old_memory, usage, view)
+        if new_compressed is not None:
+            if torch.is_grad_enabled():
+                losses = self._losses(query, stream[:, : rows.shape[1]], old_memory, new_compressed, view)
+            new_compressed = new_compressed.to(rows.dtype)
+            if self.config.compression_loss != "bptt":
+                new_compressed = new_compressed.detach()
+            compressed_stream = torch.cat([compressed_stream, self.key_value(self._read(new_compressed))], dim=1)
+        earlier = windows_of_memory(view.geometry, compressed_stream, stream, num_windows)
         attended = self._attend(query, torch.cat([*earlier, own], dim=1), view)
         outputs = self._finish(rows, attended)
         if with_push:
             _, next_memory = push(memory.memory, rows)
             memory = remember(memory, next_memory, new_compressed, view)
-        return outputs, memory, loss
+        return LayerOutput(outputs, memory, losses, usage)
+
+    def compress(
+        self, old_memory: Float[Tensor, "B T D"], usage: Float[Tensor, "B MT"] | None, view: View
+    ) -> tuple[Float[Tensor, "B K D"] | None, View]:
+        """What becomes of the rows that leave (None: nothing is kept), and the view that knows its documents."""
+        if self.compression is not None:
+            return self.compression(old_memory), view
+        if not self.chooses_most_used:
+            return None, view
+        assert usage is not None
+        length = old_memory.shape[1]
+        usage = usage[:, :length]
+        # A row of the window itself, which leaves at once where the memory is shorter, is seen by later queries only.
+        positions = torch.arange(length, device=usage.device) - view.geometry.memory_length
+        num_queries = view.geometry.window_length - positions.clamp(min=0)
+        documents, selectable = view.documents, torch.ones_like(usage, dtype=torch.bool)
+        if documents is not None:
+            selectable = documents.stream[:, :length] == documents.stream[:, -1:]
+        chosen = choose_most_used(usage / num_queries, selectable, length // self.compression_rate)
+        if documents is not None:
+            kept = documents.stream[:, :length].gather(1, chosen)
+            before = documents.compressed_stream[:, : view.geometry.compressed_memory_length]
+            view = view._replace(documents=documents._replace(compressed_stream=torch.cat([before, kept], dim=1)))
+        return old_memory.gather(1, repeat(chosen, "b k -> b k d", d=old_memory.shape[2])), view
 
     def step(
         self, rows: Float[Tensor, "B D"], cache: LayerCache, position: int, rotation: tuple[Tensor, Tensor]
@@ -193,11 +183,28 @@ class CompressiveLayer(nn.Module):
         cache.values[:, :, index] = value
         end = index + 1
         mask = None if cache.mask is None else cache.mask[..., :end]
-        attended = attend_one(wide_query, cache.wide_keys[:, :, :end], cache.values[:, :, :end], mask)
+        attended, weights = attend_one(wide_query, cache.wide_keys[:, :, :end], cache.values[:, :, :end], mask)
+        if cache.usage is not None:
+            num_seen = cache.usage.shape[1] - self.config.window_length + position + 1
+            cache.usage[:, :num_seen] += weights.mean(dim=1)[:, -num_seen:]
         return self._finish(rows, attended.flatten(1))
 
-    def new_cache(self, memory: LayerMemory, inputs: Float[Tensor, "B T D"]) -> LayerCache:
-        """Caches for stepping through a window, with the products that one step needs folded into one matrix."""
+    def geometry(self, memory: LayerMemory, window_length: int) -> Geometry:
+        """Lengths that decide what a window of this layer sees."""
+        temporal = self.config.compressed_positions == "temporal"
+        return geometry_of(
+            memory, window_length=window_length, compression_rate=self.compression_rate, temporal=temporal
+        )
+
+    def new_cache(
+        self, memory: LayerMemory, inputs: Float[Tensor, "B T D"], usage: Float[Tensor, "B _"] | None
+    ) -> LayerCache:
+        """Caches for stepping through a window, with the products that one step needs folded into one matrix.
+
+        Args:
+            inputs: raw inputs of the window, those not known yet arbitrary.
+            usage: of the part of the window that is known; None where there is none (or no need).
+        """
         heads, scale = self.config.num_heads, (self.config.width // self.config.num_heads) ** -0.5
         query = rearrange(self.query.weight, "(h e) d -> h e d", h=heads) * scale
         straight = einsum(self.position, query, "h e p, h e d -> h p d")
@@ -206,14 +213,18 @@ class CompressiveLayer(nn.Module):
         weight = torch.cat([*(part.flatten(0, 1) for part in (query, straight, turned)), self.key_value.weight])
         bias = torch.cat([(self.content_bias * scale).flatten(), for_bias.flatten(), turned_bias.flatten()])
         bias = F.pad(bias, (0, len(weight) - len(bias)))
-        geometry = geometry_of(memory, window_length=inputs.shape[1], compression_rate=self.compression_rate)
+        geometry = self.geometry(memory, inputs.shape[1])
         table = sinusoids(-key_positions(geometry, inputs), self.config.position_width)
         wide_keys = F.pad(table, (self.config.width // heads, 0)).expand(len(inputs), heads, -1, -1).contiguous()
         values = wide_keys.new_empty(*wide_keys.shape[:3], self.config.width // heads)
-        return self.refill_cache(LayerCache(weight, bias, inputs.clone(), wide_keys, values, None), memory)
+        cache = LayerCache(weight, bias, inputs.clone(), wide_keys, values, None, None)
+        cache = self.refill_cache(cache, memory)
+        if cache.usage is not None and usage is not None:
+            cache.usage[:, : usage.shape[1]] = usage
+        return cache
 
     def refill_cache(self, cache: LayerCache, memory: LayerMemory) -> LayerCache:
-        """The cache with keys and values of another memory; it reuses the buffers.
+        """The cache with keys and values of another memory and no usage yet; it reuses the buffers.
 
         Rows of the window that are not known yet get values that `step` overwrites.
         """
@@ -223,9 +234,11 @@ class CompressiveLayer(nn.Module):
         cache.wide_keys[..., : keys.shape[-1]] = keys
         cache.values.copy_(values)
         window_length = cache.inputs.shape[1]
-        geometry = geometry_of(memory, window_length=window_length, compression_rate=self.compression_rate)
+        geometry = self.geometry(memory, window_length)
         view = make_view(geometry, memory, window_length, None)
-        return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:])
+        num_rows = memory.memory.shape[1] + window_length
+        usage = rows.new_zeros(len(rows), num_rows) if self.chooses_most_used else None
+        return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:], usage=usage)
 
     def _read(self, rows: Tensor) -> Tensor:
         """Rows as attention reads them: memory keeps raw inputs, pre-norm is applied here."""
@@ -244,12 +257,10 @@ class CompressiveLayer(nn.Module):
         return query + self.content_bias[:, None], einsum(for_position, self.position, "n h t e, h e p -> n h t p")
 
     def _attend(self, query: Tensor, keys_values: Float[Tensor, "N S E2"], view: View) -> Float[Tensor, "B T D"]:
-        windows = rearrange(query, "b (w t) d -> (b w) t d", t=view.geometry.window_length)
-        content_query, position_query = self._two_queries(windows)
-        keys, values = rearrange(keys_values, "n s (two h e) -> two n h s e", two=2, h=self.config.num_heads)
+        content_query, position_query, keys, values = self._heads(query, keys_values, view)
         attended = ATTENTION_BACKENDS[self.config.attention_backend](
-            content_query.to(keys.dtype),
-            position_query.to(keys.dtype),
+            content_query,
+            position_query,
             keys,
             values,
             query_positions=view.query_positions,
@@ -257,6 +268,28 @@ class CompressiveLayer(nn.Module):
             mask=view.mask,
         )
         return rearrange(attended, "(b w) h t e -> b (w t) (h e)", b=query.shape[0])
+
+    def _heads(self, query: Tensor, keys_values: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both queries, keys and values of each window, by heads and in one dtype."""
+        windows = rearrange(query, "b (w t) d -> (b w) t d", t=view.geometry.window_length)
+        content_query, position_query = self._two_queries(windows)
+        keys, values = rearrange(keys_values, "n s (two h e) -> two n h s e", two=2, h=self.config.num_heads)
+        return content_query.to(keys.dtype), position_query.to(keys.dtype), keys, values
+
+    @torch.no_grad()
+    def _usage(self, query: Tensor, keys_values: Tensor, view: View) -> Float[Tensor, "B MT"]:
+        """Attention that each row of memory and window gets from the window's queries: their sum, mean over heads."""
+        content_query, position_query, keys, _ = self._heads(query, keys_values, view)
+        weights = attention_weights(
+            content_query,
+            position_query,
+            keys,
+            query_positions=view.query_positions,
+            key_positions=view.key_positions,
+            mask=view.mask,
+        )
+        usage = reduce(weights, "n h t s -> n s", "sum") / self.config.num_heads
+        return usage[:, view.geometry.compressed_memory_length :]
 
     def _finish(self, rows: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual, feed-forward block, with the norm after or before each."""
@@ -267,13 +300,27 @@ class CompressiveLayer(nn.Module):
         middle = self.attention_norm(rows + attended)
         return self.feedforward_norm(middle + self.dropout(self.feedforward(middle)))
 
+    def _losses(
+        self, query: Tensor, old_keys_values: Tensor, old_memory: Tensor, new_compressed: Tensor, view: View
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The losses of f_c by name; none reaches another parameter than those of f_c and of its decoder."""
+        name = self.config.compression_loss
+        if name == "attention_reconstruction":
+            return {name: self._reconstruction_loss(query, old_keys_values, new_compressed, view)}
+        if self.compression_decoder is None:
+            return {}
+        valid = None
+        if view.documents is not None:
+            valid = view.documents.compressed_stream[:, view.geometry.compressed_memory_length :] >= 0
+        return {name: autoencoding_loss(old_memory, self.compression_decoder(new_compressed), valid)}
+
     def _reconstruction_loss(
         self, query: Tensor, old_keys_values: Tensor, new_compressed: Tensor, view: View
     ) -> Float[Tensor, ""]:
         """Attention-reconstruction loss of all windows; its gradient reaches f_c and nothing else.
 
         Source: Algorithm 2. Differs: mean squared error (the L2 norm has no gradient at 0); a window whose old memory
-        holds no valid row counts as zero.
+        holds no valid row counts as zero; a share of the queries, evenly spaced, where the configuration says so.
         """
         length, rate = view.geometry.window_length, self.compression_rate
 
@@ -284,6 +331,9 @@ class CompressiveLayer(nn.Module):
 
         head_width = self.config.width // self.config.num_heads
         queries = heads(query.detach(), length)[0]
+        if self.config.reconstruction_query_share < 1:
+            num_queries = max(1, round(self.config.reconstruction_query_share * length))
+            queries = queries[:, :, torch.arange(num_queries, device=queries.device) * length // num_queries]
         old_keys, old_values = heads(old_keys_values.detach(), length)
         pre_norm = self.config.norm_position == "pre"
         read = frozen_layer_norm(self.attention_norm, new_compressed) if pre_norm else new_compressed
@@ -292,7 +342,7 @@ class CompressiveLayer(nn.Module):
         weight = queries.new_ones(())
         if view.documents is not None:
             before = rearrange(view.documents.before, "b w -> (b w) 1")
-            old_valid = rearrange(view.documents.stream[:, : query.shape[1]], "b (w r) -> (b w) r", r=length)
+            old_valid = rearrange(view.documents.stream[:, : old_keys_values.shape[1]], "b (w r) -> (b w) r", r=length)
             new = view.documents.compressed_stream[:, view.geometry.compressed_memory_length :]
             new_valid = rearrange(new, "b (w r) -> (b w) r", r=length // rate) >= before
             has_rows = new_valid.any(dim=1, keepdim=True)
@@ -304,16 +354,6 @@ class CompressiveLayer(nn.Module):
         difference = content_attention(queries, new_keys, new_values, new_mask) - target
         difference = difference.float() if difference.dtype == torch.bfloat16 else difference
         return (weight * difference.square()).mean()
-
-
-def check_whole_groups(compressed_memory_length: int, rate: int, **lengths: int) -> None:
-    """Raise `UserError` where a length is not a whole number of groups of `rate` rows."""
-    for name, length in lengths.items():
-        if compressed_memory_length and length % rate:
-            raise UserError(
-                f"model.{name}_length = {length} is not divisible by model.compression_rate = {rate}; a group of "
-                f"{rate} must not mix valid and invalid rows"
-            )
 
 
 def _rows_mask(valid: Bool[Tensor, "N R"], dtype: torch.dtype) -> Float[Tensor, "N 1 1 R"]:

@@ -6,6 +6,7 @@ E head width, P position width, M memory rows, K compressed rows, S keys of a wi
 Layer l of window w needs only layer-l inputs of earlier windows, so a chunk runs layer by layer, all windows at once.
 """
 
+import itertools
 from typing import NamedTuple, cast
 
 import torch
@@ -15,11 +16,19 @@ from torch import Tensor, nn
 
 from ct_audio.errors import UserError
 from ct_audio.models.attention import rotation_table
-from ct_audio.models.compressive_layer import CompressiveLayer, Config, LayerCache, check_whole_groups
+from ct_audio.models.compressive_config import Config, check_whole_groups
+from ct_audio.models.compressive_layer import CompressiveLayer, LayerCache
 from ct_audio.models.interface import ModelOutput
 from ct_audio.models.layers import linear
 from ct_audio.models.memory import Memory, map_memory, push
-from ct_audio.models.windows import Geometry, View, geometry_of, join_layers, layer_memory, make_view, remember
+from ct_audio.models.windows import (
+    Geometry,
+    View,
+    join_layers,
+    layer_memory,
+    make_view,
+    remember,
+)
 
 
 class StepState(NamedTuple):
@@ -46,7 +55,7 @@ class CompressiveTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.embedding.weight)
-        self.layers = nn.ModuleList(CompressiveLayer(config, rate) for rate in config.compression_rates)
+        self.layers = nn.ModuleList(CompressiveLayer(config, index) for index in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.width) if config.norm_position == "pre" else nn.Identity()
         self.head = linear(config.width, config.vocab_size, bias=True, gain=0.5)
         self.dropout = nn.Dropout(config.dropout)
@@ -64,16 +73,23 @@ class CompressiveTransformer(nn.Module):
         """Sum over layers of n_m + c_l n_cm, in codes (paper, section 3).
 
         Exact where each layer's part is a whole number of windows; otherwise the farthest code is a little farther, as
-        a row in the middle of its window looks back from that window's start.
+        a row in the middle of its window looks back from that window's start. With most_used, what is kept comes from
+        this range, but older codes too have had a say in the choice.
         """
         config = self.config
-        return sum(config.memory_length + rate * config.compressed_memory_length for rate in config.compression_rates)
+        return sum(
+            config.memory_length + rate * config.compressed_memory_length
+            for layer, rate in enumerate(config.compression_rates)
+            if config.keeps_memory(layer)
+        )
 
     @property
     def attention_cost(self) -> int:
         """Sum over layers of n_s + n_m + n_cm, in rows."""
         config = self.config
-        return config.num_layers * (config.window_length + config.memory_length + config.compressed_memory_length)
+        num_remembering = sum(config.keeps_memory(layer) for layer in range(config.num_layers))
+        remembered = num_remembering * (config.memory_length + config.compressed_memory_length)
+        return config.num_layers * config.window_length + remembered
 
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
@@ -93,12 +109,13 @@ class CompressiveTransformer(nn.Module):
                 f"compressed_memory_length = {compressed}: this model was built without a compression function "
                 f"(model.compressed_memory_length is 0); pass 0"
             )
-        for rate in config.compression_rates:
-            check_whole_groups(compressed, rate, memory=rows)
+        keeping = [config.keeps_memory(layer) for layer in range(config.num_layers)]
+        for keeps, rate in zip(keeping, config.compression_rates, strict=True):
+            check_whole_groups(compressed * keeps, rate, memory=rows)
         weight = self.head.weight
 
         def zeros(length: int) -> tuple[Tensor, ...]:
-            return tuple(weight.new_zeros(num_lanes, length, config.width) for _ in self.layers)
+            return tuple(weight.new_zeros(num_lanes, length * keeps, config.width) for keeps in keeping)
 
         def counts() -> tuple[Tensor, ...]:
             return tuple(torch.zeros(num_lanes, dtype=torch.int64, device=weight.device) for _ in self.layers)
@@ -118,18 +135,16 @@ class CompressiveTransformer(nn.Module):
         length, total = self.config.window_length, codes.shape[1]
         if total == 0:
             raise UserError("forward: expected at least one code, got none")
-        whole = total - total % length
         features, losses = [], {}
-        for part, window in ((slice(0, whole), length), (slice(whole, total), total - whole)):
-            if part.start == part.stop:
-                continue
-            starts = None if document_starts is None else document_starts[:, part]
-            output, memory, _ = self._run(codes[:, part], memory, starts, window_length=window)
+        for begin, end in self._parts(total):
+            starts = None if document_starts is None else document_starts[:, begin:end]
+            window = length if end - begin >= length else end - begin
+            output, memory, _ = self._run(codes[:, begin:end], memory, starts, window_length=window)
             features.append(output.features)
-            losses |= output.auxiliary_losses
-        if whole < total:
+            for name, loss in output.auxiliary_losses.items():
+                losses[name] = losses.get(name, 0) + loss * ((end - begin) / total)
+        if total % length:
             memory = memory._replace(final=True)
-            losses = {name: loss * (whole / total) for name, loss in losses.items()}
         return ModelOutput(torch.cat(features, dim=1) if len(features) > 1 else features[0], memory, losses)
 
     def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -153,12 +168,15 @@ class CompressiveTransformer(nn.Module):
         if consumed >= length:
             raise UserError(f"begin_steps: expected fewer codes than a window of {length}, got {consumed}; use forward")
         inputs = [self.head.weight.new_zeros(lanes, length, self.config.width) for _ in self.layers]
+        usages: list[Tensor | None] = [None] * len(inputs)
         if consumed:
-            _, _, layer_inputs = self._run(codes, memory, None, window_length=consumed)
-            for whole, part in zip(inputs, layer_inputs, strict=True):
+            _, _, known = self._run(codes, memory, None, window_length=consumed)
+            for whole, (part, _) in zip(inputs, known, strict=True):
                 whole[:, :consumed] = part
+            usages = [usage for _, usage in known]
         caches = tuple(
-            self._layer(index).new_cache(layer_memory(memory, index), rows) for index, rows in enumerate(inputs)
+            self._layer(index).new_cache(layer_memory(memory, index), rows, usages[index])
+            for index, rows in enumerate(inputs)
         )
         positions = torch.arange(length, dtype=inputs[0].dtype, device=codes.device)
         return StepState(memory, caches, rotation_table(positions, self.config.position_width), consumed)
@@ -183,33 +201,41 @@ class CompressiveTransformer(nn.Module):
         groups: dict[str, list[nn.Parameter]] = {"model": [], "compression": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups["compression" if ".compression." in name else "model"].append(parameter)
+                groups["compression" if ".compression" in name else "model"].append(parameter)
         return {name: parameters for name, parameters in groups.items() if parameters}
 
     def _logits(self, features: Tensor) -> Tensor:
         logits = self.head(features)
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
+    def _parts(self, num_codes: int) -> list[tuple[int, int]]:
+        """Where to cut a chunk: all whole windows at once (with most_used one by one), then a shorter last one."""
+        length = self.config.window_length
+        whole = num_codes - num_codes % length
+        one_by_one = any(self._layer(index).chooses_most_used for index in range(len(self.layers)))
+        cuts = [*range(0, whole, length if one_by_one else max(whole, 1)), whole, num_codes]
+        return [(begin, end) for begin, end in itertools.pairwise(cuts) if begin < end]
+
     def _run(
         self, codes: Tensor, memory: Memory, document_starts: Tensor | None, *, window_length: int
-    ) -> tuple[ModelOutput, Memory, list[Tensor]]:
-        """Run windows of `window_length` layer by layer; also each layer's inputs. A short window is not pushed."""
+    ) -> tuple[ModelOutput, Memory, list[tuple[Tensor, Tensor | None]]]:
+        """Run windows of `window_length` layer by layer; also each layer's inputs and usage. A short window is not
+        pushed."""
         with_push = window_length == self.config.window_length
-        rows, losses, inputs, remembered = self.dropout(self.embedding(codes)), {}, [], []
+        rows, losses, known, remembered = self.dropout(self.embedding(codes)), {}, [], []
         views: dict[Geometry, View] = {}
-        for index, layer in enumerate(self.layers):
-            before = layer_memory(memory, index)
-            rate = self._layer(index).compression_rate
-            geometry = geometry_of(before, window_length=window_length, compression_rate=rate)
+        for index in range(len(self.layers)):
+            before, layer = layer_memory(memory, index), self._layer(index)
+            geometry = layer.geometry(before, window_length)
             if geometry not in views:  # layers of one geometry have had the same pushes: they share their counts
                 views[geometry] = make_view(geometry, before, codes.shape[1], document_starts)
-            inputs.append(rows)
-            rows, after, loss = layer(rows, before, views[geometry], with_push=with_push)
-            remembered.append(after)
-            if loss is not None:
-                losses[f"attention_reconstruction/layer_{index:02d}"] = loss
+            output = layer(rows, before, views[geometry], with_push=with_push)
+            known.append((rows, output.usage))
+            rows = output.rows
+            remembered.append(output.memory)
+            losses |= {f"{name}/layer_{index:02d}": loss for name, loss in output.losses.items()}
         memory = join_layers(remembered)
-        return ModelOutput(self.final_norm(rows), memory, losses), memory, inputs
+        return ModelOutput(self.final_norm(rows), memory, losses), memory, known
 
     def _layer(self, index: int) -> CompressiveLayer:
         return cast(CompressiveLayer, self.layers[index])
@@ -219,10 +245,9 @@ class CompressiveTransformer(nn.Module):
         remembered, caches = [], []
         for index, cache in enumerate(state.caches):
             layer, memory, length = self._layer(index), layer_memory(state.memory, index), self.config.window_length
-            geometry = geometry_of(memory, window_length=length, compression_rate=layer.compression_rate)
-            view = make_view(geometry, memory, length, None)
+            view = make_view(layer.geometry(memory, length), memory, length, None)
             old_memory, next_memory = push(memory.memory, cache.inputs)
-            compressed = None if layer.compression is None else layer.compression(old_memory)
+            compressed, view = layer.compress(old_memory, cache.usage, view)
             # Cloned: the next window must not write into a memory that has been handed out.
             remembered.append(remember(memory, next_memory.clone(), compressed, view))
             caches.append(layer.refill_cache(cache, remembered[-1]))

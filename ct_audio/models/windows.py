@@ -26,12 +26,14 @@ class Geometry(NamedTuple):
         window_length: codes a window (of this call: the last window of a stream may be shorter).
         memory_length, compressed_memory_length: rows.
         compression_rate: codes a compressed row (1 where there is no compressed memory).
+        temporal: whether a compressed row's position is the mean of its codes' positions, in place of its index.
     """
 
     window_length: int
     memory_length: int
     compressed_memory_length: int
     compression_rate: int
+    temporal: bool = False
 
     @property
     def num_keys(self) -> int:
@@ -151,9 +153,10 @@ def keep_valid(
     return torch.where(valid[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)), valid.sum(dim=1)
 
 
-def geometry_of(memory: LayerMemory, *, window_length: int, compression_rate: int) -> Geometry:
+def geometry_of(memory: LayerMemory, *, window_length: int, compression_rate: int, temporal: bool) -> Geometry:
     """The geometry of a layer with this memory."""
-    return Geometry(window_length, memory.memory.shape[1], memory.compressed_memory.shape[1], compression_rate)
+    rows, compressed = memory.memory.shape[1], memory.compressed_memory.shape[1]
+    return Geometry(window_length, rows, compressed, compression_rate, temporal)
 
 
 def layer_memory(memory: Memory, index: int) -> LayerMemory:
@@ -191,9 +194,16 @@ def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_
 
 
 def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, "S"]:
-    """Positions relative to the window's first code; a compressed row carries its index, as in the paper."""
+    """Positions relative to the window's first code; a compressed row carries its index, as in the paper, or the mean
+    position of the codes that it stands for."""
     first = geometry.window_length - geometry.num_keys
-    return torch.arange(first, geometry.window_length, dtype=like.dtype, device=like.device)
+    positions = torch.arange(first, geometry.window_length, dtype=like.dtype, device=like.device)
+    if not geometry.temporal:
+        return positions
+    rate, compressed = geometry.compression_rate, geometry.compressed_memory_length
+    groups = torch.arange(-compressed, 0, dtype=like.dtype, device=like.device)
+    mean_positions = groups * rate - geometry.memory_length + (rate - 1) / 2
+    return torch.cat([mean_positions, positions[compressed:]])
 
 
 def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, view: View) -> LayerMemory:
