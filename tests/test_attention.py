@@ -13,6 +13,7 @@ from ct_audio.models.attention import (
     ATTENTION_BACKENDS,
     additive_mask,
     attend_one,
+    attention_weights,
     content_attention,
     rotate,
     sinusoids,
@@ -129,13 +130,15 @@ def test_one_query_over_caches_equals_the_reference() -> None:
     whole = ATTENTION_BACKENDS["reference"](**case)
     position_keys = sinusoids(-case["key_positions"], 6).expand(*case["keys"].shape[:3], 6)
     rotated = rotate(case["position_query"], case["query_positions"])
-    one = attend_one(
+    one, weights = attend_one(
         torch.cat([case["content_query"], rotated], dim=-1)[:, :, -1] * 8**-0.5,
         torch.cat([case["keys"], position_keys], dim=-1),
         case["values"],
         case["mask"][:, :, -1:],
     )
     assert (one - whole[:, :, -1]).abs().max() <= 1e-12
+    arguments = {key: value for key, value in case.items() if key != "values"}
+    assert (weights - attention_weights(**arguments)[:, :, -1]).abs().max() <= 1e-12
 
 
 def test_rotation_turns_a_distance_into_two_positions() -> None:

@@ -34,6 +34,8 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     | {"compression_function": "dilated_conv", "compression_rate": 4, "compressed_positions": "temporal"},
     "compressive_transformer_gru": _TRANSFORMER | {"compression_function": "gru", "compression_loss": "autoencoding"},
     "compressive_transformer_most_used": _TRANSFORMER | {"compression_function": "most_used"},
+    "compressive_transformer_adaptive_span": _TRANSFORMER
+    | {"adaptive_span": True, "adaptive_span_ramp": 6, "adaptive_span_loss": 0.1, "attention_backend": "reference"},
     "compressive_transformer_bptt": _TRANSFORMER
     | {"compression_loss": "bptt", "memory_layers": [0, 1], "memory_length": 16},
     "transformer_xl": _TRANSFORMER | {"memory_length": 16, "compressed_memory_length": 0},

@@ -62,6 +62,7 @@ def fused_attention(
     query_positions: Float[Tensor, "T"],
     key_positions: Float[Tensor, "S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
+    share: None = None,
 ) -> Float[Tensor, "N H T E"]:
     """Relative attention as plain attention over widened heads, in one fused kernel.
 
@@ -102,6 +103,7 @@ def reference_attention(
     query_positions: Float[Tensor, "T"],
     key_positions: Float[Tensor, "S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
+    share: Float[Tensor, "H 1 S"] | None = None,
 ) -> Float[Tensor, "N H T E"]:
     """Relative attention as the formula says; it makes every weight, T x S a head.
 
@@ -111,10 +113,18 @@ def reference_attention(
         keys, values: of every visible row.
         query_positions, key_positions: in codes, any real numbers.
         mask: additive, 0 or -inf; every query sees at least one key.
+        share: in [0, 1], by which each weight is multiplied before they are normalised (adaptive spans); above 0 for
+            at least one key that the query sees. The fused backend takes none.
     Source: Dai et al. 2019 (Transformer-XL), section 3.3.
     """
     weights = attention_weights(
-        content_query, position_query, keys, query_positions=query_positions, key_positions=key_positions, mask=mask
+        content_query,
+        position_query,
+        keys,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        mask=mask,
+        share=share,
     )
     return einsum(weights, values, "n h t s, n h s e -> n h t e")
 
@@ -127,6 +137,7 @@ def attention_weights(
     query_positions: Float[Tensor, "T"],
     key_positions: Float[Tensor, "S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
+    share: Float[Tensor, "H 1 S"] | None = None,
 ) -> Float[Tensor, "N H T S"]:
     """The weights of relative attention, summing to 1 over the keys; arguments as in `reference_attention`."""
     distances, index = torch.unique(query_positions[:, None] - key_positions[None, :], return_inverse=True)
@@ -134,7 +145,17 @@ def attention_weights(
     by_distance = einsum(position_query, table, "n h t p, r p -> n h t r")
     by_position = by_distance.gather(-1, index.expand(*by_distance.shape[:2], *index.shape))
     scores = einsum(content_query, keys, "n h t e, n h s e -> n h t s") + by_position
-    return torch.softmax(scores * keys.shape[-1] ** -0.5 + mask.to(scores.dtype), dim=-1)
+    weights = torch.softmax(scores * keys.shape[-1] ** -0.5 + mask.to(scores.dtype), dim=-1)
+    return weights if share is None else scaled_weights(weights, share)
+
+
+def scaled_weights(weights: Float[Tensor, "*N H T S"], share: Float[Tensor, "H 1 S"]) -> Float[Tensor, "*N H T S"]:
+    """Weights multiplied by a share and normalised again.
+
+    Source: Sukhbaatar et al. 2019 (Adaptive Attention Span), arXiv 1905.07799, equation 5.
+    """
+    weights = weights * share.to(weights.dtype)
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def content_attention(
@@ -154,6 +175,7 @@ def attend_one(
     wide_keys: Float[Tensor, "B H S EP"],
     values: Float[Tensor, "B H S E"],
     mask: Float[Tensor, "B 1 1 S"] | None,
+    share: Float[Tensor, "H 1 S"] | None = None,
 ) -> tuple[Float[Tensor, "B H E"], Float[Tensor, "B H S"]]:
     """Attention of a single query a lane over cached rows, and its weights.
 
@@ -161,11 +183,14 @@ def attend_one(
         wide_query: [q + u ; Rot_i W_R^T (q + v)], already divided by sqrt(E).
         wide_keys: [k ; s(-j)].
         mask: additive, or None where all rows are valid.
+        share: as in `reference_attention`.
     """
     scores = wide_query[:, :, None] @ wide_keys.mT
     if mask is not None:
         scores = scores + mask
     weights = torch.softmax(scores, dim=-1)
+    if share is not None:
+        weights = scaled_weights(weights, share)
     return (weights @ values)[:, :, 0], weights[:, :, 0]
 
 

@@ -24,6 +24,9 @@ class Config:
         reconstruction_query_share: part of a window's queries that the attention-reconstruction loss uses, in (0, 1].
         memory_layers: indices of the layers that keep memory and compressed memory; null for all. The others see their
             window only.
+        adaptive_span: a learned soft span of each head over memory and compressed memory (reference backend only).
+        adaptive_span_ramp: rows over which attention fades at the end of a span.
+        adaptive_span_loss: weight of the mean span, in rows, in the loss.
         compressed_positions: what position a compressed row has: its "index" as in the paper, right before the
             memory, or "temporal", the mean position of the codes that it stands for.
         attention_backend: "fused" or "reference" (slow, the formula as it is written).
@@ -47,6 +50,9 @@ class Config:
     reconstruction_query_share: float = 1.0
     memory_layers: Any = None
     compressed_positions: Literal["index", "temporal"] = "index"
+    adaptive_span: bool = False
+    adaptive_span_ramp: int = 32
+    adaptive_span_loss: float = 2e-6
     attention_backend: Literal["fused", "reference"] = "fused"
     norm_position: Literal["post", "pre"] = "post"
 
@@ -67,6 +73,15 @@ class Config:
             raise UserError(
                 "model.reconstruction_query_share: expected a share above 0 and at most 1, got "
                 f"{self.reconstruction_query_share}"
+            )
+        if self.adaptive_span and self.attention_backend == "fused":
+            raise UserError(
+                "model.adaptive_span: the fused kernel has no soft spans; write attention_backend: reference"
+            )
+        if self.adaptive_span_ramp < 1 or not self.adaptive_span_loss >= 0:
+            raise UserError(
+                "model.adaptive_span_ramp, model.adaptive_span_loss: expected at least 1 and at least 0, got "
+                f"{self.adaptive_span_ramp} and {self.adaptive_span_loss}"
             )
         if self.compression_function == "most_used" and self.compressed_memory_length:
             if self.compression_loss in ("autoencoding", "bptt"):

@@ -51,6 +51,7 @@ class LayerCache(NamedTuple):
         mask: additive, or None where all rows are valid.
         usage: [B, M + T], attention that each row of memory and window has got so far, summed over the window's
             queries, mean over heads; None unless `most_used` needs it.
+        share: what adaptive spans leave of the attention to each row; None without them.
     """
 
     weight: Float[Tensor, "O D"]
@@ -60,6 +61,7 @@ class LayerCache(NamedTuple):
     values: Float[Tensor, "B H S E"]
     mask: Float[Tensor, "B 1 1 S"] | None
     usage: Float[Tensor, "B MT"] | None
+    share: Float[Tensor, "H 1 S"] | None
 
 
 class LayerOutput(NamedTuple):
@@ -103,6 +105,7 @@ class CompressiveLayer(nn.Module):
         )
         self.feedforward_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
+        self.span = nn.Parameter(torch.ones(heads)) if config.adaptive_span and config.keeps_memory(index) else None
         self.compression: nn.Module | None = None
         self.compression_decoder: Decoder | None = None
         if compresses and not self.chooses_most_used:
@@ -135,6 +138,8 @@ class CompressiveLayer(nn.Module):
         earlier = windows_of_memory(view.geometry, compressed_stream, stream, num_windows)
         attended = self._attend(query, torch.cat([*earlier, own], dim=1), view)
         outputs = self._finish(rows, attended)
+        if self.span is not None and torch.is_grad_enabled():
+            losses = losses | {"adaptive_span": self.config.adaptive_span_loss * self.spans().mean()}
         if with_push:
             _, next_memory = push(memory.memory, rows)
             memory = remember(memory, next_memory, new_compressed, view)
@@ -183,7 +188,8 @@ class CompressiveLayer(nn.Module):
         cache.values[:, :, index] = value
         end = index + 1
         mask = None if cache.mask is None else cache.mask[..., :end]
-        attended, weights = attend_one(wide_query, cache.wide_keys[:, :, :end], cache.values[:, :, :end], mask)
+        share = None if cache.share is None else cache.share[..., :end]
+        attended, weights = attend_one(wide_query, cache.wide_keys[:, :, :end], cache.values[:, :, :end], mask, share)
         if cache.usage is not None:
             num_seen = cache.usage.shape[1] - self.config.window_length + position + 1
             cache.usage[:, :num_seen] += weights.mean(dim=1)[:, -num_seen:]
@@ -217,7 +223,7 @@ class CompressiveLayer(nn.Module):
         table = sinusoids(-key_positions(geometry, inputs), self.config.position_width)
         wide_keys = F.pad(table, (self.config.width // heads, 0)).expand(len(inputs), heads, -1, -1).contiguous()
         values = wide_keys.new_empty(*wide_keys.shape[:3], self.config.width // heads)
-        cache = LayerCache(weight, bias, inputs.clone(), wide_keys, values, None, None)
+        cache = LayerCache(weight, bias, inputs.clone(), wide_keys, values, None, None, self._share(geometry))
         cache = self.refill_cache(cache, memory)
         if cache.usage is not None and usage is not None:
             cache.usage[:, : usage.shape[1]] = usage
@@ -239,6 +245,24 @@ class CompressiveLayer(nn.Module):
         num_rows = memory.memory.shape[1] + window_length
         usage = rows.new_zeros(len(rows), num_rows) if self.chooses_most_used else None
         return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:], usage=usage)
+
+    def spans(self) -> Float[Tensor, "H"]:
+        """How far each head looks back before it fades, in rows of memory and compressed memory."""
+        assert self.span is not None
+        return self.span.clamp(0, 1) * (self.config.memory_length + self.config.compressed_memory_length)
+
+    def _share(self, geometry: Geometry) -> Float[Tensor, "H 1 S"] | None:
+        """What the adaptive spans leave of the attention to each row; rows of the window itself are left whole.
+
+        Source: Sukhbaatar et al. 2019, arXiv 1905.07799, equation 2. Differs: distances are counted in rows from the
+        window's first code, so that spans cover both memories and nothing else, and the longest leaves them whole.
+        """
+        if self.span is None:
+            return None
+        num_remembered, ramp = geometry.num_keys - geometry.window_length, self.config.adaptive_span_ramp
+        distances = torch.arange(num_remembered, 0, -1, dtype=self.span.dtype, device=self.span.device)
+        share = ((ramp + rearrange(self.spans(), "h -> h 1 1") - distances) / ramp).clamp(0, 1)
+        return F.pad(share, (0, geometry.window_length), value=1.0)
 
     def _read(self, rows: Tensor) -> Tensor:
         """Rows as attention reads them: memory keeps raw inputs, pre-norm is applied here."""
@@ -266,6 +290,7 @@ class CompressiveLayer(nn.Module):
             query_positions=view.query_positions,
             key_positions=view.key_positions,
             mask=view.mask,
+            share=self._share(view.geometry),
         )
         return rearrange(attended, "(b w) h t e -> b (w t) (h e)", b=query.shape[0])
 
@@ -287,6 +312,7 @@ class CompressiveLayer(nn.Module):
             query_positions=view.query_positions,
             key_positions=view.key_positions,
             mask=view.mask,
+            share=self._share(view.geometry),
         )
         usage = reduce(weights, "n h t s -> n s", "sum") / self.config.num_heads
         return usage[:, view.geometry.compressed_memory_length :]
