@@ -19,8 +19,22 @@ VOCAB_SIZE = 32
 LANES = 2
 
 
+VARIANTS = {
+    "compressive_transformer_reference",
+    "compressive_transformer_mean",
+    "compressive_transformer_max",
+    "compressive_transformer_dilated_conv",
+    "compressive_transformer_gru",
+    "compressive_transformer_adaptive_span",
+    "linear_prediction_fixed_scale",
+}
+"""They differ from other entries in a part with tests of its own: the contract is run over them with -m slow."""
+
+
 def _with(models: Iterable[str]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", list(models))
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in VARIANTS)) for name in models]
+    )
 
 
 every_model = _with(TINY_MODELS)
