@@ -1,10 +1,14 @@
-# make test: virtual environment, pinned install, default tests. make lint: style and types. make clean: start afresh.
+# make demo: virtual environment, pinned install, then speech, two small models, a table and samples within minutes.
+# make test: the default tests. make lint: style and types. make clean: start afresh (runs, data and reports stay).
 
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: test lint clean
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python tools/demo.py
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
