@@ -1,7 +1,7 @@
 """A prepared corpus on disk: one memory-mapped `<split>.codes` a split, and `corpus.json` that describes them.
 
-    corpus.json   format version, codec, unit, rate; per split: num_codes, seconds, sha256, document offsets and names;
-                  the source and the settings of the preparation
+    corpus.json   format version, codec, unit, rate; per split: num_codes, seconds, sha256, document offsets and names,
+                  of text its bytes and words; the source and the settings of the preparation
     train.codes   raw codes, little-endian, one after another without gaps (uint8, or int32 for over 256 codes)
 
 Nothing is pickled; whatever is read is checked. Shape letters: N codes, R documents (recordings).
@@ -41,6 +41,9 @@ class Split:
         document_names: R names.
         sha256: of the file of codes, as corpus.json states it.
         sample_rate_hz: codes a second; None for text.
+        num_bytes: of the text; None for audio.
+        num_words: of the text, that word-level perplexity is counted in: exp(NLL of the split / num_words); None for
+            audio.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Split:
     document_names: tuple[str, ...]
     sha256: str
     sample_rate_hz: int | None
+    num_bytes: int | None = None
+    num_words: int | None = None
 
     @property
     def num_codes(self) -> int:
@@ -153,9 +158,13 @@ class CorpusWriter:
         shutil.rmtree(self.work_dir, ignore_errors=True)
         self.work_dir.mkdir(parents=True)
 
-    def add_document(self, split: str, name: str, codes: Integer[np.ndarray, "N"]) -> None:
+    def add_document(
+        self, split: str, name: str, codes: Integer[np.ndarray, "N"], *, num_bytes: int = 0, num_words: int = 0
+    ) -> None:
         """Append a document to a split.
 
+        Args:
+            num_bytes, num_words: of a text; see `Split`.
         Raises:
             UserError: the split's name is no plain word, the document is empty, or a code is not of the codec.
         """
@@ -163,12 +172,25 @@ class CorpusWriter:
             raise UserError(f"split {split!r}: expected a name of letters, digits, _ and -")
         if not len(codes):
             raise UserError(f"document {name!r} is empty; leave it out")
-        lowest, highest, last = codes.min(), codes.max(), self._codec.vocab_size - 1
-        if lowest < 0 or highest > last:
-            raise UserError(f"document {name!r}: expected codes in 0..{last}, got {lowest}..{highest}")
+        checked = self._checked(name, codes)
         if split not in self._splits:
             self._splits[split] = _SplitInProgress(self.work_dir / f"{split}.codes")
-        self._splits[split].add(name, codes.astype(_dtype_of(self._codec)))
+        self._splits[split].begin(name, num_bytes=num_bytes, num_words=num_words)
+        self._splits[split].extend(checked)
+
+    def extend_document(self, split: str, codes: Integer[np.ndarray, "N"]) -> None:
+        """Append codes to the last document of a split: for documents that are never held in memory.
+
+        Raises:
+            UserError: a code is not of the codec.
+        """
+        self._splits[split].extend(self._checked(self._splits[split].names[-1], codes))
+
+    def _checked(self, name: str, codes: np.ndarray) -> np.ndarray:
+        lowest, highest, last = codes.min(initial=0), codes.max(initial=0), self._codec.vocab_size - 1
+        if lowest < 0 or highest > last:
+            raise UserError(f"document {name!r}: expected codes in 0..{last}, got {lowest}..{highest}")
+        return codes.astype(code_dtype(self._codec))
 
     def describe(self) -> dict[str, Any]:
         """What corpus.json will say."""
@@ -183,10 +205,11 @@ class CorpusWriter:
             "splits": {
                 name: {
                     "file": f"{name}.codes",
-                    "dtype": _dtype_of(self._codec).name,
+                    "dtype": code_dtype(self._codec).name,
                     "num_codes": split.num_codes,
                     "seconds": round(split.num_codes / rate, 3) if rate else None,
                     "sha256": split.sha256.hexdigest(),
+                    **({} if rate else {"num_bytes": split.num_bytes, "num_words": split.num_words}),
                     "num_documents": len(split.names),
                     "document_offsets": split.offsets,
                     "document_names": split.names,
@@ -239,11 +262,17 @@ class _SplitInProgress:
     def __init__(self, file: Path) -> None:
         self.names: list[str] = []
         self.offsets: list[int] = []
-        self.num_codes = 0
+        self.num_codes = self.num_bytes = self.num_words = 0
         self.sha256 = hashlib.sha256()
         self._file = file
 
-    def add(self, name: str, codes: np.ndarray) -> None:
+    def begin(self, name: str, *, num_bytes: int, num_words: int) -> None:
+        self.names.append(name)
+        self.offsets.append(self.num_codes)
+        self.num_bytes += num_bytes
+        self.num_words += num_words
+
+    def extend(self, codes: np.ndarray) -> None:
         raw = codes.tobytes()
         try:
             with self._file.open("ab") as handle:
@@ -252,8 +281,6 @@ class _SplitInProgress:
             error.filename = str(self._file)
             raise
         self.sha256.update(raw)
-        self.names.append(name)
-        self.offsets.append(self.num_codes)
         self.num_codes += len(codes)
 
     def sync(self) -> None:
@@ -282,7 +309,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _open_split(path: Path, name: str, entry: Any, codec: Codec) -> Split:
     if not _SPLIT_NAME.fullmatch(name):
         raise _damaged(path, f"split {name!r}: expected a name of letters, digits, _ and -")
-    expected = {"file": f"{name}.codes", "dtype": _dtype_of(codec).name}
+    expected = {"file": f"{name}.codes", "dtype": code_dtype(codec).name}
     if not isinstance(entry, dict) or any(entry.get(key) != value for key, value in expected.items()):
         raise _damaged(path, f"split {name}: expected {expected}")
     num_codes, sha256 = entry.get("num_codes"), entry.get("sha256")
@@ -294,11 +321,20 @@ def _open_split(path: Path, name: str, entry: Any, codec: Codec) -> Split:
     file = path / f"{name}.codes"
     if not file.is_file() or file.is_symlink():
         raise _damaged(path, f"{file.name} is missing or no plain file")
-    num_bytes, found = num_codes * _dtype_of(codec).itemsize, file.stat().st_size
+    num_bytes, found = num_codes * code_dtype(codec).itemsize, file.stat().st_size
     if found != num_bytes:
         raise _damaged(path, f"{file.name}: expected {num_bytes} bytes, got {found}")
-    codes = np.memmap(file, dtype=_dtype_of(codec), mode="r", shape=(num_codes,))
-    return Split(name, codes, offsets, names, sha256, codec.sample_rate_hz)
+    codes = np.memmap(file, dtype=code_dtype(codec), mode="r", shape=(num_codes,))
+    counts = {} if codec.sample_rate_hz else _text_counts(path, name, entry)
+    return Split(name, codes, offsets, names, sha256, codec.sample_rate_hz, **counts)
+
+
+def _text_counts(path: Path, name: str, entry: dict[str, Any]) -> dict[str, int]:
+    counts = {key: entry.get(key) for key in ("num_bytes", "num_words")}
+    for key, value in counts.items():
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise _damaged(path, f"split {name}: expected {key} as a whole number of at least 0, got {value!r}")
+    return counts  # type: ignore[return-value]
 
 
 def _check_documents(
@@ -333,7 +369,8 @@ def _blocks(file: Path) -> Iterator[bytes]:
             yield block
 
 
-def _dtype_of(codec: Codec) -> np.dtype:
+def code_dtype(codec: Codec) -> np.dtype:
+    """Of the codes on disk: uint8, or little-endian int32 for over 256 codes."""
     return np.dtype(np.uint8) if codec.vocab_size <= 256 else np.dtype("<i4")
 
 

@@ -8,23 +8,16 @@ Shape letters: N samples or codes.
 import hashlib
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import librosa
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
@@ -32,6 +25,7 @@ from ct_audio.codec import MuLaw
 from ct_audio.corpus import Corpus, CorpusWriter, open_corpus
 from ct_audio.errors import UserError
 from ct_audio.files import hold_alone, read_json, write_file
+from ct_audio.preparation import existing_corpus, run_tasks
 from ct_audio.report import FileResult, count_reasons, make_report, printable, write_report
 from ct_audio.wav import read_wav, require_finite, resample, write_wav
 
@@ -172,7 +166,7 @@ def prepare_audio(
     _require_names(recordings)
     source = source | {"num_files": len(recordings), "listing_sha256": _hash_listing(recordings)}
     partial = out.with_name(out.name + ".partial")
-    there = _existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
+    there = existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
     if there is not None and not partial.exists():
         return there, None
     partial.mkdir(parents=True, exist_ok=True)
@@ -180,7 +174,7 @@ def prepare_audio(
         partial / "lock", f"another process is preparing into {partial}; wait for it, or choose another --out"
     ):
         # again: another process may have finished in between
-        there = _existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
+        there = existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
         if there is not None:
             shutil.rmtree(partial, ignore_errors=True)
             return there, None
@@ -209,51 +203,15 @@ def _prepare_files(
     todo = [index for index, result in enumerate(found) if result is None]
     progress = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="file", desc="prepare", disable=None)
     done: dict[int, FileResult] = {}
+    trims = any(task.settings.trim_db is not None for task in tasks)
+    preload = ["ct_audio.prepare", *(["librosa.effects", "librosa.feature"] if trims else [])]  # it takes seconds
     with progress:
-        for index, result in _run_tasks(tasks, todo, max(1, min(num_processes, len(todo)))):
+        for index, result in run_tasks(
+            _prepare_file, {index: tasks[index] for index in todo}, num_processes, preload=preload
+        ):
             done[index] = result
             progress.update()
     return [done[index] if result is None else result for index, result in enumerate(found)]
-
-
-def _run_tasks(tasks: list[_Task], todo: list[int], num_processes: int) -> Iterator[tuple[int, FileResult]]:
-    if num_processes == 1:
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # more would wait for each other, actively
-        try:
-            yield from ((index, _prepare_file(tasks[index])) for index in todo)
-        finally:
-            torch.set_num_threads(num_threads)
-        return
-    context = multiprocessing.get_context("forkserver")  # fork would copy torch's and BLAS's threads half
-    trims = any(
-        task.settings.trim_db is not None for task in tasks
-    )  # librosa takes seconds to load: once, not a worker
-    context.set_forkserver_preload(["ct_audio.prepare"] + (["librosa.effects", "librosa.feature"] if trims else []))
-    executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin_worker)
-    try:
-        futures = {executor.submit(_prepare_file, tasks[index]): index for index in todo}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process died, perhaps for lack of memory; the same command goes on; use fewer --num-processes"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    """One thread; Ctrl-C is the parent's to handle; a worker ends when its parent is killed."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel] if parent else [])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _prepare_file(task: _Task) -> FileResult:
@@ -330,7 +288,7 @@ def _assemble(
     write_wav(writer.work_dir / "example.wav", waveform, codec.sample_rate_hz)
     report |= {"example": example[0].name}
     write_report(writer.work_dir, report, f"Preparation of {out.name}")
-    writer.finish(overwrite=True)  # `_existing_corpus` has seen what is there
+    writer.finish(overwrite=True)  # `existing_corpus` has seen what is there
 
 
 def _target(files: Path, name: str) -> Path:
@@ -344,29 +302,6 @@ def _read_codes(target: Path, result: FileResult) -> UInt8[np.ndarray, "N"]:
         target.with_suffix(".json").unlink()
         raise UserError(f"{target}.codes was damaged since it was written; run the same command again")
     return np.frombuffer(raw, dtype=np.uint8)
-
-
-def _existing_corpus(out: Path, source: dict[str, Any], settings: dict[str, Any], *, overwrite: bool) -> Corpus | None:
-    """The corpus at `out` if it is the one asked for; None if `out` is free or may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / "corpus.json").is_file():
-        raise UserError(f"{out} exists and is no corpus; choose another --out")
-    try:
-        corpus = open_corpus(out)
-    except UserError as error:
-        if overwrite:
-            return None
-        raise UserError(f"{error}; pass --overwrite to replace it") from error
-    was = {**corpus.description.get("source", {}), **corpus.description.get("preparation", {}), "path": None}
-    now = json.loads(json.dumps({**source, **settings, "path": None}))
-    if was == now:
-        return corpus
-    if overwrite:
-        return None
-    differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    changes = ", ".join(f"{key}: {was.get(key)!r} there, {now.get(key)!r} asked for" for key in differing)
-    raise UserError(f"{out} is a corpus made otherwise ({changes}); choose another --out, or pass --overwrite")
 
 
 def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool) -> None:

@@ -30,7 +30,9 @@ def test_every_recipe_with_data_can_be_loaded():
     for file in sorted((ROOT / "recipes").glob("*/prepare.py")):
         recipe = tool.load_recipe(file.parent)
         assert callable(recipe.add_arguments)
-        assert callable(recipe.list_recordings)
+        texts = hasattr(recipe, "list_texts")
+        assert callable(recipe.list_texts if texts else recipe.list_recordings)
+        assert not texts or callable(recipe.settings)
 
 
 def test_folders_stay_together(tmp_path, monkeypatch, capsys):

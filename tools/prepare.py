@@ -1,6 +1,6 @@
 """Prepare a data set: `python tools/prepare.py recipes/NAME --source DIR --out DIR [-- the recipe's own options]`.
 
-A recipe that makes its own recordings, as recipes/espeak, needs no --source.
+Recordings or texts, as the recipe has it. One that makes its own recordings, as recipes/espeak, needs no --source.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from types import ModuleType
 from ct_audio.cli import build_parser, run_tool
 from ct_audio.errors import UserError
 from ct_audio.prepare import AudioSettings, prepare_audio
+from ct_audio.prepare_text import prepare_text
 from ct_audio.report import summary_lines
 
 
@@ -21,8 +22,8 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     """The tool's own options, and what stands after `--` for the recipe."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = build_parser(
-        "Prepare recordings: any format of libsndfile, channel mean, 24 kHz, mu-law codes, one corpus with a report. "
-        "An interrupted run goes on with the same command."
+        "Prepare recordings (any format of libsndfile, channel mean, 24 kHz, mu-law codes) or texts (bytes, words or "
+        "subwords, as the recipe has it) into one corpus. An interrupted run goes on with the same command."
     )
     parser.epilog = "The recipe's own options stand after --; `-- --help` shows them."
     parser.add_argument("recipe", type=Path, help="folder of the recipe, as recipes/folder")
@@ -30,15 +31,16 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "--source",
         type=Path,
         default=None,
-        help="folder of the recordings; where a recipe makes its own, they are kept there (else in OUT_recordings)",
+        help="folder of the recordings or texts; where a recipe makes its own, they are kept there (else in "
+        "OUT_recordings)",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the corpus to make")
-    parser.add_argument("--gain-db", type=float, default=0.0, help="one fixed gain for all files, in dB")
+    parser.add_argument("--gain-db", type=float, default=0.0, help="one fixed gain for all recordings, in dB")
     parser.add_argument(
         "--trim-db",
         type=float,
         default=None,
-        help="cut start and end of a file where it is quieter than its loudest frame by more than this, in dB",
+        help="cut start and end of a recording where it is quieter than its loudest frame by more than this, in dB",
     )
     parser.add_argument("--min-seconds", type=float, default=0.1, help="drop recordings shorter than this")
     parser.add_argument(
@@ -53,7 +55,8 @@ def load_recipe(folder: Path) -> ModuleType:
     """Import the prepare.py of a recipe.
 
     It defines `add_arguments(parser)` and `list_recordings(source: Path, options: Namespace) -> list[Recording]`, and
-    `MAKES_RECORDINGS = True` if it fills `source` itself.
+    `MAKES_RECORDINGS = True` if it fills `source` itself. A recipe of text defines `list_texts(source, options) ->
+    list[Text]` and `settings(options) -> TextSettings` in place of `list_recordings`.
     """
     file = folder / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
@@ -71,9 +74,9 @@ def find_source(options: argparse.Namespace, *, makes_recordings: bool) -> Path:
     if makes_recordings:
         return options.source or options.out.with_name(options.out.name + "_recordings")
     if options.source is None:
-        raise UserError(f"--source: expected the folder of the recordings; {options.recipe} makes none of its own")
+        raise UserError(f"--source: expected the folder of the data; {options.recipe} makes none of its own")
     if not options.source.is_dir():
-        raise UserError(f"--source {options.source}: expected a folder of recordings; it does not exist")
+        raise UserError(f"--source {options.source}: expected a folder of the data; it does not exist")
     return options.source
 
 
@@ -88,10 +91,20 @@ def main() -> int:
     if options.num_processes < 1:
         raise UserError(f"--num-processes: expected at least 1, got {options.num_processes}")
     folder = find_source(options, makes_recordings=getattr(recipe, "MAKES_RECORDINGS", False))
-    start = time.monotonic()
-    settings = AudioSettings(gain_db=options.gain_db, trim_db=options.trim_db, min_seconds=options.min_seconds)
     own = {name: str(value) if isinstance(value, Path) else value for name, value in vars(recipe_options).items()}
     source = {"recipe": options.recipe.resolve().name, "path": str(folder), "options": own}
+    prepare = prepare_texts if hasattr(recipe, "list_texts") else prepare_recordings
+    start = time.monotonic()
+    if prepare(recipe, recipe_options, folder, source, options):
+        print(f"{options.out}: done in {time.monotonic() - start:.1f} s")
+    return 0
+
+
+def prepare_recordings(
+    recipe: ModuleType, recipe_options: argparse.Namespace, folder: Path, source: dict, options: argparse.Namespace
+) -> bool:
+    """Recordings -> corpus; False if it was there already."""
+    settings = AudioSettings(gain_db=options.gain_db, trim_db=options.trim_db, min_seconds=options.min_seconds)
     corpus, report = prepare_audio(
         recipe.list_recordings(folder, recipe_options),
         options.out,
@@ -103,10 +116,29 @@ def main() -> int:
     )
     if report is None:
         print(f"{options.out} is complete already: the same recordings and settings ({corpus.fingerprint[:16]})")
-        return 0
+        return False
     print("\n".join(summary_lines(report)))
-    print(f"{options.out}: done in {time.monotonic() - start:.1f} s")
-    return 0
+    return True
+
+
+def prepare_texts(
+    recipe: ModuleType, recipe_options: argparse.Namespace, folder: Path, source: dict, options: argparse.Namespace
+) -> bool:
+    """Texts -> corpus; False if it was there already."""
+    corpus, was_there = prepare_text(
+        recipe.list_texts(folder, recipe_options),
+        options.out,
+        settings=recipe.settings(recipe_options),
+        source=source,
+        num_processes=options.num_processes,
+        overwrite=options.overwrite,
+    )
+    if was_there:
+        print(f"{options.out} is complete already: the same texts and settings ({corpus.fingerprint[:16]})")
+        return False
+    for split in corpus.splits.values():
+        print(f"{split.name}: {len(split.document_names)} documents, {split.num_bytes} bytes, {split.num_codes} codes")
+    return True
 
 
 if __name__ == "__main__":
