@@ -26,6 +26,8 @@ VARIANTS = {
     "compressive_transformer_dilated_conv",
     "compressive_transformer_gru",
     "compressive_transformer_adaptive_span",
+    "compressive_transformer_adaptive",
+    "compressive_transformer_tied",
     "linear_prediction_fixed_scale",
 }
 """They differ from other entries in a part with tests of its own: the contract is run over them with -m slow."""
@@ -56,6 +58,16 @@ def float64_model(name: str, **changes: Any) -> Any:
 def random_codes(length: int, *, seed: int = 0) -> Int[Tensor, "B T"]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCAB_SIZE, (LANES, length), generator=generator)
+
+
+def embedding_row(model: Any, code: int) -> Float[Tensor, "_"]:
+    """The parameters that only this code's embedding reads; writable."""
+    edges = getattr(model.embedding, "edges", [(0, model.vocab_size)])
+    tables = getattr(model.embedding, "tables", None) or [model.embedding.weight]
+    for (begin, end), table in zip(edges, tables, strict=True):
+        if begin <= code < end:
+            return table[code - begin]
+    raise AssertionError(f"no row of code {code}")
 
 
 def window_of(model: Any) -> int:

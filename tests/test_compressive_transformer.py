@@ -32,7 +32,7 @@ class Oracle:
     def window(self, codes: list[int]) -> tuple[Tensor, list[Tensor]]:
         """Features [T, D] of one window and each layer's reconstruction loss; then the memory update."""
         config, losses = self.config, []
-        rows = [self.state["embedding.weight"][code] for code in codes]
+        rows = [self._embedding(code) for code in codes]
         for layer in range(config.num_layers):
             parameters = {k.split(".", 2)[2]: v for k, v in self.state.items() if k.startswith(f"layers.{layer}.")}
             self.usage: dict[int, list[Tensor]] = {}
@@ -42,6 +42,14 @@ class Oracle:
         if config.norm_position == "pre":
             rows = [self._norm({k: self.state[f"final_norm.{k}"] for k in ("weight", "bias")}, row) for row in rows]
         return torch.stack(rows), losses
+
+    def _embedding(self, code: int) -> Tensor:
+        config = self.config
+        if config.adaptive_cutoffs is None:
+            return self.state["embedding.weight"][code] * (math.sqrt(config.width) if config.tie_embeddings else 1)
+        band = sum(code >= cutoff for cutoff in config.adaptive_cutoffs)
+        row = self.state[f"embedding.tables.{band}"][code - [0, *config.adaptive_cutoffs][band]]
+        return self.state[f"embedding.projections.{band}"] @ row * math.sqrt(config.width)
 
     def _output(self, parameters: dict[str, Tensor], rows: list[Tensor], t: int, layer: int) -> Tensor:
         pre = self.config.norm_position == "pre"

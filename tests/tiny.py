@@ -21,6 +21,8 @@ _TRANSFORMER = {
     "dropout": 0.0,
 }
 
+_ADAPTIVE = {"adaptive_cutoffs": [6, 14], "adaptive_div": 2, "tie_embeddings": True}
+
 _LINEAR_PREDICTION = {"name": "linear_prediction", "vocab_size": 32, "order": 4, "regularisation": 1e-4}
 
 TINY_MODELS: dict[str, dict[str, Any]] = {
@@ -38,6 +40,8 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     | {"adaptive_span": True, "adaptive_span_ramp": 6, "adaptive_span_loss": 0.1, "attention_backend": "reference"},
     "compressive_transformer_bptt": _TRANSFORMER
     | {"compression_loss": "bptt", "memory_layers": [0, 1], "memory_length": 16},
+    "compressive_transformer_adaptive": _TRANSFORMER | _ADAPTIVE,
+    "compressive_transformer_tied": _TRANSFORMER | {"tie_embeddings": True, "norm_position": "pre"},
     "transformer_xl": _TRANSFORMER | {"memory_length": 16, "compressed_memory_length": 0},
     "wavenet": {
         "name": "wavenet",

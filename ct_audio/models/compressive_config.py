@@ -1,5 +1,6 @@
 """The architecture's configuration of the Compressive Transformer, checked where it is made."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +32,10 @@ class Config:
             memory, or "temporal", the mean position of the codes that it stands for.
         attention_backend: "fused" or "reference" (slow, the formula as it is written).
         norm_position: "post" as in the paper, or "pre".
+        adaptive_cutoffs: null, or the first code of each band but the first: embedding and softmax are adaptive then,
+            and codes must be sorted by falling frequency (WikiText-103: [20000, 40000, 200000]).
+        adaptive_div: by what the width of a band's table is divided for the next band.
+        tie_embeddings: embedding and softmax share their tables (adaptive: their projections too).
     """
 
     name: Literal["compressive_transformer"] = "compressive_transformer"
@@ -55,6 +60,9 @@ class Config:
     adaptive_span_loss: float = 2e-6
     attention_backend: Literal["fused", "reference"] = "fused"
     norm_position: Literal["post", "pre"] = "post"
+    adaptive_cutoffs: Any = None
+    adaptive_div: int = 4
+    tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "width", "num_heads", "feedforward_width", "window_length"):
@@ -93,6 +101,7 @@ class Config:
                     "model.compressed_positions = temporal: the rows that most_used keeps stand for no fixed positions"
                     "; write index, or another compression_function"
                 )
+        _check_bands(self.adaptive_cutoffs, self.adaptive_div, vocab_size=self.vocab_size, width=self.width)
         for layer, rate in enumerate(self.compression_rates):
             if self.keeps_memory(layer):
                 check_whole_groups(self.compressed_memory_length, rate, window=self.window_length)
@@ -140,3 +149,21 @@ def check_whole_groups(compressed_memory_length: int, rate: int, **lengths: int)
                 f"model.{name}_length = {length} is not divisible by model.compression_rate = {rate}; a group of "
                 f"{rate} must not mix valid and invalid rows"
             )
+
+
+def _check_bands(cutoffs: Any, div: int, *, vocab_size: int, width: int) -> None:
+    if div < 1:
+        raise UserError(f"model.adaptive_div: expected at least 1, got {div}")
+    if cutoffs is None:
+        return
+    whole = isinstance(cutoffs, list | tuple) and cutoffs and all(type(cutoff) is int for cutoff in cutoffs)
+    if not whole or not all(a < b for a, b in itertools.pairwise([0, *cutoffs, vocab_size])):
+        raise UserError(
+            f"model.adaptive_cutoffs: expected null or a list of increasing codes between 0 and model.vocab_size = "
+            f"{vocab_size}, got {cutoffs}"
+        )
+    if width < div ** len(cutoffs):
+        raise UserError(
+            f"model.adaptive_div = {div}: with {len(cutoffs)} cutoffs the last band's width would be below 1 "
+            f"(model.width = {width}); write fewer cutoffs or a smaller adaptive_div"
+        )

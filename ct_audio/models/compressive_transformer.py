@@ -19,7 +19,7 @@ from ct_audio.models.attention import rotation_table
 from ct_audio.models.compressive_config import Config, check_whole_groups
 from ct_audio.models.compressive_layer import CompressiveLayer, LayerCache
 from ct_audio.models.interface import ModelOutput
-from ct_audio.models.layers import linear
+from ct_audio.models.layers import AdaptiveInput, AdaptiveSoftmax, at_least_float32, linear
 from ct_audio.models.memory import Memory, map_memory, push
 from ct_audio.models.windows import (
     Geometry,
@@ -53,11 +53,10 @@ class CompressiveTransformer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        nn.init.normal_(self.embedding.weight)
+        self.embedding, self.embedding_scale = _make_embedding(config)
         self.layers = nn.ModuleList(CompressiveLayer(config, index) for index in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.width) if config.norm_position == "pre" else nn.Identity()
-        self.head = linear(config.width, config.vocab_size, bias=True, gain=0.5)
+        self.head = _make_head(config, self.embedding)
         self.dropout = nn.Dropout(config.dropout)
 
     @property
@@ -112,7 +111,7 @@ class CompressiveTransformer(nn.Module):
         keeping = [config.keeps_memory(layer) for layer in range(config.num_layers)]
         for keeps, rate in zip(keeping, config.compression_rates, strict=True):
             check_whole_groups(compressed * keeps, rate, memory=rows)
-        weight = self.head.weight
+        weight = self._layer(0).query.weight
 
         def zeros(length: int) -> tuple[Tensor, ...]:
             return tuple(weight.new_zeros(num_lanes, length * keeps, config.width) for keeps in keeping)
@@ -149,12 +148,16 @@ class CompressiveTransformer(nn.Module):
 
     def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Negative log-likelihood of each target, in nats."""
-        logits = self._logits(features)
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
+        rows, flat = features.flatten(0, -2), targets.flatten()
+        if isinstance(self.head, AdaptiveSoftmax):
+            return self.head.nll(rows, flat).view(targets.shape)
+        return F.cross_entropy(at_least_float32(self.head(rows)), flat, reduction="none").view(targets.shape)
 
     def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Log-probabilities of all codes, in nats."""
-        return torch.log_softmax(self._logits(features), dim=-1)
+        if isinstance(self.head, AdaptiveSoftmax):
+            return self.head.log_probabilities(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+        return torch.log_softmax(at_least_float32(self.head(features)), dim=-1)
 
     def begin_steps(self, memory: Memory, codes: Int[Tensor, "B R"]) -> StepState:
         """State after R codes of an unfinished window (0 <= R < window_length), computed in parallel.
@@ -167,7 +170,8 @@ class CompressiveTransformer(nn.Module):
             raise UserError("this memory is final: a shorter last window has ended its stream; begin with zero_memory")
         if consumed >= length:
             raise UserError(f"begin_steps: expected fewer codes than a window of {length}, got {consumed}; use forward")
-        inputs = [self.head.weight.new_zeros(lanes, length, self.config.width) for _ in self.layers]
+        weight = self._layer(0).query.weight
+        inputs = [weight.new_zeros(lanes, length, self.config.width) for _ in self.layers]
         usages: list[Tensor | None] = [None] * len(inputs)
         if consumed:
             _, _, known = self._run(codes, memory, None, window_length=consumed)
@@ -183,7 +187,7 @@ class CompressiveTransformer(nn.Module):
 
     def step(self, codes: Int[Tensor, "B"], state: StepState) -> tuple[Float[Tensor, "B D"], StepState]:
         """Features after one more code a lane. Consumes `state`: its caches are written in place."""
-        rows, position = self.dropout(self.embedding(codes)), state.position
+        rows, position = self._embed(codes), state.position
         rotation = state.rotation[0][position], state.rotation[1][position]
         for index, cache in enumerate(state.caches):
             cache.inputs[:, position] = rows
@@ -204,9 +208,11 @@ class CompressiveTransformer(nn.Module):
                 groups["compression" if ".compression" in name else "model"].append(parameter)
         return {name: parameters for name, parameters in groups.items() if parameters}
 
-    def _logits(self, features: Tensor) -> Tensor:
-        logits = self.head(features)
-        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    def _embed(self, codes: Tensor) -> Tensor:
+        rows = self.embedding(codes)
+        if self.embedding_scale is not None:
+            rows = rows * self.embedding_scale
+        return self.dropout(rows)
 
     def _parts(self, num_codes: int) -> list[tuple[int, int]]:
         """Where to cut a chunk: all whole windows at once (with most_used one by one), then a shorter last one."""
@@ -222,7 +228,7 @@ class CompressiveTransformer(nn.Module):
         """Run windows of `window_length` layer by layer; also each layer's inputs and usage. A short window is not
         pushed."""
         with_push = window_length == self.config.window_length
-        rows, losses, known, remembered = self.dropout(self.embedding(codes)), {}, [], []
+        rows, losses, known, remembered = self._embed(codes), {}, [], []
         views: dict[Geometry, View] = {}
         for index in range(len(self.layers)):
             before, layer = layer_memory(memory, index), self._layer(index)
@@ -252,6 +258,25 @@ class CompressiveTransformer(nn.Module):
             remembered.append(remember(memory, next_memory.clone(), compressed, view))
             caches.append(layer.refill_cache(cache, remembered[-1]))
         return state._replace(memory=join_layers(remembered), caches=tuple(caches), position=0)
+
+
+def _make_embedding(config: Config) -> tuple[nn.Module, float | None]:
+    """The first layer, and what its rows are multiplied by; a tied table has the scale of the softmax."""
+    if config.adaptive_cutoffs is not None:
+        return AdaptiveInput(config.vocab_size, config.width, config.adaptive_cutoffs, config.adaptive_div), None
+    embedding = nn.Embedding(config.vocab_size, config.width)
+    nn.init.normal_(embedding.weight, std=config.width**-0.5 if config.tie_embeddings else 1.0)
+    return embedding, config.width**0.5 if config.tie_embeddings else None
+
+
+def _make_head(config: Config, embedding: nn.Module) -> nn.Module:
+    if isinstance(embedding, AdaptiveInput):
+        tied = embedding if config.tie_embeddings else None
+        return AdaptiveSoftmax(config.vocab_size, config.width, config.adaptive_cutoffs, config.adaptive_div, tied=tied)
+    head = linear(config.width, config.vocab_size, bias=True, gain=0.5)
+    if config.tie_embeddings:
+        head.weight = embedding.weight  # type: ignore[assignment]
+    return head
 
 
 def build(config: Config) -> CompressiveTransformer:
