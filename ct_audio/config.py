@@ -88,8 +88,9 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
-    When a run is resumed num_steps may grow; num_micro_batches, device, num_threads, the `*_every_steps` and
-    sample_seconds may change; seed, precision and valid_codes may not, nor may any key of model, data or optim.
+    When a run is resumed num_steps may grow; num_micro_batches, device, num_threads, the `*_every_steps`,
+    sample_seconds and validate_whole_split may change; seed, precision and valid_codes may not, nor may any key of
+    model, data or optim.
 
     Attributes:
         num_steps: chunks a lane to train on.
@@ -100,6 +101,8 @@ class TrainConfig:
         num_threads: CPU threads a process (0: torch's default).
         valid_codes: codes of the fixed stretch at the start of the validation split that is scored on the way
             (0: all of it).
+        validate_whole_split: score all of the validation split once, at the end; False for searches over many short
+            runs, which are compared on the stretch.
         log_every_steps, valid_every_steps, checkpoint_every_steps, sample_every_steps: periods in steps (0: never;
             a final validation, checkpoint and sample are made all the same where the period is not 0).
         sample_seconds: audio that is sampled at each sampling (of text nothing is sampled).
@@ -112,6 +115,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     num_threads: int = 0
     valid_codes: int = 480_000
+    validate_whole_split: bool = True
     log_every_steps: int = 100
     valid_every_steps: int = 1000
     checkpoint_every_steps: int = 1000

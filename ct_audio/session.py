@@ -46,6 +46,7 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
     "train.num_micro_batches",
     "train.device",
     "train.num_threads",
+    "train.validate_whole_split",
     "train.log_every_steps",
     "train.valid_every_steps",
     "train.checkpoint_every_steps",
@@ -159,7 +160,8 @@ def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
             )
         if step == config.train.num_steps:
             done = [line for line in read_metrics(config.run_dir) if line["step"] == step]
-            if config.train.valid_every_steps == 0 or any("nll/valid_full_nats" in line for line in done):
+            scored = config.train.valid_every_steps == 0 or not config.train.validate_whole_split
+            if scored or any("nll/valid_full_nats" in line for line in done):
                 return True
     _write_config(config.run_dir, config)
     return False
@@ -281,7 +283,8 @@ def _announce(session: Session) -> None:
 def require_same_run(old: RunConfig, new: RunConfig) -> None:
     """Check that a resumed run keeps what decides what is learnt.
 
-    num_steps, the `*_every_steps`, sample_seconds, num_micro_batches, device and num_threads may change.
+    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, num_micro_batches, device and num_threads may
+    change.
 
     Raises:
         UserError: another key has changed; the message names all of them.

@@ -253,8 +253,8 @@ def _validate(session: Session) -> bool:
 
 
 def _validate_whole_split(session: Session) -> int:
-    """At the end of a run: score all of the validation split; returns the exit status."""
-    if session.config.train.valid_every_steps == 0:
+    """At the end of a run: score all of the validation split, unless that is off; returns the exit status."""
+    if session.config.train.valid_every_steps == 0 or not session.config.train.validate_whole_split:
         return 0
     nll_nats = _valid_nll(session, max_codes=None)
     if nll_nats is None:

@@ -13,13 +13,13 @@ from ct_audio.models import build_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 YAMLS = sorted(RECIPES.glob("*/*.yaml"))
-SIZES = {"paper": (38e6, 42e6), "small": (0.3e6, 1e6), "demo": (0.1e6, 0.3e6), "linear": (0, 0)}
+SIZES = {"paper": (38e6, 42e6), "small": (0.3e6, 1e6), "demo": (0.1e6, 0.3e6), "linear": (0, 0), "ablation": (0.05e6, 0.3e6)}
 
 
 def kind(path: Path) -> str:
     """The set within its recipe that a YAML belongs to."""
     first, last = path.stem.split("_")[0], path.stem.split("_")[-1]
-    return first if first in ("demo", "linear") else "small" if last == "small" else "paper"
+    return first if first in ("demo", "linear", "ablation") else "small" if last == "small" else "paper"
 
 
 SETS = sorted({(path.parent, kind(path)) for path in YAMLS})

@@ -1,5 +1,6 @@
 """The loop: against a loop written by hand, its curves, its refusals, its signals."""
 
+import dataclasses
 import math
 import os
 import runpy
@@ -311,6 +312,15 @@ def test_a_signal_breaks_off_the_validation_of_the_whole_split(tmp_path: Path, m
         assert train(config) == 143
     assert not any("nll/valid_full_nats" in line for line in read_metrics(config.run_dir))
     assert train(config) == 0
+    assert sum("nll/valid_full_nats" in line for line in read_metrics(config.run_dir)) == 1
+
+
+def test_the_validation_of_the_whole_split_can_be_off_and_made_up_for(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, train__validate_whole_split=False)
+    assert train(config) == 0
+    assert [line["step"] for line in read_metrics(config.run_dir) if "nll/valid_nats" in line] == [3, 6]
+    assert not any("nll/valid_full_nats" in line for line in read_metrics(config.run_dir))
+    assert train(dataclasses.replace(config, train=dataclasses.replace(config.train, validate_whole_split=True))) == 0
     assert sum("nll/valid_full_nats" in line for line in read_metrics(config.run_dir)) == 1
 
 

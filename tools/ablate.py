@@ -82,7 +82,7 @@ def main() -> int:
             raise UserError(f"{trial.name}: train.valid_every_steps is 0, but the table is of the validation split")
     arguments.out.mkdir(parents=True, exist_ok=True)
     failed = train_all(commands, arguments.out, arguments.num_processes)
-    results = {trial: result for trial in trials if (result := result_of(trial, arguments.out)) is not None}
+    results = {trial: result for trial in trials if (result := result_of(trial, arguments.out, base)) is not None}
     if results:
         write_report(results, arguments.out, base)
         print((arguments.out / "table.md").read_text(encoding="utf-8"), end="")
@@ -175,14 +175,21 @@ def train_all(commands: dict[Trial, list[str]], out: Path, num_processes: int) -
     return failed
 
 
-def result_of(trial: Trial, out: Path) -> float | None:
-    """Bits a unit of the whole validation split at the end of a trial; None where it has not ended."""
+def result_of(trial: Trial, out: Path, base: "RunConfig") -> float | None:
+    """Bits a unit of validation at the end of a trial (see `scored_codes`); None where it has not ended."""
+    key = "nll/valid_full_bits" if base.train.validate_whole_split else "nll/valid_bits"
     path = out / "runs" / trial.name / "metrics.jsonl"
     if not path.is_file():
         return None
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    found = [line["nll/valid_full_bits"] for line in lines if "nll/valid_full_bits" in line]
+    found = [line[key] for line in lines if key in line and line["step"] == base.train.num_steps]
     return found[-1] if found else None
+
+
+def scored_codes(base: "RunConfig") -> str:
+    """What the numbers of the table are measured on."""
+    whole = base.train.validate_whole_split or base.train.valid_codes == 0
+    return f"{'all' if whole else f'the first {base.train.valid_codes:,}'} codes of the validation split"
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -244,7 +251,8 @@ def write_report(results: dict[Trial, float], out: Path, base: "RunConfig") -> N
             rates.setdefault(row, []).append(f"{statistics.fmean(found):.4f}" if found else "-")
     all_rates = sorted({trial.rate for trial in results})
     text = [
-        f"Validation split of {base.data.corpus}, bits a unit; {base.train.num_steps} steps of {base.data.num_lanes} x "
+        f"{base.data.corpus}, {scored_codes(base)}, bits a unit; "
+        f"{base.train.num_steps} steps of {base.data.num_lanes} x "
         f"{base.data.chunk_length} codes; window {base.model.window_length}, memory {base.model.memory_length}, "
         f"compressed memory {base.model.compressed_memory_length}.",
         "",
