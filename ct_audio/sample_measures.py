@@ -1,13 +1,16 @@
-"""What a sampled waveform is like, in plain numbers, and what is wrong with it as audio.
+"""What a sampled waveform is like, in plain numbers, what is wrong with it as audio, and how far it is from recordings.
 
-Shape letters: N samples of a waveform.
+Shape letters: N samples of a waveform, F frames, D dimensions (mel bands).
 """
 
 import math
 from typing import Any
 
+import librosa
 import numpy as np
-from jaxtyping import Float, Integer
+import torch
+import torchaudio
+from jaxtyping import Float, Float64, Integer
 
 from ct_audio.errors import UserError
 
@@ -29,6 +32,10 @@ DRIFT_NATS = 1.0
 """Mean NLL above that of the validation split; recordings of one speaker differ by 0.7 from one second to another."""
 DRIFT_SECONDS = 1.0
 """Shorter samples may be one loud sound, and are not judged so."""
+MEL_BANDS = 40
+MEL_FLOOR = 1e-10
+"""Power of a band below which nothing is told apart: the quantisation noise of mu-law silence has 1e-9."""
+LOWEST_PITCH_HZ, HIGHEST_PITCH_HZ = 60.0, 500.0
 SILENCE_FLOOR_DBFS = -120.0
 """What is written for the level of exact zeros, because JSON has no infinity."""
 
@@ -58,7 +65,6 @@ def measure_sample(
     nll = -log_probabilities.astype(np.float64)
     starts = np.r_[0, np.flatnonzero(np.diff(codes.astype(np.int64))) + 1, len(codes)]
     distinct = len(np.unique(codes))
-    rms = math.sqrt(float(np.mean(wide**2)))
     return {
         "seconds": len(codes) / sample_rate_hz,
         "num_samples": len(codes),
@@ -67,7 +73,7 @@ def measure_sample(
         "nll_nats_per_second": [
             float(nll[begin : begin + sample_rate_hz].mean()) for begin in range(0, len(nll), sample_rate_hz)
         ],
-        "rms_dbfs": max(20 * math.log10(rms), SILENCE_FLOOR_DBFS) if rms else SILENCE_FLOOR_DBFS,
+        "rms_dbfs": level_dbfs(waveform),
         "peak": float(np.abs(wide).max()),
         "dc": float(wide.mean()),
         "clipped_share": float(np.mean((codes == 0) | (codes == vocab_size - 1))),
@@ -75,6 +81,12 @@ def measure_sample(
         "distinct_codes_share": distinct / vocab_size,
         "longest_run_seconds": int(np.diff(starts).max()) / sample_rate_hz,
     }
+
+
+def level_dbfs(waveform: Float[np.ndarray, "N"]) -> float:
+    """Root mean square in decibels; 0 is the constant 1."""
+    rms = math.sqrt(float(np.mean(waveform.astype(np.float64) ** 2)))
+    return max(20 * math.log10(rms), SILENCE_FLOOR_DBFS) if rms else SILENCE_FLOOR_DBFS
 
 
 def find_faults(measures: dict[str, Any], *, vocab_size: int, valid_nll_nats: float | None = None) -> list[str]:
@@ -107,3 +119,76 @@ def find_faults(measures: dict[str, Any], *, vocab_size: int, valid_nll_nats: fl
             "model: it has drifted into noise; lower --temperature, or train longer"
         )
     return faults
+
+
+def mel_frame_length(sample_rate_hz: int) -> int:
+    """Samples of a frame of `log_mel_frames`: the power of two nearest to 43 ms, 1024 at 24 kHz."""
+    return 2 ** round(math.log2(0.043 * sample_rate_hz))
+
+
+def log_mel_frames(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Float64[np.ndarray, "F D"]:
+    """Natural logarithm of the power in mel bands of whole Hann-windowed frames, a quarter of a frame apart.
+
+    Returns:
+        [F, MEL_BANDS]; no frame where the waveform is shorter than one. Unit power is a white noise of variance 1.
+    """
+    length = mel_frame_length(sample_rate_hz)
+    if len(waveform) < length:
+        return np.zeros((0, MEL_BANDS))
+    transform = torchaudio.transforms.MelSpectrogram(
+        sample_rate_hz,
+        n_fft=length,
+        hop_length=length // 4,
+        n_mels=MEL_BANDS,
+        center=False,
+        normalized=True,
+        mel_scale="slaney",
+    ).double()
+    power = transform(torch.from_numpy(waveform.astype(np.float64)))
+    return power.clamp(min=MEL_FLOOR).log().T.numpy()
+
+
+def frechet_distance(first: Float[np.ndarray, "F1 D"], second: Float[np.ndarray, "F2 D"]) -> float:
+    """Frechet distance of the Gaussians with the means and covariances of two sets of at least two frames.
+
+    Source: Kilgour et al. 2019, arXiv 1812.08466. Differs: log-mel frames in place of a network's embedding.
+    """
+    moments = [(np.mean(frames, axis=0), np.cov(frames, rowvar=False)) for frames in (first, second)]
+    return gaussian_frechet_distance(*moments[0], *moments[1])
+
+
+def gaussian_frechet_distance(
+    first_mean: Float[np.ndarray, "D"],
+    first_covariance: Float[np.ndarray, "D D"],
+    second_mean: Float[np.ndarray, "D"],
+    second_covariance: Float[np.ndarray, "D D"],
+) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
+
+    The last trace is the sum of the singular values of C1^(1/2) C2^(1/2): symmetric, and sound where a covariance is
+    singular, as that of fewer frames than bands is.
+    Source: Dowson and Landau 1982.
+    """
+    root = [_square_root(covariance) for covariance in (first_covariance, second_covariance)]
+    cross = np.linalg.svd(root[0] @ root[1], compute_uv=False).sum()
+    spread = np.trace(first_covariance) + np.trace(second_covariance) - 2 * cross
+    return float(np.sum((first_mean - second_mean) ** 2) + max(spread, 0.0))
+
+
+def _square_root(covariance: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def find_pitch(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Float[np.ndarray, "F"]:
+    """Fundamental frequency in Hz every 20 ms, NaN where the sound is not voiced (probabilistic YIN, 60 to 500 Hz)."""
+    centred = waveform - waveform.mean()  # a constant would count as periodic
+    pitch, _, _ = librosa.pyin(
+        centred,
+        fmin=LOWEST_PITCH_HZ,
+        fmax=HIGHEST_PITCH_HZ,
+        sr=sample_rate_hz,
+        frame_length=2 ** math.ceil(math.log2(0.08 * sample_rate_hz)),
+        hop_length=max(1, sample_rate_hz // 50),
+    )
+    return pitch

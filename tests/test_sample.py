@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import Float64
-from tiny import TINY_MODELS, as_module, tiny_model
+from model_cases import every_model
+from tiny import as_module, tiny_model
 from torch import Tensor
 
 from ct_audio import sample
@@ -45,7 +46,7 @@ def evaluator_nll(model: Any, stream: np.ndarray) -> Float64[Tensor, "T"]:
 
 
 @pytest.mark.parametrize("prime_length", [0, 21])
-@pytest.mark.parametrize("name", TINY_MODELS)
+@every_model
 def test_sampler_equals_evaluator(name: str, prime_length: int) -> None:
     """Equality 8 in float64, over window boundaries, filters on: what is reported is from before them."""
     model = lively_model(name)

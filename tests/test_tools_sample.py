@@ -50,9 +50,9 @@ def test_sample_writes_wavs_and_sidecars(
     assert printed.startswith("about ")
     assert "x real time" in printed
     assert "largest difference of log-probabilities" in printed
-    assert sorted(path.name for path in out.iterdir()) == [
-        f"sample_{lane}.{suffix}" for lane in range(2) for suffix in ("json", "png", "wav")
-    ]
+    samples = [f"sample_{lane}.{suffix}" for lane in range(2) for suffix in ("json", "png", "wav")]
+    state = [read_json(out / "sampling.json")["file"], "sampling.json"]  # what --resume goes on from
+    assert sorted(path.name for path in out.iterdir()) == samples + state
     for lane in range(2):
         waveform, rate = read_wav(out / f"sample_{lane}.wav")
         assert (len(waveform), rate) == (240, RATE)

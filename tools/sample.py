@@ -1,11 +1,14 @@
 """Sample audio from a trained model: wav files (PCM16), each with a JSON sidecar that says how it was made."""
 
 import argparse
+import contextlib
 import math
+import os
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,10 +17,10 @@ from ct_audio.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from ct_audio.checkpoint import LoadedRun
     from ct_audio.codec import Codec
+    from ct_audio.sample_session import PcmStream, SampleSet
 
 STATUS_VERIFICATION_FAILED = 3
 STATUS_FAULTY_SAMPLE = 4
@@ -28,50 +31,52 @@ VERIFY_LIMIT = 1e-3
 def main() -> int:
     """Parse, sample, write, and return the exit status."""
     arguments = _parse()
-    import torch  # after --help: it takes seconds
+    with contextlib.ExitStack() as stack:
+        pcm = None
+        if arguments.stdout:
+            if sys.stdout.isatty():
+                raise UserError("--stdout: raw audio is no text; pipe it, as in | aplay -f S16_LE -r 24000")
+            pcm = sys.stdout.buffer
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        import torch  # after --help: it takes seconds
 
-    from ct_audio.checkpoint import load_run_model
-    from ct_audio.distributed import choose_device
-    from ct_audio.sample import verify_steps
+        from ct_audio.checkpoint import load_run_model
+        from ct_audio.distributed import choose_device
+        from ct_audio.sample_session import PcmStream
+        from ct_audio.sample_state import directory_lock
+        from ct_audio.session import caught_signals
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    run = load_run_model(arguments.run, which=arguments.checkpoint, device=choose_device(arguments.device))
-    codec = _codec(run)
-    if codec.sample_rate_hz is None:
-        raise UserError(f"{arguments.run} is a model of text ({codec.name}); this tool writes audio only")
-    if arguments.num < 1:
-        raise UserError(f"--num: expected at least 1, got {arguments.num}")
-    num_codes = _num_codes("--seconds", arguments.seconds, codec.sample_rate_hz)
-    prime = _read_prime(arguments, codec)
-    _make_directory(arguments.out)
-    codes, log_probabilities = _sample(run, codec, arguments, num_codes, prime)
-    difference = None
-    if arguments.verify:
-        lanes = None if prime is None else _lanes_of(prime, codes)
-        difference = verify_steps(run.model, codes, log_probabilities, start_code=codec.start_code, prime=lanes)
-        print(f"largest difference of log-probabilities between steps and forward: {difference:.3g} nats")
-    faulty = _write(run, codec, arguments, codes, log_probabilities, prime, difference)
-    if difference is not None and not difference <= VERIFY_LIMIT:
-        print(f"error: verification failed: {difference:.3g} nats, expected at most {VERIFY_LIMIT}", file=sys.stderr)
-        return STATUS_VERIFICATION_FAILED
-    return STATUS_FAULTY_SAMPLE if faulty else 0
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu")
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+        run = load_run_model(arguments.run, which=arguments.checkpoint, device=choose_device(arguments.device))
+        codec = _codec(run)
+        if arguments.out is not None:
+            _make_directory(arguments.out)
+            stack.enter_context(directory_lock(arguments.out))
+        sets = _open_sets(run, codec, arguments)
+        signals = stack.enter_context(caught_signals())
+        return _run(sets, arguments, signals, None if pcm is None else PcmStream(pcm))
 
 
 def _parse() -> argparse.Namespace:
     parser = build_parser(
         "Sample audio from a trained model, several samples side by side. Exit status: 0 success, 2 the input does not "
         "fit, 3 --verify found a difference above 0.001 nats, 4 a sample is silent, clipped, stuck or runaway (all "
-        "files are written nevertheless)."
+        "files are written nevertheless), 128 + number after SIGINT, SIGTERM or SIGUSR1, which save first: the same "
+        "command with --resume goes on, as it does after kill -9."
     )
     parser.add_argument("run", help="directory of the run, as runs/NAME")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each sample")
     parser.add_argument("--num", type=int, default=4, help="number of samples")
     parser.add_argument("--seed", type=int, default=0, help="the same seed and --num give the same samples")
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1: safer; 0: the most probable code")
+    temperature = parser.add_mutually_exclusive_group()
+    temperature.add_argument("--temperature", type=float, default=1.0, help="below 1: safer; 0: the most probable code")
+    temperature.add_argument(
+        "--temperatures", metavar="T,T,...", help="one set of samples each, in DIR/temperature_T, and a report on them"
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable codes only")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest codes of total probability P")
     parser.add_argument("--prime", type=Path, metavar="WAV", help="audio file that all samples continue")
@@ -82,10 +87,32 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", choices=["best", "last"], default="best", help="best by validation NLL, or last"
     )
+    parser.add_argument("--corpus", metavar="DIR", help="where the run's corpus is now (for --temperatures)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's default")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for sample_0.wav, sample_0.json, ...")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for sample_0.wav, sample_0.json, ...")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the samples in DIR, unfinished ones or to more --seconds"
+    )
+    parser.add_argument(
+        "--save-every", type=float, default=60.0, metavar="S", help="seconds between saves for --resume"
+    )
+    parser.add_argument(
+        "--stdout",
+        action="store_true",
+        help="raw PCM16 (S16_LE, mono) as it is sampled, with --num 1; --out may be left out",
+    )
+    arguments = parser.parse_args()
+    if arguments.out is None and not arguments.stdout:
+        parser.error("the following arguments are required: --out (or --stdout)")
+    for option in ("resume", "plots", "temperatures"):
+        if arguments.out is None and getattr(arguments, option):
+            parser.error(f"--{option} needs --out")
+    if arguments.stdout and (arguments.num != 1 or arguments.temperatures):
+        parser.error("--stdout is for one sample: pass --num 1 and one --temperature")
+    if not arguments.save_every >= 0:
+        parser.error(f"--save-every: expected seconds of at least 0, got {arguments.save_every}")
+    return arguments
 
 
 def _codec(run: "LoadedRun") -> "Codec":
@@ -97,7 +124,49 @@ def _codec(run: "LoadedRun") -> "Codec":
     codec = codec_from_json(known) if known is not None else open_corpus(run.config.data.corpus).codec
     if codec.vocab_size != run.model.vocab_size:
         raise UserError(f"the codec {codec.name} has {codec.vocab_size} codes, the model {run.model.vocab_size}")
+    if codec.sample_rate_hz is None:
+        raise UserError(f"{run.config.name} is a model of text ({codec.name}); this tool writes audio only")
     return codec
+
+
+def _open_sets(run: "LoadedRun", codec: "Codec", arguments: argparse.Namespace) -> "list[SampleSet]":
+    """The sets of samples to be made, one a temperature; what does not fit is found before any is begun."""
+    from ct_audio.sample_session import Request, SampleSet
+
+    if arguments.num < 1:
+        raise UserError(f"--num: expected at least 1, got {arguments.num}")
+    rate = codec.sample_rate_hz
+    assert rate is not None
+    prime = _read_prime(arguments, codec, rate)
+    sets = []
+    for name, temperature in _temperatures(arguments):
+        request = Request(
+            num_codes=_num_codes("--seconds", arguments.seconds, rate),
+            num_lanes=arguments.num,
+            seed=arguments.seed,
+            temperature=temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            prime=prime,
+            prime_name=None if prime is None else arguments.prime.name,
+            include_prime=arguments.include_prime,
+        )
+        directory = None if arguments.out is None else arguments.out / name
+        sets.append(SampleSet(run, codec, request, directory, resume=arguments.resume))
+    return sets
+
+
+def _temperatures(arguments: argparse.Namespace) -> list[tuple[str, float]]:
+    """Folder below --out and temperature of each set."""
+    if arguments.temperatures is None:
+        return [("", arguments.temperature)]
+    try:
+        temperatures = [float(part) for part in arguments.temperatures.split(",")]
+    except ValueError:
+        raise UserError(f"--temperatures: expected numbers as 0.8,0.9,1, got {arguments.temperatures!r}") from None
+    if len(set(temperatures)) < len(temperatures):
+        raise UserError(f"--temperatures: expected each one once, got {arguments.temperatures}")
+    return [(f"temperature_{temperature:g}", temperature) for temperature in temperatures]
 
 
 def _num_codes(option: str, seconds: float, sample_rate_hz: int) -> int:
@@ -106,7 +175,7 @@ def _num_codes(option: str, seconds: float, sample_rate_hz: int) -> int:
     return round(seconds * sample_rate_hz)
 
 
-def _read_prime(arguments: argparse.Namespace, codec: "Codec") -> "np.ndarray | None":
+def _read_prime(arguments: argparse.Namespace, codec: "Codec", rate: int) -> "np.ndarray | None":
     """Codes of the prime."""
     if arguments.prime is None:
         if arguments.prime_seconds is not None or arguments.include_prime:
@@ -114,12 +183,11 @@ def _read_prime(arguments: argparse.Namespace, codec: "Codec") -> "np.ndarray | 
         return None
     from ct_audio.wav import read_wav, require_finite, resample
 
-    assert codec.sample_rate_hz is not None
     waveform, sample_rate_hz = read_wav(arguments.prime)
     require_finite(waveform, str(arguments.prime))
-    codes = codec.encode(resample(waveform, sample_rate_hz, codec.sample_rate_hz))
+    codes = codec.encode(resample(waveform, sample_rate_hz, rate))
     if arguments.prime_seconds is not None:
-        codes = codes[: _num_codes("--prime-seconds", arguments.prime_seconds, codec.sample_rate_hz)]
+        codes = codes[: _num_codes("--prime-seconds", arguments.prime_seconds, rate)]
     if not len(codes):
         raise UserError(f"{arguments.prime} is empty; choose another --prime")
     return codes
@@ -132,137 +200,78 @@ def _make_directory(path: Path) -> None:
         raise UserError(f"--out: cannot make the directory {path}: {error}") from error
 
 
-def _lanes_of(prime: "np.ndarray", like: "Tensor") -> "Tensor":
-    """The prime for each lane, [B, P]."""
-    import torch
-    from einops import repeat
+def _run(sets: "list[SampleSet]", arguments: argparse.Namespace, signals: list[int], stream: "PcmStream | None") -> int:
+    """Sample and write all sets and the report on them."""
+    corpus = None
+    if arguments.temperatures is not None:
+        from ct_audio.run_evaluation import run_corpus
+        from ct_audio.sample_report import require_comparable
 
-    return repeat(torch.from_numpy(prime.astype("int64")).to(like.device), "p -> b p", b=len(like))
+        corpus = run_corpus(sets[0].run, arguments.corpus)
+        require_comparable(sets, corpus)
+    _print_estimate(sets)
+    statuses = []
+    for one in sets:
+        if stream is not None and not one.num_resumed:
+            stream.write(one.prime_waveform())
+        _sample(one, arguments, signals, stream)
+        if one.stopped_by:
+            where = (
+                "nothing is saved without --out"
+                if one.directory is None
+                else f"saved in {one.directory}; go on with --resume"
+            )
+            seconds = one.num_codes / one.sample_rate_hz
+            print(f"stopped by {signal.Signals(one.stopped_by).name} at {seconds:.3f} s; {where}", file=sys.stderr)
+            return 128 + one.stopped_by
+        if one.num_codes:  # else the reader of --stdout has gone at once
+            statuses.append(_write(one, arguments))
+    if stream is not None and not stream.is_open:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own flush at the end would fail again
+    if corpus is not None:
+        from ct_audio.sample_report import write_report
+
+        write_report(arguments.out, sets, corpus)
+    return STATUS_VERIFICATION_FAILED if STATUS_VERIFICATION_FAILED in statuses else max(statuses, default=0)
 
 
-def _sample(
-    run: "LoadedRun", codec: "Codec", arguments: argparse.Namespace, num_codes: int, prime: "np.ndarray | None"
-) -> "tuple[Tensor, Tensor]":
-    """Codes [B, T] and their log-probabilities [B, T], with an estimate before, a bar, and the speed after."""
-    import torch
-    from tqdm import tqdm
+def _print_estimate(sets: "list[SampleSet]") -> None:
+    from ct_audio.sample import estimate_code_seconds
 
-    from ct_audio.evaluate import model_device
-    from ct_audio.sample import estimate_code_seconds, sample_codes
-
-    lanes = torch.empty(arguments.num, 0, device=model_device(run.model))
-    steps = sample_codes(
-        run.model,
-        num_lanes=arguments.num,
-        num_codes=num_codes,
-        seed=arguments.seed,
-        start_code=codec.start_code,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        prime=None if prime is None else _lanes_of(prime, lanes),
-    )
-    max_codes = 16 + num_codes // 50
+    num_codes = sum(one.num_left for one in sets)
+    if not num_codes:
+        return
+    first, num_lanes = sets[0], sets[0].request.num_lanes
     code_seconds = estimate_code_seconds(
-        run.model, num_lanes=arguments.num, start_code=codec.start_code, max_codes=max_codes
+        first.run.model, num_lanes=num_lanes, start_code=first.codec.start_code, max_codes=16 + num_codes // 50
     )
-    total = num_codes * arguments.num
-    print(f"about {code_seconds * num_codes:.0f} s for {total} samples ({arguments.num} x {num_codes})", flush=True)
-    began = time.perf_counter()
-    pairs = list(tqdm(steps, total=num_codes, desc="sample", unit="code", leave=False, disable=None))
-    codes = torch.stack([code for code, _ in pairs], dim=1)
-    log_probabilities = torch.stack([log_probability for _, log_probability in pairs], dim=1)
-    codes[0, 0].item()  # waits for the device
+    total = f"{num_codes * num_lanes} samples ({num_lanes} x {num_codes})"
+    print(f"about {code_seconds * num_codes:.0f} s for {total}", flush=True)
+
+
+def _sample(one: "SampleSet", arguments: argparse.Namespace, signals: list[int], stream: "PcmStream | None") -> None:
+    """Sample what is left of a set, with a bar, and print the speed."""
+    began, num_before = time.perf_counter(), one.num_codes
+    label = f"temperature {one.request.temperature:g}" if arguments.temperatures else "sample"
+    one.sample(signals=signals, stream=stream, save_every_seconds=arguments.save_every, label=label)
     seconds = max(time.perf_counter() - began, 1e-9)
-    assert codec.sample_rate_hz is not None
-    times_real_time = total / seconds / codec.sample_rate_hz
-    print(f"{total} samples in {seconds:.1f} s: {total / seconds:.0f} samples/s, {times_real_time:.4f} x real time")
-    return codes, log_probabilities
+    total = (one.num_codes - num_before) * one.request.num_lanes
+    if total and not one.stopped_by:
+        times_real_time = total / seconds / one.sample_rate_hz
+        print(f"{total} samples in {seconds:.1f} s: {total / seconds:.0f} samples/s, {times_real_time:.4f} x real time")
 
 
-def _write(
-    run: "LoadedRun",
-    codec: "Codec",
-    arguments: argparse.Namespace,
-    codes: "Tensor",
-    log_probabilities: "Tensor",
-    prime: "np.ndarray | None",
-    difference: float | None,
-) -> bool:
-    """Write wav, sidecar and picture of each lane; returns whether a sample is faulty."""
-    import numpy as np
-
-    from ct_audio.corpus import write_json
-    from ct_audio.sample_measures import find_faults, measure_sample
-    from ct_audio.wav import write_wav
-
-    rate = codec.sample_rate_hz
-    assert rate is not None
-    valid_nll_nats = run.state.get("progress", {}).get("best_valid_nll_nats")
-    any_faulty = False
-    for lane, (row, logs) in enumerate(zip(codes.cpu().numpy(), log_probabilities.cpu().numpy(), strict=True)):
-        waveform = codec.decode(row)
-        measures = measure_sample(row, logs, waveform, vocab_size=codec.vocab_size, sample_rate_hz=rate)
-        faults = find_faults(measures, vocab_size=codec.vocab_size, valid_nll_nats=valid_nll_nats)
-        sidecar = _settings(run, codec, arguments, prime) | measures | {"lane": lane, "warnings": faults}
-        if difference is not None:
-            sidecar["verify_max_abs_difference"] = difference if math.isfinite(difference) else None
-        path = arguments.out / f"sample_{lane}.wav"
-        heard = waveform if not arguments.include_prime or prime is None else np.r_[codec.decode(prime), waveform]
-        write_wav(path, heard, rate)
-        write_json(path.with_suffix(".json"), dict(sorted(sidecar.items())))
-        if arguments.plots:
-            _write_picture(path.with_suffix(".png"), heard, rate)
-        level = f"RMS {measures['rms_dbfs']:.1f} dBFS, peak {measures['peak']:.3f}"
-        print(f"{path}: {measures['nll_nats']:.4f} nats a sample, {level}, {measures['distinct_codes']} distinct codes")
-        for fault in faults:
-            print(f"warning: {path}: {fault}", file=sys.stderr)
-        any_faulty |= bool(faults)
-    return any_faulty
-
-
-def _settings(
-    run: "LoadedRun", codec: "Codec", arguments: argparse.Namespace, prime: "np.ndarray | None"
-) -> dict[str, Any]:
-    """The part of a sidecar that all lanes share: enough to make the sample again."""
-    from ct_audio.evaluate import model_device
-
-    assert codec.sample_rate_hz is not None
-    return {
-        "name": run.config.name,
-        "model": run.config.model.name,
-        "checkpoint": run.checkpoint_path.name,
-        "step": run.step,
-        "codec": codec.to_json(),
-        "sample_rate_hz": codec.sample_rate_hz,
-        "seed": arguments.seed,
-        "num_lanes": arguments.num,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-        "prime": None if prime is None else arguments.prime.name,
-        "prime_seconds": 0.0 if prime is None else len(prime) / codec.sample_rate_hz,
-        "prime_included": bool(arguments.include_prime),
-        "device": model_device(run.model).type,
-        "version": _version(),
-    }
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("ct_audio")
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _write_picture(path: Path, waveform: "np.ndarray", sample_rate_hz: int) -> None:
-    from ct_audio.metrics import spectrogram_figure
-
-    beside = path.with_name(path.name + ".tmp")
-    spectrogram_figure(waveform, sample_rate_hz).savefig(beside, format="png", dpi=120)
-    beside.replace(path)
+def _write(one: "SampleSet", arguments: argparse.Namespace) -> int:
+    """Verify a set if asked to, write its files, and return its exit status."""
+    difference = None
+    if arguments.verify:
+        difference = one.verify()
+        print(f"largest difference of log-probabilities between steps and forward: {difference:.3g} nats")
+    faults = one.write(verify_difference=difference, plots=arguments.plots)
+    if difference is not None and not difference <= VERIFY_LIMIT:
+        print(f"error: verification failed: {difference:.3g} nats, expected at most {VERIFY_LIMIT}", file=sys.stderr)
+        return STATUS_VERIFICATION_FAILED
+    return STATUS_FAULTY_SAMPLE if any(faults) else 0
 
 
 if __name__ == "__main__":
