@@ -13,7 +13,13 @@ from ct_audio.models import build_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 YAMLS = sorted(RECIPES.glob("*/*.yaml"))
-SIZES = {"paper": (38e6, 42e6), "small": (0.3e6, 1e6), "demo": (0.1e6, 0.3e6), "linear": (0, 0), "ablation": (0.05e6, 0.3e6)}
+SIZES = {
+    "paper": (38e6, 42e6),
+    "small": (0.3e6, 1e6),
+    "demo": (0.1e6, 0.3e6),
+    "ablation": (0.05e6, 0.3e6),
+    "linear": (0, 0),
+}
 
 
 def kind(path: Path) -> str:
