@@ -52,6 +52,7 @@ def test_baselines_have_the_models_codes_and_steps():
         assert config.data == configs["wavenet"].data
         assert config.train.num_steps == configs["wavenet"].train.num_steps
         assert config.train.valid_codes == configs["wavenet"].train.valid_codes
+        assert not config.train.validate_whole_split  # the demo scores both splits itself, once
 
 
 def test_other_places_reach_every_command():
@@ -135,6 +136,16 @@ def test_an_interruption_ends_the_commands(tmp_path, capsys):
     assert time.monotonic() - start < 30
     assert [file.read_text() for file in files.values()] == ["saved", "saved"]
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_results_stand_best_first(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("run,steps,valid (nats),test (nats)\na,1,3.0,2.987654\nb,,3.1,2.5\n")
+    assert [line.split()[-3:] for line in demo.results(table)] == [
+        ["better", "valid", "test"],
+        ["b", "3.1000", "2.5000"],
+        ["a", "3.0000", "2.9877"],
+    ]
 
 
 @pytest.mark.slow

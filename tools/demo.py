@@ -5,6 +5,7 @@ demo goes on: preparation, training and comparison see to that themselves; evalu
 in OUT/done that holds their commands and the checkpoints that these were run with.
 """
 
+import csv
 import hashlib
 import os
 import shlex
@@ -26,7 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("compressive_transformer", "wavenet")
 BASELINES = ("linear_prediction", "linear_prediction_fixed")
 SPLITS = ("valid", "test")
-AS_THE_MODELS = ("data.chunk_length=1920", "train.num_steps=700", "train.valid_codes=96000")
+AS_THE_MODELS = (
+    "data.chunk_length=1920",
+    "train.num_steps=700",
+    "train.valid_codes=96000",
+    "train.validate_whole_split=false",
+)
 """What the baselines have to be told for a line in the same chart, over the same stretch."""
 STATUS_FAULTY_SAMPLE = 4
 NUM_SAMPLES = 2
@@ -90,10 +96,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     print(f"in {ROOT}; every command can be run by itself")
-    began, times = time.monotonic(), []
+    began, times = clocks(), []
     for number, step in enumerate(steps, start=1):
         print(f"\n[{number}/{len(steps)}] {step.title}", flush=True)
-        start = time.monotonic()
+        start = clocks()
         statuses = run_once(step, places) if step.once else run_commands(step.commands)
         for label, status in statuses.items():
             if status not in step.accepted:
@@ -101,9 +107,11 @@ def main() -> int:
                     f"the demo stopped: exit status {status} of `{shown(step.commands[label])}`; "
                     "its message stands above; the same command goes on from here"
                 )
-        times.append((step.title, time.monotonic() - start))
-    times.append(("all of it", time.monotonic() - began))
-    print("\n" + "\n".join(f"{seconds:7.1f} s  {title}" for title, seconds in times))
+        times.append((step.title, *since(start)))
+    times.append(("all of it", *since(began)))
+    print("\n   wall      CPU")
+    print("\n".join(f"{wall:7.1f} s {cpu:7.1f} s  {title}" for title, wall, cpu in times))
+    print("\n" + "\n".join(results(ROOT / places.out / "table.csv")))
     print("\n" + "\n".join(what_to_open(places)))
     return 0
 
@@ -147,6 +155,17 @@ def evaluations(places: Places, split: str, names: tuple[str, ...]) -> dict[str,
         name: ["python", "tools/evaluate.py", str(places.run(name)), "--split", split, "--threads", "1"]
         for name in names
     }
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds of wall time, and of CPU time of all commands that have ended."""
+    times = os.times()
+    return time.monotonic(), times.children_user + times.children_system
+
+
+def since(start: tuple[float, float]) -> tuple[float, ...]:
+    """Seconds of both clocks from `start` to now."""
+    return tuple(now - then for now, then in zip(clocks(), start, strict=True))
 
 
 def shown(command: list[str]) -> str:
@@ -233,6 +252,16 @@ def end(running: dict[str, subprocess.Popen[str]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def results(table: Path) -> list[str]:
+    """Lines with the NLL of every run, best first; the whole table has a column for everything else."""
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: float(row[f"{SPLITS[-1]} (nats)"]))
+    lines = [f"{'NLL in nats a sample, less is better':40}" + "".join(f"{split:>8}" for split in SPLITS)]
+    for row in rows:
+        lines.append(f"  {row['run']:38}" + "".join(f"{float(row[f'{split} (nats)']):8.4f}" for split in SPLITS))
+    return lines
 
 
 def what_to_open(places: Places) -> list[str]:
