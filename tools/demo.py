@@ -133,7 +133,7 @@ def plan(places: Places, overrides: list[str], *, seconds: float, num_sentences:
         sample[model] = ["python", "tools/sample.py", str(places.run(model)), "--seconds", f"{seconds:g}"]
         sample[model] += ["--num", str(NUM_SAMPLES), "--seed", "0", "--threads", "1", "--plots"]
         sample[model] += ["--out", str(places.samples(model))]
-    runs = [str(places.run(name)) for name in (*MODELS, *BASELINES)]
+    runs = [str(places.run(name)) for name in (*BASELINES, *MODELS)]  # differences are from the first
     compare = ["python", "tools/compare.py", *runs, "--splits", *SPLITS, "--threads", "1", "--out", str(places.out)]
     return [
         Step("speech: synthesized, resampled, mu-law codes", {"": prepare}),
