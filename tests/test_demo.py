@@ -148,6 +148,19 @@ def test_results_stand_best_first(tmp_path):
     ]
 
 
+def test_ignored_interruptions_end_the_demo_and_nohup_holds():
+    program = (
+        "import signal, sys; sys.path[:0] = sys.argv[1:]; from recordings import load_script\n"
+        "for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\n"
+        "load_script('tools/demo.py', 'demo_tool').catch_signals()\n"
+        "signal.raise_signal(signal.SIGHUP); print('held', flush=True)\n"
+        "try: signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt: print('ended')\n"
+    )
+    command = [sys.executable, "-c", program, str(ROOT / "tests"), str(ROOT)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "held\nended\n"
+
+
 @pytest.mark.slow
 def test_the_whole_demo_small_interrupted_and_twice(tmp_path):
     few = ["train.num_steps=6", "train.valid_every_steps=3", "train.checkpoint_every_steps=2", "train.valid_codes=3840"]

@@ -93,8 +93,7 @@ def main() -> int:
         raise UserError(f"{ROOT} holds no recipes; run the demo from a copy of the whole project")
     places = Places(options.data, options.runs, options.out)
     steps = plan(places, options.overrides, seconds=options.seconds, num_sentences=options.num_sentences)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    catch_signals()
     print(f"in {ROOT}; every command can be run by itself")
     began, times = clocks(), []
     for number, step in enumerate(steps, start=1):
@@ -114,6 +113,13 @@ def main() -> int:
     print("\n" + "\n".join(results(ROOT / places.out / "table.csv")))
     print("\n" + "\n".join(what_to_open(places)))
     return 0
+
+
+def catch_signals() -> None:
+    """Interruptions become exceptions, in the commands too, even where a shell's `&` had them ignored; nohup holds."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
 
 def plan(places: Places, overrides: list[str], *, seconds: float, num_sentences: int) -> list[Step]:
