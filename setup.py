@@ -24,6 +24,7 @@ setup(
         "einops==0.8.2",
         "omegaconf==2.4.0",
         "safetensors==0.8.0",
+        "tokenizers==0.23.3",  # subwords of recipes/pg19
         "tensorboard==2.21.0",
         "jaxtyping==0.3.11",
         "tqdm==4.70.1",

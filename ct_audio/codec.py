@@ -1,10 +1,11 @@
 """Codecs: what turns a waveform or a text into integer codes and back, and what a code means.
 
 Shape letters: N samples, codes or bytes. To add a codec, write a frozen dataclass with the members of `Codec` and name
-it in `CODECS` at the foot.
+it in `CODECS` at the foot. Those with a vocabulary are in `text_codec.py`.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,6 +14,8 @@ import torchaudio
 from jaxtyping import Float, Integer, UInt8
 
 from ct_audio.errors import UserError
+from ct_audio.files import write_file
+from ct_audio.text_codec import Subword, Word, read_vocabulary, require_codes
 
 
 @runtime_checkable
@@ -43,11 +46,15 @@ class Codec(Protocol):
         ...
 
     def decode(self, codes: Integer[np.ndarray, "N"], /) -> Any:
-        """What the codes stand for; `encode(decode(codes))` is `codes`."""
+        """What the codes stand for, a waveform or bytes; `encode(decode(codes))` is `codes` (but see `Subword`)."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """Plain description; the inverse of `codec_from_json`."""
+        """Plain description; with `files` the inverse of `codec_from_json`."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Files that must lie beside the description, by name; none where the description says all."""
         ...
 
 
@@ -92,13 +99,17 @@ class MuLaw:
         Raises:
             UserError: a code is not in 0..255.
         """
-        _require_codes(codes, self.vocab_size, self.name)
+        require_codes(codes, self.vocab_size, self.name)
         wide = torch.from_numpy(codes.astype(np.int64))
         return torchaudio.functional.mu_law_decoding(wide, self.vocab_size).numpy()
 
     def to_json(self) -> dict[str, Any]:
         """Plain description; the inverse of `codec_from_json`."""
         return {"name": self.name, "sample_rate_hz": self.sample_rate_hz}
+
+    def files(self) -> dict[str, bytes]:
+        """None."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -122,23 +133,33 @@ class Byte:
         Raises:
             UserError: a code is not in 0..255.
         """
-        _require_codes(codes, self.vocab_size, self.name)
+        require_codes(codes, self.vocab_size, self.name)
         return codes.astype(np.uint8).tobytes()
 
     def to_json(self) -> dict[str, Any]:
         """Plain description; the inverse of `codec_from_json`."""
         return {"name": self.name}
 
+    def files(self) -> dict[str, bytes]:
+        """None."""
+        return {}
 
-def codec_from_json(description: Any) -> Codec:
+
+def codec_from_json(description: Any, directory: Path | None = None) -> Codec:
     """Build a codec from its plain description, as `{"name": "mu_law", "sample_rate_hz": 24000}`.
 
+    Args:
+        directory: where its files are (of a corpus or a run); None: for codecs that have none.
     Raises:
-        UserError: the name or a field is unknown, or a value does not fit.
+        UserError: the name or a field is unknown, or a value or a file does not fit.
     """
     name = description.get("name") if isinstance(description, dict) else None
     if not isinstance(description, dict) or not isinstance(name, str) or name not in CODECS:
         raise UserError(f"codec: expected a name out of {', '.join(sorted(CODECS))}, got {description!r}")
+    if name in VOCABULARY_CODECS:
+        if directory is None:
+            raise UserError(f"codec {name}: expected the directory of its vocabulary, of the corpus or the run")
+        return read_vocabulary(description, directory)
     fields = {key: value for key, value in description.items() if key != "name"}
     try:
         return CODECS[name](**fields)
@@ -146,9 +167,17 @@ def codec_from_json(description: Any) -> Codec:
         raise UserError(f"codec {description['name']}: {error}; got {description!r}") from error
 
 
-def _require_codes(codes: np.ndarray, vocab_size: int, name: str) -> None:
-    if codes.size and (codes.min() < 0 or codes.max() >= vocab_size):
-        raise UserError(f"codec {name}: expected codes in 0..{vocab_size - 1}, got {codes.min()}..{codes.max()}")
+def write_codec_files(codec: Codec, directory: Path) -> None:
+    """Write the files of a codec, each whole or not at all."""
+    for name, content in codec.files().items():
+        write_file(directory / name, content)
 
 
-CODECS: dict[str, type[MuLaw] | type[Byte]] = {"mu_law": MuLaw, "byte": Byte}
+CODECS: dict[str, type[MuLaw] | type[Byte] | type[Word] | type[Subword]] = {
+    "mu_law": MuLaw,
+    "byte": Byte,
+    "word": Word,
+    "subword": Subword,
+}
+VOCABULARY_CODECS = ("word", "subword")
+"""Codecs that are made from a training split and read back from a file."""

@@ -2,6 +2,7 @@
 
     corpus.json   format version, codec, unit, rate; per split: num_codes, seconds, sha256, document offsets and names,
                   of text its bytes and words; the source and the settings of the preparation
+    vocabulary.json   of words or subwords
     train.codes   raw codes, little-endian, one after another without gaps (uint8, or int32 for over 256 codes)
 
 Nothing is pickled; whatever is read is checked. Shape letters: N codes, R documents (recordings).
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from ct_audio.codec import Codec, codec_from_json
+from ct_audio.codec import Codec, codec_from_json, write_codec_files
 from ct_audio.errors import UserError
 from ct_audio.files import read_json, write_json
 
@@ -114,7 +115,7 @@ def open_corpus(path: str | Path, *, verify: bool = False) -> Corpus:
     path = Path(path)
     description = _read_description(path)
     try:
-        codec = codec_from_json(description.get("codec"))
+        codec = codec_from_json(description.get("codec"), path)
     except UserError as error:
         raise _damaged(path, str(error)) from error
     entries = description.get("splits")
@@ -154,6 +155,7 @@ class CorpusWriter:
         self.work_dir = Path(work_dir) if work_dir else self.path.with_name(self.path.name + ".partial")
         self._codec = codec
         self._header = {"source": source, "preparation": preparation}
+        self.dtype = code_dtype(codec)
         self._splits: dict[str, _SplitInProgress] = {}
         shutil.rmtree(self.work_dir, ignore_errors=True)
         self.work_dir.mkdir(parents=True)
@@ -187,10 +189,10 @@ class CorpusWriter:
         self._splits[split].extend(self._checked(self._splits[split].names[-1], codes))
 
     def _checked(self, name: str, codes: np.ndarray) -> np.ndarray:
-        lowest, highest, last = codes.min(initial=0), codes.max(initial=0), self._codec.vocab_size - 1
-        if lowest < 0 or highest > last:
-            raise UserError(f"document {name!r}: expected codes in 0..{last}, got {lowest}..{highest}")
-        return codes.astype(code_dtype(self._codec))
+        last = self._codec.vocab_size - 1
+        if codes.size and (codes.min() < 0 or codes.max() > last):
+            raise UserError(f"document {name!r}: expected codes in 0..{last}, got {codes.min()}..{codes.max()}")
+        return codes.astype(self.dtype)
 
     def describe(self) -> dict[str, Any]:
         """What corpus.json will say."""
@@ -205,7 +207,7 @@ class CorpusWriter:
             "splits": {
                 name: {
                     "file": f"{name}.codes",
-                    "dtype": code_dtype(self._codec).name,
+                    "dtype": self.dtype.name,
                     "num_codes": split.num_codes,
                     "seconds": round(split.num_codes / rate, 3) if rate else None,
                     "sha256": split.sha256.hexdigest(),
@@ -230,6 +232,7 @@ class CorpusWriter:
             raise UserError(f"{self.path} exists; choose another directory, or pass --overwrite")
         for split in self._splits.values():
             split.sync()
+        write_codec_files(self._codec, self.work_dir)
         write_json(self.work_dir / "corpus.json", self.describe())
         move_directory(self.work_dir, self.path)
 

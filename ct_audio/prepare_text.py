@@ -1,57 +1,39 @@
 """Preparation of texts: files, or parts of them, -> codes -> corpus; streamed, parallel, resumable.
 
-Texts go in shards of some megabytes through worker processes; their codes lie in OUT.partial until all are there; then
-the corpus is put together and renamed to OUT. Nothing larger than a shard is held in memory: a text is read in blocks
-of whole lines, which every text codec encodes as it does the whole (`encode(a + b)` is `encode(a)` and `encode(b)`
-where `a` ends with a line feed). Shape letters: N codes.
+The vocabulary, where the codec has one, is made from the training split. Texts go in shards of some megabytes through
+worker processes; their codes lie in OUT.partial until all are there; then the corpus is put together and renamed to
+OUT. Texts are read in blocks of whole lines, which every text codec encodes as it does the whole: no text is ever held
+in memory. Shape letters: N codes, V codes of the vocabulary.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Int32, Integer
 from tqdm import tqdm
 
-from ct_audio.codec import Codec, codec_from_json
+from ct_audio.codec import VOCABULARY_CODECS, Codec, codec_from_json, write_codec_files
 from ct_audio.corpus import Corpus, CorpusWriter, code_dtype, open_corpus
 from ct_audio.errors import UserError
-from ct_audio.files import hold_alone, read_json, write_file
+from ct_audio.files import hold_alone, read_json, write_file, write_json
 from ct_audio.preparation import existing_corpus, run_tasks
+from ct_audio.text import Text, as_words, read_blocks
+from ct_audio.text_codec import Subword, Word
 
 PREPARATION_VERSION = 1
 SHARD_BYTES = 8 << 20
-_BLOCK_BYTES = 1 << 20
+_VOCABULARY_BLOCK_BYTES = 1 << 16  # the tokenizers library holds 256 at a time
 _BLOCK_CODES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Text:
-    """One document: bytes `begin` to `end` of a file.
-
-    Attributes:
-        path: of the file, UTF-8 unless the codec is of bytes.
-        split: where it goes, as "train".
-        name: printable; need not be unique.
-        begin, end: in bytes.
-    """
-
-    path: Path
-    split: str
-    name: str
-    begin: int
-    end: int
-
-
-def whole_file(path: Path, split: str, name: str) -> Text:
-    """A file as one text."""
-    return Text(path, split, name, 0, path.stat().st_size)
 
 
 @dataclass(frozen=True)
@@ -60,39 +42,24 @@ class TextSettings:
 
     Attributes:
         codec: name of a text codec.
+        vocab_size: of subwords, at most; None for other codecs, bytes having 256 and words all that occur.
     """
 
     codec: str
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.codec == "subword") != (self.vocab_size is not None):
+            raise UserError(f"codec {self.codec}: expected a vocab_size for subwords only, got {self.vocab_size}")
 
     def to_json(self) -> dict[str, Any]:
         """Everything that decides the codes of a text."""
         fixed = {
             "preparation_version": PREPARATION_VERSION,
             "document_order": "as the recipe lists them, within a split",
-            "words": "separated by ASCII white space",
+            "words": "separated by ASCII white space" + (", and line ends" if self.codec == "word" else ""),
         }
         return asdict(self) | fixed
-
-
-def read_blocks(text: Text, *, block_bytes: int = _BLOCK_BYTES) -> Iterator[bytes]:
-    """A text in blocks, each but the last one ending with a line feed (a longer line is held as a whole).
-
-    Raises:
-        UserError: the file ends before the text does.
-    """
-    rest, left = b"", text.end - text.begin
-    with text.path.open("rb") as handle:
-        handle.seek(text.begin)
-        while left:
-            block = handle.read(min(left, block_bytes))
-            if not block:
-                raise UserError(f"{text.path}: expected {text.end} bytes, it has become shorter; run the command again")
-            left -= len(block)
-            block = rest + block
-            cut = block.rfind(b"\n") + 1 if left else len(block)
-            rest = block[cut:]
-            if cut:
-                yield block[:cut]
 
 
 def prepare_text(
@@ -115,7 +82,7 @@ def prepare_text(
     Raises:
         UserError: nothing to prepare, a text that is not of the codec, or `out` is taken.
     """
-    out, listed = Path(out), [text for text in texts if text.end > text.begin]
+    out, listed = Path(out), [text for text in texts if text.num_bytes]
     if not listed:
         raise UserError("there is nothing to prepare: the recipe found no text")
     listed.sort(key=lambda text: text.split)  # stable
@@ -130,21 +97,74 @@ def prepare_text(
         there = existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
         if there is None:
             (partial / "shards").mkdir(exist_ok=True)
-            codec = codec_from_json({"name": settings.codec})
-            shards = _encode(listed, partial / "shards", codec, settings, num_processes)
-            _assemble(shards, codec, partial, out, settings, source)
+            codec = _make_codec(listed, partial, settings, num_processes)
+            shards = _encode(listed, partial, codec, settings, num_processes)
+            codec, new_codes = _sort_codec(codec, shards)
+            writer = CorpusWriter(
+                out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus"
+            )
+            _assemble(shards, writer, new_codes)
+            writer.finish(overwrite=True)  # `existing_corpus` has seen what is there
         shutil.rmtree(partial, ignore_errors=True)
     return open_corpus(out), there is not None
 
 
+def _make_codec(texts: list[Text], partial: Path, settings: TextSettings, num_processes: int) -> Codec:
+    """The codec; a vocabulary is made from the training texts, and kept in `partial`."""
+    if settings.codec not in VOCABULARY_CODECS:
+        return codec_from_json({"name": settings.codec})
+    train = [text for text in texts if text.split == "train"]
+    if not train:
+        raise UserError("there is no text of the split train, which the vocabulary is made from")
+    key = {"texts": _hash_files(train), "settings": settings.to_json()}
+    try:
+        record = read_json(partial / "codec.json")
+        if record["key"] == json.loads(json.dumps(key)):
+            return codec_from_json(record["codec"], partial)
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        pass  # made again
+    os.environ.setdefault("RAYON_NUM_THREADS", str(num_processes))  # of the tokenizers library
+    with tqdm(
+        total=sum(text.num_bytes for text in train), unit="B", unit_scale=True, desc="vocabulary", disable=None
+    ) as progress:
+        blocks = _read_train(train, progress)
+        if settings.vocab_size is not None:
+            codec = Subword.train(blocks, settings.vocab_size)
+        else:
+            counts: Counter[bytes] = Counter()
+            for block in blocks:
+                counts.update(as_words(block))
+            codec = Word.from_counts(counts)
+    write_codec_files(codec, partial)
+    write_json(partial / "codec.json", {"key": key, "codec": codec.to_json()})
+    return codec
+
+
+def _read_train(texts: list[Text], progress: tqdm) -> Iterator[bytes]:
+    for text in texts:
+        for block in read_blocks(text, block_bytes=_VOCABULARY_BLOCK_BYTES):
+            yield block
+            progress.update(len(block))
+
+
 @dataclass(frozen=True)
 class _Shard:
-    """Consecutive texts of one split, and where their codes go."""
+    """Consecutive texts of one split, and where their codes go.
+
+    Attributes:
+        codec: its description as JSON; the codec is read from `directory`, once a process.
+    """
 
     texts: tuple[Text, ...]
     target: Path
-    codec: Codec
+    codec: str
+    directory: Path
     settings: TextSettings
+
+
+@lru_cache(maxsize=1)
+def _load_codec(description: str, directory: Path) -> Codec:
+    return codec_from_json(json.loads(description), directory)
 
 
 @dataclass(frozen=True)
@@ -157,12 +177,20 @@ class _Result:
 
 
 def _encode(
-    texts: list[Text], directory: Path, codec: Codec, settings: TextSettings, num_processes: int
+    texts: list[Text], partial: Path, codec: Codec, settings: TextSettings, num_processes: int
 ) -> list[tuple[_Shard, _Result]]:
-    shards = [_Shard(tuple(part), directory / f"{i:06d}", codec, settings) for i, part in enumerate(_group(texts))]
-    results = {index: result for index, shard in enumerate(shards) if (result := _reusable(shard)) is not None}
+    description = json.dumps(codec.to_json())
+    shards = [
+        _Shard(tuple(part), partial / "shards" / f"{index:06d}", description, partial, settings)
+        for index, part in enumerate(_group(texts))
+    ]
+    results = {
+        index: result
+        for index, shard in enumerate(shards)
+        if (result := _reusable(shard, code_dtype(codec))) is not None
+    }
     todo = {index: shard for index, shard in enumerate(shards) if index not in results}
-    sizes = [sum(text.end - text.begin for text in shard.texts) for shard in shards]
+    sizes = [sum(text.num_bytes for text in shard.texts) for shard in shards]
     num_processes = min(num_processes, -(-sum(sizes) // SHARD_BYTES))  # a process takes seconds to start
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="encode", disable=None) as progress:
         progress.update(sum(sizes[index] for index in results))
@@ -175,27 +203,30 @@ def _encode(
 def _group(texts: list[Text]) -> Iterator[list[Text]]:
     """Consecutive texts of one split, together at least SHARD_BYTES where there are as many."""
     part: list[Text] = []
+    num_bytes = 0
     for text in texts:
-        if part and (text.split != part[0].split or sum(t.end - t.begin for t in part) >= SHARD_BYTES):
+        if part and (text.split != part[0].split or num_bytes >= SHARD_BYTES):
             yield part
-            part = []
+            part, num_bytes = [], 0
         part.append(text)
+        num_bytes += text.num_bytes
     yield part
 
 
 def _encode_shard(shard: _Shard) -> _Result:
     """Codes of a shard's texts, one after another, in `target`.codes; what is known of them in `target`.json."""
-    key, dtype, crc32 = _key(shard), code_dtype(shard.codec), 0
+    codec = _load_codec(shard.codec, shard.directory)
+    key, dtype, crc32 = _key(shard), code_dtype(codec), 0
     num_codes, num_words = [0] * len(shard.texts), [0] * len(shard.texts)
     with shard.target.with_suffix(".codes").open("wb") as handle:  # the JSON file is what makes it count
         for index, text in enumerate(shard.texts):
             for block in read_blocks(text):
-                codes = _encode_block(shard.codec, block, text)
+                codes = _encode_block(codec, block, text)
                 raw = codes.astype(dtype).tobytes()
                 handle.write(raw)
                 crc32 = zlib.crc32(raw, crc32)
                 num_codes[index] += len(codes)
-                num_words[index] += _count_words(block, shard.settings)
+                num_words[index] += len(codes) if codec.name == "word" else len(block.split())
     result = _Result(tuple(num_codes), tuple(num_words), crc32)
     record = json.dumps({"key": key, "result": asdict(result)})
     write_file(shard.target.with_suffix(".json"), record.encode(), sync=False)
@@ -209,11 +240,7 @@ def _encode_block(codec: Codec, block: bytes, text: Text) -> Integer[np.ndarray,
         raise UserError(f"{text.path}, in {text.name!r}: {error}") from error
 
 
-def _count_words(block: bytes, settings: TextSettings) -> int:
-    return len(block.split())
-
-
-def _reusable(shard: _Shard) -> _Result | None:
+def _reusable(shard: _Shard, dtype: np.dtype) -> _Result | None:
     """What an interrupted run left of a shard, if texts and settings are still the same."""
     try:
         record = read_json(shard.target.with_suffix(".json"))
@@ -224,47 +251,61 @@ def _reusable(shard: _Shard) -> _Result | None:
         size = shard.target.with_suffix(".codes").stat().st_size
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
-    return result if size == sum(result.num_codes) * code_dtype(shard.codec).itemsize else None
+    return result if size == sum(result.num_codes) * dtype.itemsize else None
 
 
 def _key(shard: _Shard) -> dict[str, Any]:
-    parts = []
-    for text in shard.texts:
-        try:
-            status = text.path.stat()
-        except OSError as error:
-            raise UserError(f"cannot read {text.path}: {error.strerror}") from error
-        parts.append([text.split, text.name, text.begin, text.end, status.st_size, status.st_mtime_ns])
-    texts = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return {"texts": texts, "settings": shard.settings.to_json(), "codec": shard.codec.to_json()}
+    return {"texts": _hash_files(shard.texts), "settings": shard.settings.to_json(), "codec": shard.codec}
+
+
+def _hash_files(texts: Sequence[Text]) -> str:
+    """Hash over texts and over the sizes and times of their files."""
+    digest, found = hashlib.sha256(_hash_listing(texts).encode()), {}
+    for text in texts:
+        if text.path not in found:
+            try:
+                status = text.path.stat()
+            except OSError as error:
+                raise UserError(f"cannot read {text.path}: {error.strerror}") from error
+            found[text.path] = f"{status.st_size} {status.st_mtime_ns}\n".encode()
+        digest.update(found[text.path])
+    return digest.hexdigest()
+
+
+def _sort_codec(codec: Codec, shards: list[tuple[_Shard, _Result]]) -> tuple[Codec, Int32[np.ndarray, "V"] | None]:
+    """Subwords sorted by how often training has them, and the new code of each; other codecs as they are."""
+    if not isinstance(codec, Subword):
+        return codec, None
+    counts = np.zeros(codec.vocab_size, dtype=np.int64)
+    for shard, result in shards:
+        if shard.texts[0].split == "train":
+            codes = _read_codes(shard, result, code_dtype(codec))
+            for begin in range(0, len(codes), _BLOCK_CODES):
+                counts += np.bincount(codes[begin : begin + _BLOCK_CODES], minlength=codec.vocab_size)
+    return codec.sorted_by(counts)
 
 
 def _assemble(
-    shards: list[tuple[_Shard, _Result]],
-    codec: Codec,
-    partial: Path,
-    out: Path,
-    settings: TextSettings,
-    source: dict[str, Any],
+    shards: list[tuple[_Shard, _Result]], writer: CorpusWriter, new_codes: Int32[np.ndarray, "V"] | None
 ) -> None:
-    writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
+    """Write all texts in their order; `new_codes` maps their codes to the corpus's."""
     for shard, result in tqdm(shards, unit="shard", desc="write", disable=None):
-        codes, offset = _read_codes(shard, result), 0
+        codes, offset = _read_codes(shard, result, writer.dtype), 0
         for text, num_codes, num_words in zip(shard.texts, result.num_codes, result.num_words, strict=True):
-            if not num_codes:
-                continue  # nothing but white space, for words
-            part, offset = codes[offset : offset + num_codes], offset + num_codes
-            counts = {"num_bytes": text.end - text.begin, "num_words": num_words}
-            writer.add_document(text.split, text.name, part[:_BLOCK_CODES], **counts)
-            for begin in range(_BLOCK_CODES, num_codes, _BLOCK_CODES):
-                writer.extend_document(text.split, part[begin : begin + _BLOCK_CODES])
-    writer.finish(overwrite=True)  # `existing_corpus` has seen what is there
+            for begin in range(offset, offset + num_codes, _BLOCK_CODES):
+                part = codes[begin : min(begin + _BLOCK_CODES, offset + num_codes)]
+                part = part if new_codes is None else new_codes[part]
+                if begin == offset:
+                    counts = {"num_bytes": text.num_bytes, "num_words": num_words}
+                    writer.add_document(text.split, text.name, part, **counts)
+                else:
+                    writer.extend_document(text.split, part)
+            offset += num_codes
 
 
-def _read_codes(shard: _Shard, result: _Result) -> Integer[np.ndarray, "N"]:
+def _read_codes(shard: _Shard, result: _Result, dtype: np.dtype) -> Integer[np.ndarray, "N"]:
     """Memory map of a shard's codes, checked."""
-    file, dtype, crc32 = shard.target.with_suffix(".codes"), code_dtype(shard.codec), 0
-    num_codes = sum(result.num_codes)
+    file, num_codes, crc32 = shard.target.with_suffix(".codes"), sum(result.num_codes), 0
     if not num_codes:
         return np.zeros(0, dtype)
     if file.stat().st_size == num_codes * dtype.itemsize:
@@ -277,7 +318,7 @@ def _read_codes(shard: _Shard, result: _Result) -> Integer[np.ndarray, "N"]:
     raise UserError(f"{file} was damaged since it was written; run the same command again")
 
 
-def _hash_listing(texts: list[Text]) -> str:
+def _hash_listing(texts: Sequence[Text]) -> str:
     """Hash over names, splits and places: tells whether texts were added, changed or moved to another split."""
     digest = hashlib.sha256()
     for text in texts:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ct_audio.codec import CODECS, Byte, Codec, MuLaw, codec_from_json
+from ct_audio.codec import CODECS, Byte, Codec, MuLaw, codec_from_json, write_codec_files
 from ct_audio.errors import UserError
+from ct_audio.text_codec import Subword, Word
 from ct_audio.wav import read_wav, write_wav
 
 ALL_CODES = np.arange(256, dtype=np.uint8)
@@ -96,19 +97,30 @@ def test_text_is_encoded_as_utf8():
     assert Byte().sample_rate_hz is None
 
 
+EXAMPLES: dict[str, Codec] = {
+    "mu_law": MuLaw(),
+    "byte": Byte(),
+    "word": Word(("the", "<eos>", "cat", "<unk>")),
+    "subword": Subword.train([b"the cat\nthe hat\n"], 260),
+}
+
+
 @pytest.mark.parametrize("name", sorted(CODECS))
-def test_every_codec_keeps_the_contract(name):
-    codec = codec_from_json({"name": name})
+def test_every_codec_keeps_the_contract(name, tmp_path):
+    codec = EXAMPLES[name]
     assert isinstance(codec, Codec)
     assert codec.name == name
     assert 0 <= codec.start_code < codec.vocab_size
-    assert codec_from_json(codec.to_json()) == codec
+    write_codec_files(codec, tmp_path)
+    assert sorted(codec.files()) == [file.name for file in tmp_path.iterdir()]
+    assert codec_from_json(codec.to_json(), tmp_path) == codec
 
 
 @pytest.mark.parametrize(
     "description",
     [None, [], {}, {"name": "a_law"}, {"name": "mu_law", "rate": 1}, {"name": "mu_law", "sample_rate_hz": -1}]
-    + [{"name": "mu_law", "sample_rate_hz": value} for value in (True, "24000", None)],
+    + [{"name": "mu_law", "sample_rate_hz": value} for value in (True, "24000", None)]
+    + [{"name": "word"}, {"name": "byte", "vocabulary": "vocabulary.json"}],
 )
 def test_wrong_descriptions_are_refused(description):
     with pytest.raises(UserError, match="codec"):

@@ -9,6 +9,7 @@ import pytest
 from ct_audio.codec import Byte, MuLaw
 from ct_audio.corpus import CorpusWriter, open_corpus
 from ct_audio.errors import UserError
+from ct_audio.text_codec import Word
 
 
 def write_corpus(path, seed=0, codec=None):
@@ -53,6 +54,40 @@ def test_round_trip(tmp_path):
 def test_text_has_no_duration(tmp_path):
     write_corpus(tmp_path / "c", codec=Byte())
     assert open_corpus(tmp_path / "c").split("train").duration_seconds is None
+
+
+def test_text_is_counted_and_keeps_its_vocabulary(tmp_path):
+    codec = Word(("b", "a", "<unk>", "<eos>"))
+    writer = CorpusWriter(tmp_path / "c", codec, source={}, preparation={})
+    writer.add_document("train", "x", np.array([0, 1]), num_bytes=7, num_words=2)
+    writer.extend_document("train", np.array([2, 3, 3]))
+    writer.add_document("train", "y", np.array([1]), num_bytes=4, num_words=1)
+    with pytest.raises(UserError, match=r"document 'y': expected codes in 0\.\.3, got 4\.\.4"):
+        writer.extend_document("train", np.array([4]))
+    writer.finish()
+    corpus = open_corpus(tmp_path / "c", verify=True)
+    train = corpus.split("train")
+    assert (train.num_bytes, train.num_words, train.codes.dtype) == (11, 3, np.dtype("<i4"))
+    assert train.codes.tolist() == [0, 1, 2, 3, 3, 1]
+    assert train.document_offsets.tolist() == [0, 5]
+    assert corpus.codec == codec
+    for key in ("num_bytes", "num_words"):
+        for value in (-1, 1.0, True, None, 2**63):
+            edit(tmp_path / "c", set_train(**{key: value}))
+            with pytest.raises(UserError, match=f"expected {key}"):
+                open_corpus(tmp_path / "c")
+        edit(tmp_path / "c", set_train(**{key: 3}))
+    (tmp_path / "c" / "vocabulary.json").write_bytes(Word(("a", "b", "<unk>", "<eos>")).files()["vocabulary.json"])
+    with pytest.raises(UserError, match="has sha256"):
+        open_corpus(tmp_path / "c")
+    (tmp_path / "c" / "vocabulary.json").unlink()
+    with pytest.raises(UserError, match=r"cannot read the vocabulary .*vocabulary\.json"):
+        open_corpus(tmp_path / "c")
+
+
+def test_audio_has_no_words(tmp_path):
+    write_corpus(tmp_path / "c")
+    assert open_corpus(tmp_path / "c").split("train").num_words is None
 
 
 def test_fingerprint_tells_codes_apart(tmp_path):

@@ -16,6 +16,8 @@ from ct_audio.errors import UserError
 from ct_audio.prepare import AudioSettings, prepare_audio
 from ct_audio.prepare_text import prepare_text
 from ct_audio.report import summary_lines
+from ct_audio.text import require_decodes_back
+from ct_audio.text_statistics import statistics_table
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -48,6 +50,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     )
     parser.add_argument("--allow-dropped", action="store_true", help="go on though over 5%% of the files are unusable")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that was made otherwise")
+    parser.add_argument("--verify", action="store_true", help="texts: decode the corpus back and compare it with them")
     return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
 
 
@@ -92,6 +95,7 @@ def main() -> int:
         raise UserError(f"--num-processes: expected at least 1, got {options.num_processes}")
     folder = find_source(options, makes_recordings=getattr(recipe, "MAKES_RECORDINGS", False))
     own = {name: str(value) if isinstance(value, Path) else value for name, value in vars(recipe_options).items()}
+    own.pop("download", None)  # it changes where the data comes from, not what it is
     source = {"recipe": options.recipe.resolve().name, "path": str(folder), "options": own}
     prepare = prepare_texts if hasattr(recipe, "list_texts") else prepare_recordings
     start = time.monotonic()
@@ -125,8 +129,11 @@ def prepare_texts(
     recipe: ModuleType, recipe_options: argparse.Namespace, folder: Path, source: dict, options: argparse.Namespace
 ) -> bool:
     """Texts -> corpus; False if it was there already."""
+    if (options.gain_db, options.trim_db) != (0.0, None):
+        raise UserError(f"--gain-db and --trim-db are for recordings; {options.recipe} is of text")
+    texts = recipe.list_texts(folder, recipe_options)
     corpus, was_there = prepare_text(
-        recipe.list_texts(folder, recipe_options),
+        texts,
         options.out,
         settings=recipe.settings(recipe_options),
         source=source,
@@ -135,10 +142,11 @@ def prepare_texts(
     )
     if was_there:
         print(f"{options.out} is complete already: the same texts and settings ({corpus.fingerprint[:16]})")
-        return False
-    for split in corpus.splits.values():
-        print(f"{split.name}: {len(split.document_names)} documents, {split.num_bytes} bytes, {split.num_codes} codes")
-    return True
+    if options.verify:
+        print(f"{options.out} decodes back to its {require_decodes_back(corpus, texts)} bytes of text")
+    if not was_there:
+        print(statistics_table([corpus]))
+    return not was_there
 
 
 if __name__ == "__main__":

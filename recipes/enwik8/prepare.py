@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from ct_audio.errors import UserError
-from ct_audio.prepare_text import Text, TextSettings
+from ct_audio.prepare_text import TextSettings
+from ct_audio.text import Text
 
 SPLITS = {"train": 90, "valid": 5, "test": 5}
 """Percent of the bytes, from the beginning of the file on; of the whole file 90, 5 and 5 million, as usual."""
