@@ -27,6 +27,7 @@ from ct_audio.checkpoint import (
     read_state,
     split_memory,
 )
+from ct_audio.codec import write_codec_files
 from ct_audio.config import RunConfig, config_to_dict, config_to_yaml, load_config
 from ct_audio.corpus import Corpus, open_corpus
 from ct_audio.distributed import World, choose_device, data_parallel, on_first_rank
@@ -203,6 +204,8 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
             )
         stream.load_state_dict(state.get("stream", {}))
         progress = _progress_from_json(state.get("progress", {}), step=state["step"])
+    if world.is_first:
+        write_codec_files(corpus.codec, config.run_dir)  # so that the run alone can be sampled
     loss = ChunkLoss(model, device_type=device.type, precision=settings.precision)
     rate = corpus.codec.sample_rate_hz or math.inf
     codes = progress.step * data.num_lanes * data.chunk_length

@@ -67,7 +67,7 @@ def test_text_is_counted_and_keeps_its_vocabulary(tmp_path):
     writer.finish()
     corpus = open_corpus(tmp_path / "c", verify=True)
     train = corpus.split("train")
-    assert (train.num_bytes, train.num_words, train.codes.dtype) == (11, 3, np.dtype("<i4"))
+    assert (train.num_bytes, train.num_words, train.codes.dtype) == (11, 3, np.uint8)
     assert train.codes.tolist() == [0, 1, 2, 3, 3, 1]
     assert train.document_offsets.tolist() == [0, 5]
     assert corpus.codec == codec

@@ -187,9 +187,9 @@ def test_user_errors(tmp_path):
     texts[3].path.unlink()
     with pytest.raises(UserError, match="cannot read"):
         run(texts, tmp_path / "other", "word")
-    for wrong in ({"codec": "subword"}, {"codec": "word", "vocab_size": 300}):
+    for codec, vocab_size in (("subword", None), ("word", 300)):
         with pytest.raises(UserError, match="vocab_size"):
-            TextSettings(**wrong)
+            TextSettings(codec, vocab_size)
 
 
 def test_statistics(tmp_path):

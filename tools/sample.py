@@ -120,8 +120,8 @@ def _codec(run: "LoadedRun") -> "Codec":
     from ct_audio.codec import codec_from_json
     from ct_audio.corpus import open_corpus
 
-    known = run.state.get("codec")
-    codec = codec_from_json(known) if known is not None else open_corpus(run.config.data.corpus).codec
+    known, run_dir = run.state.get("codec"), run.checkpoint_path.parents[1]
+    codec = codec_from_json(known, run_dir) if known is not None else open_corpus(run.config.data.corpus).codec
     if codec.vocab_size != run.model.vocab_size:
         raise UserError(f"the codec {codec.name} has {codec.vocab_size} codes, the model {run.model.vocab_size}")
     if codec.sample_rate_hz is None:
