@@ -48,6 +48,7 @@ ROOMS = [
     "sample_measures",
     "sample_state",
     "analysis",
+    "analysis_figures",
     "session",
     "train",
     "sample_session",

@@ -119,7 +119,7 @@ class CompressiveLayer(nn.Module):
         query, own, later, remembered = self._project(rows, memory)
         old_memory, next_memory = push(memory.memory.detach(), rows.detach())
         stream = torch.cat([remembered, later], dim=1)
-        compressed_stream = self.key_value(self._read(memory.compressed_memory.detach()))
+        compressed_stream = self.key_value(self.read(memory.compressed_memory.detach()))
         num_windows = rows.shape[1] // view.geometry.window_length
         own = rearrange(own, "b (w t) d -> (b w) t d", w=num_windows)
         new_compressed, losses, usage = None, {}, None
@@ -134,7 +134,7 @@ class CompressiveLayer(nn.Module):
             new_compressed = new_compressed.to(rows.dtype)
             if self.config.compression_loss != "bptt":
                 new_compressed = new_compressed.detach()
-            compressed_stream = torch.cat([compressed_stream, self.key_value(self._read(new_compressed))], dim=1)
+            compressed_stream = torch.cat([compressed_stream, self.key_value(self.read(new_compressed))], dim=1)
         earlier = windows_of_memory(view.geometry, compressed_stream, stream, num_windows)
         attended = self._attend(query, torch.cat([*earlier, own], dim=1), view)
         outputs = self._finish(rows, attended)
@@ -144,6 +144,12 @@ class CompressiveLayer(nn.Module):
             _, next_memory = push(memory.memory, rows)
             memory = remember(memory, next_memory, new_compressed, view)
         return LayerOutput(outputs, memory, losses, usage)
+
+    @torch.no_grad()
+    def attention(self, rows: Float[Tensor, "B T D"], memory: LayerMemory, view: View) -> Float[Tensor, "B H T S"]:
+        """Attention weights of one window over compressed memory, memory and itself; `forward` makes none of them."""
+        seen = torch.cat([memory.compressed_memory, memory.memory, rows], dim=1)
+        return self._weights(self.query(self.read(rows)), self.key_value(self.read(seen)), view)
 
     def compress(
         self, old_memory: Float[Tensor, "B T D"], usage: Float[Tensor, "B MT"] | None, view: View
@@ -178,7 +184,7 @@ class CompressiveLayer(nn.Module):
             rotation: cosines and sines [P] of the position.
         """
         heads, width, extra = self.config.num_heads, self.config.width, self.config.num_heads * len(rotation[0])
-        projected = F.linear(self._read(rows), cache.weight, cache.bias)
+        projected = F.linear(self.read(rows), cache.weight, cache.bias)
         content, straight, turned, key, value = (
             part.unflatten(1, (heads, -1)) for part in projected.split([width, extra, extra, width, width], dim=1)
         )
@@ -235,7 +241,7 @@ class CompressiveLayer(nn.Module):
         Rows of the window that are not known yet get values that `step` overwrites.
         """
         rows = torch.cat([memory.compressed_memory, memory.memory, cache.inputs], dim=1)
-        both = self.key_value(self._read(rows))
+        both = self.key_value(self.read(rows))
         keys, values = rearrange(both, "b s (two h e) -> two b h s e", two=2, h=self.config.num_heads)
         cache.wide_keys[..., : keys.shape[-1]] = keys
         cache.values.copy_(values)
@@ -264,15 +270,15 @@ class CompressiveLayer(nn.Module):
         share = ((ramp + rearrange(self.spans(), "h -> h 1 1") - distances) / ramp).clamp(0, 1)
         return F.pad(share, (0, geometry.window_length), value=1.0)
 
-    def _read(self, rows: Tensor) -> Tensor:
+    def read(self, rows: Tensor) -> Tensor:
         """Rows as attention reads them: memory keeps raw inputs, pre-norm is applied here."""
         return self.attention_norm(rows) if self.config.norm_position == "pre" else rows
 
     def _project(self, rows: Tensor, memory: LayerMemory) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries [B, T, D]; keys and values [B, ..., 2 D] for the own window, for later windows, of the memory."""
-        read = self._read(rows)
-        own, later = shared_linear(read, self._read(rows.detach()), self.key_value.weight)
-        return self.query(read), own, later, self.key_value(self._read(memory.memory.detach()))
+        read = self.read(rows)
+        own, later = shared_linear(read, self.read(rows.detach()), self.key_value.weight)
+        return self.query(read), own, later, self.key_value(self.read(memory.memory.detach()))
 
     def _two_queries(self, query: Float[Tensor, "N T D"]) -> tuple[Tensor, Tensor]:
         """q + u [N, H, T, E] and W_R^T (q + v) [N, H, T, P]."""
@@ -304,8 +310,12 @@ class CompressiveLayer(nn.Module):
     @torch.no_grad()
     def _usage(self, query: Tensor, keys_values: Tensor, view: View) -> Float[Tensor, "B MT"]:
         """Attention that each row of memory and window gets from the window's queries: their sum, mean over heads."""
+        usage = reduce(self._weights(query, keys_values, view), "n h t s -> n s", "sum") / self.config.num_heads
+        return usage[:, view.geometry.compressed_memory_length :]
+
+    def _weights(self, query: Tensor, keys_values: Tensor, view: View) -> Float[Tensor, "N H T S"]:
         content_query, position_query, keys, _ = self._heads(query, keys_values, view)
-        weights = attention_weights(
+        return attention_weights(
             content_query,
             position_query,
             keys,
@@ -314,8 +324,6 @@ class CompressiveLayer(nn.Module):
             mask=view.mask,
             share=self._share(view.geometry),
         )
-        usage = reduce(weights, "n h t s -> n s", "sum") / self.config.num_heads
-        return usage[:, view.geometry.compressed_memory_length :]
 
     def _finish(self, rows: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual, feed-forward block, with the norm after or before each."""
