@@ -181,14 +181,13 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
 
 
 def find_pitch(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Float[np.ndarray, "F"]:
-    """Fundamental frequency in Hz every 20 ms, NaN where the sound is not voiced (probabilistic YIN, 60 to 500 Hz)."""
-    centred = waveform - waveform.mean()  # a constant would count as periodic
-    pitch, _, _ = librosa.pyin(
-        centred,
-        fmin=LOWEST_PITCH_HZ,
-        fmax=HIGHEST_PITCH_HZ,
-        sr=sample_rate_hz,
-        frame_length=2 ** math.ceil(math.log2(0.08 * sample_rate_hz)),
-        hop_length=max(1, sample_rate_hz // 50),
-    )
-    return pitch
+    """Fundamental frequency in Hz every 20 ms, NaN where the sound is not voiced (probabilistic YIN, 60 to 500 Hz).
+
+    What is quieter than SILENT_RMS_DBFS is not voiced: rounding errors of a constant would count as periodic.
+    """
+    centred = waveform - waveform.mean()
+    frame_length, hop_length = 2 ** math.ceil(math.log2(0.08 * sample_rate_hz)), max(1, sample_rate_hz // 50)
+    frames = {"frame_length": frame_length, "hop_length": hop_length}
+    pitch, _, _ = librosa.pyin(centred, fmin=LOWEST_PITCH_HZ, fmax=HIGHEST_PITCH_HZ, sr=sample_rate_hz, **frames)
+    quiet = librosa.feature.rms(y=centred, **frames)[0] < 10 ** (SILENT_RMS_DBFS / 20)
+    return np.where(quiet, np.nan, pitch)

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import math
-import os
 import signal
 import sys
 import time
@@ -226,8 +225,6 @@ def _run(sets: "list[SampleSet]", arguments: argparse.Namespace, signals: list[i
             return 128 + one.stopped_by
         if one.num_codes:  # else the reader of --stdout has gone at once
             statuses.append(_write(one, arguments))
-    if stream is not None and not stream.is_open:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python's own flush at the end would fail again
     if corpus is not None:
         from ct_audio.sample_report import write_report
 
