@@ -51,6 +51,7 @@ ROOMS = [
     "analysis_figures",
     "session",
     "train",
+    "branch",
     "sample_session",
     "sample_report",
     "cli",

@@ -1,0 +1,162 @@
+"""Branches of a run, and the optimisation experiment: against a run that never branched, and by hand."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from recordings import load_script
+from tiny_runs import assert_same_checkpoint, checkpoint_state, checkpoint_tensors, tiny_run
+
+from ct_audio.branch import branch_run
+from ct_audio.config import RunConfig, config_to_yaml
+from ct_audio.errors import UserError
+from ct_audio.metrics import read_metrics
+from ct_audio.optim import learning_rate, update_period
+from ct_audio.train import train
+
+optimisation = load_script("tools/optimisation.py", "optimisation_tool")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> RunConfig:
+    config = tiny_run(tmp_path, name="source", train__num_steps=4, train__validate_whole_split=False)
+    assert train(config) == 0
+    return config
+
+
+def branch(directory: Path, name: str, **changes: Any) -> RunConfig:
+    return tiny_run(directory, name=name, train__num_steps=8, train__validate_whole_split=False, **changes)
+
+
+def weights(config: RunConfig) -> dict[str, list]:
+    tensors = checkpoint_tensors(config)
+    return {name: t.tolist() for name, t in tensors.items() if name.startswith("model.safetensors")}
+
+
+def test_a_branch_that_changes_nothing_is_the_run_itself(source: RunConfig, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in source.run_dir.rglob("*") if path.is_file()}
+    same = branch(tmp_path, "same")
+    branch_run(source.run_dir, same)
+    assert train(same) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    unbranched = branch(tmp_path, "unbranched")
+    assert train(unbranched) == 0
+    assert_same_checkpoint(same, unbranched)
+    branch_run(source.run_dir, same)  # it has begun already: nothing happens
+    assert checkpoint_state(same)["step"] == 8
+
+
+def test_only_the_optimizer_may_change(source: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.seed"):
+        branch_run(source.run_dir, branch(tmp_path, "other", train__seed=1))
+    with pytest.raises(UserError, match="no checkpoint to branch off"):
+        branch_run(tmp_path / "nowhere", branch(tmp_path, "other"))
+    assert not (tmp_path / "runs" / "other").exists()
+
+
+def test_what_cannot_be_written_leaves_no_run(
+    source: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        branch_run(source.run_dir, branch(tmp_path, "other"))
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["source"]
+
+
+def test_settings_of_branches(tmp_path: Path) -> None:
+    base = tiny_run(tmp_path, optim__update_period={0: 1, 4: 2})
+    rates = {}
+    for name in ("kept", "rate_0", "rate_0.1", "period_4"):
+        changes = dict(override.split("=") for override in optimisation.settings_of(name, base, 8))
+        if name.startswith("period"):
+            assert changes == {"optim.update_period": "{0: 1, 4: 2, 8: 4}"}
+        optim: dict[str, Any] = {
+            key.replace(".", "__"): yaml.safe_load(value) for key, value in changes.items() if "rate" in name
+        }
+        optim["optim__update_period"] = {0: 1, 4: 2}
+        config = tiny_run(tmp_path, **optim)
+        rates[name] = [learning_rate(step, config.optim) for step in (8, 15)]
+        assert update_period(8, config.optim) == 2
+    now = learning_rate(7, base.optim)
+    assert rates["rate_0"] == [0, 0]
+    assert rates["rate_0.1"] == pytest.approx([0.1 * now, 0.1 * now])
+    assert rates["kept"] == rates["period_4"] == [learning_rate(step, base.optim) for step in (8, 15)]
+    for name in ("rate", "rate_x", "period_0", "period_1.5", "other_2", "rate_-1"):
+        with pytest.raises(UserError, match=f"got '{name}'"):
+            optimisation.settings_of(name, base, 8)
+
+
+def test_the_summary_by_hand() -> None:
+    kept = {"train": [(1, 9.0), (2, 9.0), (3, 2.0), (4, 3.0)], "valid": [(2, 5.0), (4, 4.0)]}
+    other = {"train": [(1, 0.0), (2, 0.0), (3, 2.5), (4, 4.0)], "valid": [(4, 4.5)]}
+    text, rows = optimisation.summary({"kept": kept, "rate_0": other}, 0, 4)
+    assert rows[0] == {
+        "branch": "kept",
+        "train (nats)": 2.5,
+        "minus kept": 0.0,
+        "standard error": 0.0,
+        "valid (nats)": 4.0,
+    }
+    assert rows[1]["train (nats)"] == 3.25
+    assert rows[1]["minus kept"] == 0.75
+    assert rows[1]["standard error"] == pytest.approx(0.25)  # stdev 0.25 * sqrt(2), over sqrt(2)
+    assert "| rate_0 | 3.2500 | 0.7500 | 0.2500 | 4.5000 |" in text
+
+
+def run_tool(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) -> int:
+    base = directory / "base.yaml"
+    base.write_text(config_to_yaml(tiny_run(directory)), encoding="utf-8")
+    arguments = [base, "--out", directory / "out", "--base-steps", 4, "--branch-steps", 4]
+    settings = ["--set", "train.validate_whole_split=false", "optim.decay_steps=0"]
+    monkeypatch.setattr("sys.argv", ["optimisation.py", *map(str, [*arguments, *options]), *settings])
+    return optimisation.main()
+
+
+def test_the_experiment_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_tool(tmp_path, monkeypatch, "--branches", "rate_0", "period_4") == 0
+    out = tmp_path / "out"
+    runs = {name: tiny_run(tmp_path, name=name, runs_dir=str(out / "runs")) for name in ("base", "rate_0", "period_4")}
+    assert weights(runs["rate_0"]) == weights(runs["base"])  # a rate of zero changes nothing
+    assert weights(runs["period_4"]) != weights(runs["base"])
+    updates = {name: checkpoint_tensors(run) for name, run in runs.items()}
+    counts = {name: next(t for key, t in found.items() if key.endswith("/step")) for name, found in updates.items()}
+    assert {name: int(count) for name, count in counts.items()} == {"base": 4, "rate_0": 8, "period_4": 5}
+    with (out / "curves.csv").open() as file:
+        points = list(csv.DictReader(file))
+    steps = [int(point["step"]) for point in points if (point["run"], point["split"]) == ("kept", "train")]
+    assert steps == list(range(5, 9))
+    with (out / "table.csv").open() as file:
+        rows = {row["branch"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["kept", "rate_0", "period_4"]
+    assert float(rows["kept"]["minus kept"]) == 0
+    assert all(math.isfinite(float(row["valid (nats)"])) for row in rows.values())
+    lines = [line for line in read_metrics(runs["rate_0"].run_dir) if "nll/train_nats" in line]
+    late = [line["nll/train_nats"] for line in lines if line["step"] > 6]
+    assert float(rows["rate_0"]["train (nats)"]) == pytest.approx(sum(late) / 2)
+    assert (out / "optimisation.png").read_bytes().startswith(b"\x89PNG")
+    logged = {path: path.read_bytes() for path in (out / "runs").glob("*/metrics.jsonl")}
+    assert len(logged) == 4
+    assert run_tool(tmp_path, monkeypatch, "--branches", "rate_0", "period_4") == 0
+    assert {path: path.read_bytes() for path in logged} == logged
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--branches", "period_3"], "period_3 ends within an update of 3 steps"),
+        (["--branches", "faster"], "expected names as rate_0"),
+        (["--branch-steps", 0], "--branch-steps: expected at least 1"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_trained(
+    options: list[Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run_tool(tmp_path, monkeypatch, *options)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,234 @@
+"""The optimisation experiment of Rae et al. 2019, section 5.5.1 and Figure 3, with any model and corpus.
+
+One run is trained to a late point. There it is branched: the learning rate is kept, multiplied (as by 0), or the
+optimizer updates less often. All branches see the same codes in the same order, so their training NLL is compared step
+by step. The same command again goes on where it stopped.
+"""
+
+import argparse
+import csv
+import io
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ct_audio.cli import build_parser, run_tool
+from ct_audio.errors import UserError
+
+if TYPE_CHECKING:
+    from ct_audio.config import RunConfig
+
+KEPT = "kept"
+NUM_SMOOTHED = 10
+"""Parts of the branches' length over which curves are smoothed: each mean is over one."""
+
+Curve = list[tuple[int, float]]
+
+
+def main() -> int:
+    """Parse, train what is missing, draw, print, and return the exit status."""
+    arguments = _parse()
+    from ct_audio.branch import branch_run  # after --help: it takes seconds
+    from ct_audio.config import load_config
+    from ct_audio.train import train
+
+    begin, end = arguments.base_steps, arguments.base_steps + arguments.branch_steps
+    overrides = [*arguments.set, f"runs_dir={arguments.out / 'runs'}"]
+    base = load_config(arguments.base, [*overrides, "name=base", f"train.num_steps={begin}"])
+    if not base.train.checkpoint_every_steps or not base.train.valid_every_steps:
+        raise UserError("train.checkpoint_every_steps, train.valid_every_steps: expected above 0; branches need both")
+    branches = {
+        name: load_config(
+            arguments.base,
+            [*overrides, f"name={name}", f"train.num_steps={end}", *settings_of(name, base, begin)],
+        )
+        for name in arguments.branches
+    }
+    for name, config in branches.items():
+        require_whole_updates(name, config, end)
+    status = train(base)
+    for config in branches.values():
+        if status == 0:
+            branch_run(base.run_dir, config)
+            status = train(config)
+    if status:
+        return status
+    curves = {name: read(config, begin) for name, config in branches.items()}
+    text, table = summary(curves, begin, end)
+    write(curves, read(base, 0), text, table, arguments.out, f"{base.model.name}, {base.data.corpus}")
+    print(text)
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = build_parser(
+        "Train one run to a late point and branch it: learning rate kept, or multiplied, or fewer updates. Draws the "
+        "training NLL of the branches (the paper's Figure 3) and what each costs on the same codes and on the "
+        "validation split. The same command again goes on where it stopped."
+    )
+    parser.add_argument("base", type=Path, help="YAML of any model")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for runs, table and picture")
+    parser.add_argument("--base-steps", type=int, required=True, metavar="S", help="steps before the branches")
+    parser.add_argument("--branch-steps", type=int, required=True, metavar="N", help="steps of each branch")
+    parser.add_argument(
+        "--branches",
+        nargs="+",
+        default=["rate_0", "period_2", "period_4"],
+        metavar="NAME",
+        help="rate_X: the learning rate of the last step before the branch times X, held from there on; period_P: an "
+        "update every P steps. The one that changes nothing is always there",
+    )
+    parser.add_argument("--set", nargs="*", default=[], metavar="A.B=C", help="overrides for all runs")
+    arguments = parser.parse_args()
+    for name in ("base_steps", "branch_steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    arguments.branches = list(dict.fromkeys([KEPT, *arguments.branches]))
+    return arguments
+
+
+def settings_of(name: str, base: "RunConfig", step: int) -> list[str]:
+    """The overrides of a branch that begins at `step`; schedules of earlier steps stay or no longer matter.
+
+    Raises:
+        UserError: there is no such branch.
+    """
+    from ct_audio.optim import learning_rate
+
+    if name == KEPT:
+        return []
+    kind, _, value = name.partition("_")
+    if kind == "rate" and re.fullmatch(r"\d+(\.\d+)?", value):
+        rate = float(value) * learning_rate(step - 1, base.optim)
+        # A schedule that has come to its end after one step holds this rate from there on.
+        return ["optim.warmup_steps=0", "optim.decay_steps=1", f"optim.final_learning_rate={rate!r}"]
+    if kind == "period" and re.fullmatch(r"[1-9]\d*", value):
+        before = {first: period for first, period in base.optim.update_period.items() if first < step}
+        return [f"optim.update_period={before | {step: int(value)}}"]
+    raise UserError(f"--branches: expected names as rate_0, rate_0.1 or period_4, got {name!r}")
+
+
+def require_whole_updates(name: str, config: "RunConfig", end: int) -> None:
+    """Raise `UserError` where the last step is not the last of its update."""
+    from ct_audio.optim import completes_update, update_steps
+
+    if not completes_update(end - 1, config.optim):
+        length = len(update_steps(end - 1, config.optim))
+        raise UserError(f"--branch-steps: {name} ends within an update of {length} steps; choose a multiple of it")
+
+
+def read(config: "RunConfig", begin: int) -> dict[str, Curve]:
+    """NLL in nats over steps after `begin`, of training (means since the log before) and of validation."""
+    from ct_audio.metrics import read_metrics
+
+    lines = [line for line in read_metrics(config.run_dir) if line["step"] > begin]
+    return {
+        split: [(line["step"], line[f"nll/{split}_nats"]) for line in lines if f"nll/{split}_nats" in line]
+        for split in ("train", "valid")
+    }
+
+
+def differences(curve: Curve, kept: Curve) -> Curve:
+    """Less the kept branch at the same steps: the same codes."""
+    by_step = dict(kept)
+    return [(step, value - by_step[step]) for step, value in curve if step in by_step]
+
+
+def summary(curves: dict[str, dict[str, Curve]], begin: int, end: int) -> tuple[str, list[dict[str, Any]]]:
+    """A table of the branches, as Markdown and as rows: training NLL of the last half, differences with errors."""
+    import numpy as np
+
+    from ct_audio.analysis import mean_and_error
+
+    rows = []
+    for name, curve in curves.items():
+        late = [point for point in curve["train"] if point[0] > (begin + end) / 2]
+        paired = np.array([difference for _, difference in differences(late, curves[KEPT]["train"])])
+        mean, error = mean_and_error(paired) if len(paired) > 1 else (paired.mean(), math.nan)
+        rows.append(
+            {
+                "branch": name,
+                "train (nats)": float(np.mean([value for _, value in late])),
+                "minus kept": float(mean),
+                "standard error": float(error),
+                "valid (nats)": curve["valid"][-1][1] if curve["valid"] else math.nan,
+            }
+        )
+    lines = [
+        f"| {' | '.join(rows[0])} |",
+        f"|{'---|' * len(rows[0])}",
+        *(
+            f"| {' | '.join(value if isinstance(value, str) else f'{value:.4f}' for value in row.values())} |"
+            for row in rows
+        ),
+    ]
+    about = f"Branches from step {begin} to {end}; training NLL of the second half, on the same codes.\n"
+    return "\n".join([about, *lines]), rows
+
+
+def write(
+    curves: dict[str, dict[str, Curve]],
+    base: dict[str, Curve],
+    text: str,
+    table: list[dict[str, Any]],
+    out: Path,
+    title: str,
+) -> None:
+    """table.md, table.csv, curves.csv and optimisation.png."""
+    from ct_audio.files import write_file
+
+    points = [
+        {"run": name, "split": split, "step": step, "nll_nats": value}
+        for name, by_split in {"base": base, **curves}.items()
+        for split, curve in by_split.items()
+        for step, value in curve
+    ]
+    for name, rows in (("table", table), ("curves", points)):
+        content = io.StringIO()
+        writer = csv.DictWriter(content, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(out / f"{name}.csv", content.getvalue().encode())
+    write_file(out / "table.md", f"{text}\n".encode())
+    image = io.BytesIO()
+    draw(curves, base, title).savefig(image, dpi=110, format="png")
+    write_file(out / "optimisation.png", image.getvalue())
+
+
+def draw(curves: dict[str, dict[str, Curve]], base: dict[str, Curve], title: str) -> Any:
+    """Smoothed training NLL, what separates the branches on the same codes, and validation NLL."""
+    from matplotlib.figure import Figure
+
+    from ct_audio.curves import running_mean
+
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    absolute, relative, validation = figure.subplots(1, 3)
+    length = max(1, len(curves[KEPT]["train"]) // NUM_SMOOTHED)
+    before = running_mean([(float(step), value) for step, value in base["train"]], length)[-3 * NUM_SMOOTHED :]
+    absolute.plot(*zip(*before, strict=True), color="0.5", label="before")
+    validation.plot(*zip(*base["valid"][-3:], strict=True), color="0.5", marker="o", label="before")
+    for index, (name, curve) in enumerate(curves.items()):
+        look = {"color": f"C{index}", "label": name}
+        train = [(float(step), value) for step, value in curve["train"]]
+        gap = [(float(step), value) for step, value in differences(curve["train"], curves[KEPT]["train"])]
+        absolute.plot(*zip(*running_mean(train, length), strict=True), **look)
+        relative.plot(*zip(*running_mean(gap, length), strict=True), **look)
+        if curve["valid"]:
+            validation.plot(*zip(*base["valid"][-1:], *curve["valid"], strict=True), marker="o", **look)
+    absolute.set_ylabel(f"training NLL (nats a code, means of {length} logs)")
+    relative.set_ylabel("training NLL less that of the kept rate (nats a code)")
+    validation.set_ylabel("validation NLL (nats a code)")
+    for panel in (absolute, relative, validation):
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    absolute.legend()
+    figure.suptitle(f"{title}: settings changed at step {base['train'][-1][0]}", fontsize=10)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
