@@ -255,7 +255,7 @@ def _build_section(cls: type, values: Any, name: str, source: str) -> Any:
         if fields[key].type is float and type(value) is int:
             value = float(value)
         try:
-            schema[key] = value  # assigned, not merged: mappings and lists replace the default
+            OmegaConf.update(schema, key, value, merge=False)  # mappings and lists replace the default
             merged[key] = OmegaConf.to_container(schema)[key]  # type: ignore[index,call-overload]
         except OmegaConfBaseException as error:
             raise UserError(

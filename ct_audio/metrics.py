@@ -11,6 +11,8 @@ import json
 import os
 import resource
 import sys
+import threading
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAt
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from ct_audio.files import write_file
 
 _BY_AUDIO = "_by_audio/"
 
@@ -43,9 +47,11 @@ class MetricsWriter:
         if not enabled:
             return
         _cut_lines(run_dir / "metrics.jsonl", step)
+        for path in run_dir.glob("events.out.tfevents.*.tmp"):  # of a process that was killed while it cut
+            path.unlink()
         for path in sorted(run_dir.glob("events.out.tfevents.*")):
             _cut_events(path, step=step, audio_seconds=int(audio_seconds))
-        self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self._lines = (run_dir / "metrics.jsonl").open("ab", buffering=0)  # what a full disk refused is not kept back
         self._writer = SummaryWriter(str(run_dir))
 
     def scalars(
@@ -63,8 +69,9 @@ class MetricsWriter:
             if audio_seconds is not None and tag.startswith("nll/"):
                 self._writer.add_scalar(tag.replace("/", _BY_AUDIO, 1), value, int(audio_seconds))
         line = {"step": step, "wall_seconds": wall_seconds, "audio_seconds": audio_seconds, **values}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
+        rest = memoryview(f"{json.dumps(line)}\n".encode())
+        while rest:
+            rest = rest[self._lines.write(rest) :]
 
     def audio(self, tag: str, waveform: Float[np.ndarray, "N"], *, step: int, sample_rate_hz: int) -> None:
         """Log a sound in [-1, 1]."""
@@ -101,8 +108,10 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and end."""
         if self._writer is not None:
-            self._writer.close()
-            self._lines.close()
+            try:
+                self._writer.close()
+            finally:
+                self._lines.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -154,9 +163,7 @@ def memory_use_mib() -> dict[str, float]:
 
 def _cut_lines(path: Path, step: int) -> None:
     kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
+    write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def _cut_events(path: Path, *, step: int, audio_seconds: int) -> None:
@@ -164,12 +171,20 @@ def _cut_events(path: Path, *, step: int, audio_seconds: int) -> None:
 
     TensorBoard's own purge goes by one step for all tags, which those over audio seen would not survive.
     """
-    beside = path.with_name(f"cut.{path.name}.tmp")
-    with beside.open("wb") as handle:
-        writer = RecordWriter(handle)
-        for record in RawEventFileLoader(str(path)).Load():
-            event = Event.FromString(record)
-            by_audio = any(_BY_AUDIO in value.tag for value in event.summary.value)
-            if event.step <= (audio_seconds if by_audio else step):
-                writer.write(record)
-    beside.replace(path)
+    kept = BytesIO()
+    writer = RecordWriter(kept)
+    for record in RawEventFileLoader(str(path)).Load():
+        event = Event.FromString(record)
+        by_audio = any(_BY_AUDIO in value.tag for value in event.summary.value)
+        if event.step <= (audio_seconds if by_audio else step):
+            writer.write(record)
+    write_file(path, kept.getvalue())
+
+
+def _no_second_report(arguments: threading.ExceptHookArgs, before: Any = threading.excepthook) -> None:
+    """An OSError of TensorBoard's thread (a full disk) is raised by its writer's next call: no traceback as well."""
+    if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
+        before(arguments)
+
+
+threading.excepthook = _no_second_report
