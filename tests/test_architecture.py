@@ -20,6 +20,7 @@ ROOMS = [
     "text",
     "prepare_text",
     "text_statistics",
+    "download",
     "window_stream",
     "losses",
     "models.interface",

@@ -59,7 +59,8 @@ def load_recipe(folder: Path) -> ModuleType:
 
     It defines `add_arguments(parser)` and `list_recordings(source: Path, options: Namespace) -> list[Recording]`, and
     `MAKES_RECORDINGS = True` if it fills `source` itself. A recipe of text defines `list_texts(source, options) ->
-    list[Text]` and `settings(options) -> TextSettings` in place of `list_recordings`.
+    list[Text]` and `settings(options) -> TextSettings` in place of `list_recordings`. One with an option --download
+    (see `ct_audio.download`) defines `download(folder: Path, options)`, which fetches what is missing.
     """
     file = folder / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
@@ -72,12 +73,18 @@ def load_recipe(folder: Path) -> ModuleType:
     return module
 
 
-def find_source(options: argparse.Namespace, *, makes_recordings: bool) -> Path:
-    """The folder of the recordings, which exists unless the recipe makes it."""
-    if makes_recordings:
+def find_source(options: argparse.Namespace, recipe: ModuleType, recipe_options: argparse.Namespace) -> Path:
+    """The folder of the data, which exists unless the recipe makes or downloads it."""
+    if getattr(recipe, "MAKES_RECORDINGS", False):
         return options.source or options.out.with_name(options.out.name + "_recordings")
+    if getattr(recipe_options, "download", False):
+        folder = options.source or options.out.with_name(options.out.name + "_source")
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.download(folder, recipe_options)
+        return folder
     if options.source is None:
-        raise UserError(f"--source: expected the folder of the data; {options.recipe} makes none of its own")
+        advice = "pass it, or -- --download" if hasattr(recipe, "download") else "pass it"
+        raise UserError(f"--source: expected the folder of the data; {options.recipe} makes none of its own: {advice}")
     if not options.source.is_dir():
         raise UserError(f"--source {options.source}: expected a folder of the data; it does not exist")
     return options.source
@@ -93,9 +100,9 @@ def main() -> int:
     recipe_options = recipe_parser.parse_args(rest)
     if options.num_processes < 1:
         raise UserError(f"--num-processes: expected at least 1, got {options.num_processes}")
-    folder = find_source(options, makes_recordings=getattr(recipe, "MAKES_RECORDINGS", False))
+    folder = find_source(options, recipe, recipe_options)
     own = {name: str(value) if isinstance(value, Path) else value for name, value in vars(recipe_options).items()}
-    own.pop("download", None)  # it changes where the data comes from, not what it is
+    own = {name: value for name, value in own.items() if not name.startswith("download")}  # not what the data is
     source = {"recipe": options.recipe.resolve().name, "path": str(folder), "options": own}
     prepare = prepare_texts if hasattr(recipe, "list_texts") else prepare_recordings
     start = time.monotonic()

@@ -3,16 +3,42 @@
 import argparse
 from pathlib import Path
 
+from ct_audio.download import (
+    RemoteFile,
+    add_download_arguments,
+    download_files,
+    mirror_urls,
+    require_checksum,
+    unpack,
+)
 from ct_audio.errors import UserError
 from ct_audio.prepare_text import TextSettings
 from ct_audio.text import Text
 
+MIRRORS = (
+    "https://mattmahoney.net/dc",
+    "http://mattmahoney.net/dc",
+    "https://data.deepai.org",
+    "https://cs.fit.edu/~mmahoney/compression",
+)
+ARCHIVE_CHECKSUM = "sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
+CHECKSUM = "md5:a1fa5ffddb56f4953e226637dabbb36a"
 SPLITS = {"train": 90, "valid": 5, "test": 5}
 """Percent of the bytes, from the beginning of the file on; of the whole file 90, 5 and 5 million, as usual."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """This recipe has no options of its own."""
+    """Options that stand after -- on the command line."""
+    add_download_arguments(parser)
+
+
+def download(folder: Path, options: argparse.Namespace) -> None:
+    """Fetch and unpack enwik8 (36 MB) into a folder, unless it is there."""
+    urls = mirror_urls("enwik8.zip", [*options.download_mirror, *MIRRORS])
+    if not (folder / "enwik8").is_file():
+        download_files([RemoteFile("enwik8.zip", urls, ARCHIVE_CHECKSUM)], folder)
+        unpack(folder / "enwik8.zip", {"enwik8": folder / "enwik8"})
+    require_checksum(folder / "enwik8", CHECKSUM)
 
 
 def settings(options: argparse.Namespace) -> TextSettings:

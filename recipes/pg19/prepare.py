@@ -1,25 +1,91 @@
 """PG-19: books of Project Gutenberg from before 1919, one document a book, as subwords."""
 
 import argparse
+import base64
 import csv
+import json
+import re
+import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from ct_audio.download import RemoteFile, add_download_arguments, download_files, mirror_urls, read_url
 from ct_audio.errors import UserError
 from ct_audio.prepare_text import TextSettings
 from ct_audio.report import printable
 from ct_audio.text import Text, whole_file
 
+MIRRORS = (
+    "https://storage.googleapis.com/deepmind-gutenberg",
+    "https://deepmind-gutenberg.storage.googleapis.com",
+    "https://commondatastorage.googleapis.com/deepmind-gutenberg",
+)
+BUCKET_LISTINGS = ("https://storage.googleapis.com/storage/v1/b/deepmind-gutenberg/o",)
+"""Of the public bucket, with checksums, page by page."""
+PLAIN_LISTINGS = ("https://huggingface.co/datasets/deepmind/pg19/resolve/main/data",)
+"""Names alone, in train_files.txt, validation_files.txt and test_files.txt."""
 FOLDERS = {"train": "train", "validation": "valid", "test": "test"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that stand after -- on the command line."""
-    parser.add_argument("--vocab-size", type=int, default=32_000, help="subwords, at most")
+    add_download_arguments(parser)
+    parser.add_argument(
+        "--download-connections", type=int, default=16, metavar="N", help="books fetched at the same time"
+    )
+    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="V", help="subwords, at most")
 
 
 def settings(options: argparse.Namespace) -> TextSettings:
     """Subwords of the training split."""
     return TextSettings(codec="subword", vocab_size=options.vocab_size)
+
+
+def download(folder: Path, options: argparse.Namespace) -> None:
+    """Fetch every book (28,752 of them, 11 GB) and metadata.csv that is not in a folder yet."""
+    mirrors = [*options.download_mirror, *MIRRORS]
+    checksums: dict[str, str | None] = {"metadata.csv": None}
+    for name in FOLDERS:
+        checksums |= list_bucket(name) if not options.download_mirror else list_plainly(name, options.download_mirror)
+    files = [RemoteFile(name, mirror_urls(name, mirrors), checksum) for name, checksum in checksums.items()]
+    download_files(files, folder, num_threads=options.download_connections)
+
+
+def list_bucket(folder: str) -> dict[str, str | None]:
+    """Name and MD5 of every book of a folder, from the bucket; without MD5 from a plain listing if it has none."""
+    found: dict[str, str | None] = {}
+    query = {"prefix": f"{folder}/", "maxResults": "1000", "fields": "items(name,md5Hash),nextPageToken"}
+    try:
+        while True:
+            page = json.loads(read_url([f"{url}?{urllib.parse.urlencode(query)}" for url in BUCKET_LISTINGS]))
+            found |= {item["name"]: _md5(item.get("md5Hash")) for item in page.get("items", [])}
+            if not page.get("nextPageToken"):
+                return _require_books(found, folder)
+            query["pageToken"] = str(page["nextPageToken"])
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
+        return list_plainly(folder, ())
+
+
+def list_plainly(folder: str, mirrors: Sequence[str]) -> dict[str, str | None]:
+    """Name of every book of a folder, from FOLDER_files.txt of a mirror."""
+    lines = read_url(mirror_urls(f"{folder}_files.txt", [*mirrors, *PLAIN_LISTINGS])).decode("utf-8", "replace")
+    return _require_books(dict.fromkeys(lines.split()), folder)
+
+
+def _require_books(names: dict[str, str | None], folder: str) -> dict[str, str | None]:
+    """Names are paths on this machine soon: nothing but NUMBER.txt in the folder."""
+    names = {name: checksum for name, checksum in names.items() if not name.endswith("/")}
+    for name in names:
+        if not re.fullmatch(rf"{folder}/[0-9]{{1,9}}\.txt", name):
+            raise UserError(f"listing of {folder}: expected names as {folder}/123.txt, got {name[:80]!r}")
+    if not names:
+        raise UserError(f"listing of {folder}: expected names as {folder}/123.txt, got none")
+    return names
+
+
+def _md5(encoded: Any) -> str | None:
+    return f"md5:{base64.b64decode(encoded, validate=True).hex()}" if isinstance(encoded, str) else None
 
 
 def list_texts(source: Path, options: argparse.Namespace) -> list[Text]:
@@ -53,6 +119,6 @@ def read_titles(file: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read as comma-separated text: {error}") from error
     for number, row in enumerate(rows, start=1):
-        if len(row) != 4:
+        if len(row) < 2:
             raise UserError(f"{file}, line {number}: expected number, title, year and URL, got {row}")
     return {row[0]: row[1] for row in rows}

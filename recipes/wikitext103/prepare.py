@@ -4,11 +4,22 @@ import argparse
 import re
 from pathlib import Path
 
+from ct_audio.download import RemoteFile, add_download_arguments, download_files, mirror_urls, unpack
 from ct_audio.errors import UserError
 from ct_audio.prepare_text import TextSettings
 from ct_audio.report import printable
 from ct_audio.text import Text
 
+MIRRORS = (
+    "https://wikitext.smerity.com",
+    "https://s3.amazonaws.com/research.metamind.io/wikitext",
+    "https://web.archive.org/web/2020id_/https://s3.amazonaws.com/research.metamind.io/wikitext",
+)
+"""The second is where it was published; it has answered 403 since 2024, and the third is the Wayback Machine's copy."""
+ARCHIVE_CHECKSUMS = {
+    "wikitext-103": "sha256:242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+    "wikitext-2": "sha256:92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+}
 SPLITS = ("train", "valid", "test")
 _TITLE = re.compile(rb" = ([^=\s](?:.*[^=\s])?) = \n")
 _EMPTY = b" \n"
@@ -16,6 +27,22 @@ _EMPTY = b" \n"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that stand after -- on the command line."""
+    add_download_arguments(parser)
+    parser.add_argument(
+        "--download-set", choices=sorted(ARCHIVE_CHECKSUMS), default="wikitext-103", help="which one to fetch"
+    )
+
+
+def download(folder: Path, options: argparse.Namespace) -> None:
+    """Fetch and unpack the files (190 MB, or 4.5 MB for WikiText-2) into a folder, unless they are there."""
+    name = options.download_set
+    files = {f"{name}/wiki.{split}.tokens": folder / f"wiki.{split}.tokens" for split in SPLITS}
+    if all(file.is_file() for file in files.values()):
+        return
+    archive = f"{name}-v1.zip"
+    urls = mirror_urls(archive, [*options.download_mirror, *MIRRORS])
+    download_files([RemoteFile(archive, urls, ARCHIVE_CHECKSUMS[name])], folder)
+    unpack(folder / archive, files)
 
 
 def settings(options: argparse.Namespace) -> TextSettings:

@@ -1,0 +1,88 @@
+"""A mirror on this machine: files with ranges and ETags, and every way in which mirrors fail."""
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Mirror:
+    """What a server serves, and what it was asked for.
+
+    Attributes:
+        url: its address.
+        files: content by path.
+        failures: HTTP statuses by path, one an answer, before the file is served; 0 stands for half of the answer,
+            after which the connection breaks off.
+        has_ranges: False: always the whole file.
+        requests: path and Range header of every request.
+    """
+
+    url: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    failures: dict[str, list[int]] = field(default_factory=dict)
+    has_ranges: bool = True
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+
+    def asked(self, path: str) -> list[str | None]:
+        """Range headers of the requests for a path."""
+        return [header for found, header in self.requests if found == path]
+
+
+@contextlib.contextmanager
+def serve(mirror: Mirror) -> Iterator[Mirror]:
+    """Serve until the end of the block."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            _answer(self, mirror)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    mirror.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield mirror
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _answer(handler: BaseHTTPRequestHandler, mirror: Mirror) -> None:
+    path, asked = handler.path, handler.headers.get("Range")
+    mirror.requests.append((path, asked))
+    failures = mirror.failures.get(path, [])
+    failure = failures.pop(0) if failures else None
+    content = mirror.files.get(path)
+    if failure or content is None:
+        handler.send_response(failure or 404)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return
+    etag = f'"{hash(content)}"'
+    begin = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and mirror.has_ranges else 0  # type: ignore[index]
+    if handler.headers.get("If-Range") not in (None, etag):
+        begin = 0
+    if begin >= len(content) > 0:
+        handler.send_response(416)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return
+    handler.send_response(206 if begin else 200)
+    handler.send_header("ETag", etag)
+    if begin:
+        handler.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+    handler.send_header("Content-Length", str(len(content) - begin))
+    handler.end_headers()
+    rest = content[begin:]
+    handler.wfile.write(rest[: len(rest) // 2] if failure == 0 else rest)
+    handler.close_connection = handler.close_connection or failure == 0

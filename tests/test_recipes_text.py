@@ -1,0 +1,271 @@
+"""The recipes of text: which documents they find, what they do with other layouts, and their downloads from mirrors."""
+
+import base64
+import hashlib
+import io
+import json
+import sys
+import zipfile
+
+import pytest
+from http_mirror import Mirror, serve
+from recordings import ROOT, load_script
+
+from ct_audio.cli import run_tool
+from ct_audio.corpus import open_corpus
+
+tool = load_script("tools/prepare.py", "prepare_tool")
+describe = load_script("tools/describe.py", "describe_tool")
+
+ENWIK8 = b"<page>\n caf\xc3\xa9 " + bytes(range(256)) + b"x" * 741 + b"\xff"
+CUTS = [len(ENWIK8) * 90 // 100, len(ENWIK8) * 95 // 100]
+ARTICLE = " \n = {} = \n \n A b <unk> @-@ c . \n \n = = A section = = \n \n = d = \n The b \n"
+WIKITEXT = {
+    split: ARTICLE.format(f"One of {split}") + ARTICLE.format("= x") * 2 for split in ("train", "valid", "test")
+}
+BOOKS = {
+    "train/10.txt": "The first book.\r\n\r\nIts end.\n" * 9,
+    "train/9.txt": "Ärger with the second book",
+    "validation/3.txt": "the third",
+    "test/4.txt": "the fourth\n",
+    "metadata.csv": '10,"The First, indeed",1900,http://x\n9,Second,1850,http://x\n3,Third,1800,http://x\n',
+}
+
+
+def run(monkeypatch, recipe, out, *options, script=tool):
+    """Run the preparation tool in this process; returns its exit status."""
+    arguments = ["prepare.py", str(ROOT / "recipes" / recipe), "--out", str(out), "--num-processes", "1", *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    return run_tool(script.main)
+
+
+def write_books(folder):
+    for name, text in BOOKS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text.encode())
+
+
+def write_wikitext(folder):
+    folder.mkdir(exist_ok=True)
+    for split, text in WIKITEXT.items():
+        (folder / f"wiki.{split}.tokens").write_bytes(text.encode())
+
+
+def decoded(out):
+    """{split: text} of a corpus."""
+    corpus = open_corpus(out, verify=True)
+    return {name: corpus.codec.decode(split.codes[:]) for name, split in corpus.splits.items()}
+
+
+def test_enwik8_is_split_90_5_5(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "enwik8").write_bytes(ENWIK8)
+    assert run(monkeypatch, "enwik8", tmp_path / "out", "--source", str(tmp_path / "in"), "--verify") == 0
+    printed = capsys.readouterr().out
+    assert f"decodes back to its {len(ENWIK8)} bytes" in printed
+    assert decoded(tmp_path / "out") == {
+        "train": ENWIK8[: CUTS[0]],
+        "valid": ENWIK8[CUTS[0] : CUTS[1]],
+        "test": ENWIK8[CUTS[1] :],
+    }
+    assert run(monkeypatch, "enwik8", tmp_path / "out", "--source", str(tmp_path / "in"), "--verify") == 0
+    assert "complete already" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["describe.py", str(tmp_path / "out"), "--verify"])
+    assert run_tool(describe.main) == 0
+    assert "| out | test | 1 |" in capsys.readouterr().out
+
+
+def test_the_whole_of_enwik8_has_the_usual_split(tmp_path):
+    with (tmp_path / "enwik8").open("wb") as handle:
+        handle.truncate(10**8)
+    texts = load_script("recipes/enwik8/prepare.py", "recipe_enwik8").list_texts(tmp_path, None)
+    assert [(text.split, text.num_bytes) for text in texts] == [
+        ("train", 90 * 10**6),
+        ("valid", 5 * 10**6),
+        ("test", 5 * 10**6),
+    ]
+
+
+def test_wikitext_keeps_its_files_and_finds_articles(tmp_path, monkeypatch):
+    write_wikitext(tmp_path / "in")
+    assert run(monkeypatch, "wikitext103", tmp_path / "out", "--source", str(tmp_path / "in"), "--verify") == 0
+    corpus = open_corpus(tmp_path / "out")
+    expected = {split: text.encode() for split, text in WIKITEXT.items()}
+    train, valid = corpus.split("train"), corpus.split("valid")
+    assert decoded(tmp_path / "out") | {"valid": b"", "test": b""} == expected | {"valid": b"", "test": b""}
+    assert b" = One of <unk> = " in corpus.codec.decode(valid.codes[:])  # "valid" is in no training text
+    assert train.document_names == ("One of train",)
+    words = sum(len(line.split()) + 1 for line in WIKITEXT["train"].splitlines())
+    assert (train.num_words, train.num_codes) == (words, words)
+    assert corpus.codec.vocab_size == len(set(WIKITEXT["train"].split()) | {"<unk>"}) + 1
+
+
+def test_articles_begin_with_the_empty_line_before_their_title(tmp_path):
+    find_articles = load_script("recipes/wikitext103/prepare.py", "recipe_wikitext103").find_articles
+    file, article = tmp_path / "x", ARTICLE.format("T")
+    for text, names, begins in (
+        (article, ["T"], [0]),
+        (article * 3, ["T"] * 3, [0, len(article), 2 * len(article)]),
+        ("A \n" + article, ["T"], [0]),
+        (article + " \n = y = \n a \n", ["T"], [0]),  # no empty line after it
+        (" a \n", ["x"], [0]),
+        (article.removeprefix(" \n"), ["T"], [0]),
+    ):
+        file.write_text(text)
+        articles = find_articles(file, "train")
+        assert [a.name for a in articles] == names
+        assert [a.begin for a in articles] == begins
+        assert [a.end for a in articles] == [*begins[1:], len(text)]
+
+
+def test_books_are_documents_in_the_order_of_their_numbers(tmp_path, monkeypatch):
+    write_books(tmp_path / "in")
+    options = ("--source", str(tmp_path / "in"), "--verify", "--", "--vocab-size", "270")
+    assert run(monkeypatch, "pg19", tmp_path / "out", *options) == 0
+    corpus = open_corpus(tmp_path / "out")
+    assert corpus.split("train").document_names == ("9 Second", "10 The First, indeed")
+    assert corpus.split("test").document_names == ("4",)
+    assert corpus.codec.vocab_size == 270
+    text = decoded(tmp_path / "out")
+    assert text["train"] == (BOOKS["train/9.txt"] + BOOKS["train/10.txt"]).encode()
+    assert corpus.split("train").num_words == len(BOOKS["train/9.txt"].split()) + len(BOOKS["train/10.txt"].split())
+    (tmp_path / "in" / "metadata.csv").write_text("10\n")
+    assert run(monkeypatch, "pg19", tmp_path / "out", *options) == 2
+
+
+@pytest.mark.parametrize("recipe", ["enwik8", "wikitext103", "pg19"])
+def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys, recipe):
+    assert run(monkeypatch, recipe, tmp_path / "out") == 2
+    assert run(monkeypatch, recipe, tmp_path / "out", "--source", str(tmp_path / "none")) == 2
+    assert run(monkeypatch, recipe, tmp_path / "out", "--source", str(tmp_path)) == 2
+    assert run(monkeypatch, recipe, tmp_path / "out", "--source", str(tmp_path), "--gain-db", "3") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("error: ") and "expected" in line for line in lines[:3])
+
+
+def zipped(members):
+    """A zip archive."""
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return raw.getvalue()
+
+
+def with_recipe(monkeypatch, name, **constants):
+    """Let the tool see a recipe with other constants."""
+    recipe = tool.load_recipe(ROOT / "recipes" / name)
+    for key, value in constants.items():
+        assert type(getattr(recipe, key)) is type(value)
+        setattr(recipe, key, value)
+    monkeypatch.setattr(tool, "load_recipe", lambda folder: recipe)
+
+
+def test_enwik8_is_downloaded(tmp_path, monkeypatch, capsys):
+    archive = zipped({"enwik8": ENWIK8})
+    sums = {
+        "ARCHIVE_CHECKSUM": f"sha256:{hashlib.sha256(archive).hexdigest()}",
+        "CHECKSUM": f"md5:{hashlib.md5(ENWIK8).hexdigest()}",
+    }
+    with serve(Mirror()) as gone, serve(Mirror(files={"/dc/enwik8.zip": archive})) as mirror:
+        with_recipe(monkeypatch, "enwik8", MIRRORS=(gone.url, f"{mirror.url}/dc"), **sums)
+        assert run(monkeypatch, "enwik8", tmp_path / "out", "--", "--download") == 0
+        assert decoded(tmp_path / "out")["train"] == ENWIK8[: CUTS[0]]
+        assert (tmp_path / "out_source" / "enwik8").read_bytes() == ENWIK8
+        assert run(monkeypatch, "enwik8", tmp_path / "out", "--", "--download") == 0
+        assert "complete already" in capsys.readouterr().out
+        assert len(mirror.requests) == 1
+        (tmp_path / "out_source" / "enwik8").write_bytes(ENWIK8[:-1])
+        assert run(monkeypatch, "enwik8", tmp_path / "out", "--", "--download") == 2
+        assert "delete it and run the command again" in capsys.readouterr().err
+        with_recipe(monkeypatch, "enwik8", MIRRORS=(gone.url,), **sums)
+        options = ("--source", str(tmp_path / "other"), "--", "--download")
+        assert run(monkeypatch, "enwik8", tmp_path / "out", *options) == 2
+        assert f"{gone.url}/enwik8.zip: HTTP 404" in capsys.readouterr().err
+        assert run(monkeypatch, "enwik8", tmp_path / "out", *options, "--download-mirror", f"{mirror.url}/dc/") == 0
+
+
+def test_wikitext_is_downloaded(tmp_path, monkeypatch):
+    archive = zipped({f"wikitext-2/wiki.{split}.tokens": text for split, text in WIKITEXT.items()})
+    sums = {"wikitext-2": f"sha256:{hashlib.sha256(archive).hexdigest()}", "wikitext-103": "sha256:0"}
+    with serve(Mirror(files={"/wikitext-2-v1.zip": archive, "/wikitext-103-v1.zip": archive})) as mirror:
+        with_recipe(monkeypatch, "wikitext103", MIRRORS=(mirror.url,), ARCHIVE_CHECKSUMS=sums)
+        options = ("--source", str(tmp_path / "in"), "--", "--download")
+        assert run(monkeypatch, "wikitext103", tmp_path / "out", *options) == 2
+        assert run(monkeypatch, "wikitext103", tmp_path / "out", *options, "--download-set", "wikitext-2") == 0
+        assert decoded(tmp_path / "out")["train"] == WIKITEXT["train"].encode()
+
+
+def bucket(pages):
+    """Paths and answers of a bucket's listing of train/, a page a list of names."""
+    answers = {}
+    for number, names in enumerate(pages):
+        items = [
+            {"name": name, "md5Hash": base64.b64encode(hashlib.md5(BOOKS[name].encode()).digest()).decode()}
+            for name in names
+        ]
+        page = {"items": items} | ({"nextPageToken": f"p{number + 1}"} if number + 1 < len(pages) else {})
+        token = f"&pageToken=p{number}" if number else ""
+        fields = "items%28name%2Cmd5Hash%29%2CnextPageToken"
+        folder = names[0].partition("/")[0]
+        path = f"/o?prefix={folder}%2F&maxResults=1000&fields={fields}{token}"
+        answers[path] = json.dumps(page).encode()
+    return answers
+
+
+def book_mirror(**changes):
+    """A bucket with all books, listed; `changes` are content by path."""
+    files = {f"/b/{name}": text.encode() for name, text in BOOKS.items()}
+    for pages in ([["train/10.txt"], ["train/9.txt"]], [["validation/3.txt"]], [["test/4.txt"]]):
+        files |= bucket(pages)
+    for folder in ("train", "validation", "test"):
+        names = [name for name in BOOKS if name.startswith(folder)]
+        files[f"/{folder}_files.txt"] = "\n".join(names).encode()
+    return Mirror(files=files | changes)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No pause before another attempt."""
+    monkeypatch.setattr("ct_audio.download.Patience.__init__.__defaults__", (2, 0.01, 5.0))
+
+
+def prepare_books(monkeypatch, mirror, folder, *options):
+    addresses = {
+        "MIRRORS": (f"{mirror.url}/b",),
+        "BUCKET_LISTINGS": (f"{mirror.url}/o",),
+        "PLAIN_LISTINGS": (mirror.url,),
+    }
+    with_recipe(monkeypatch, "pg19", **addresses)
+    return run(monkeypatch, "pg19", folder / "out", "--source", str(folder / "in"), "--", "--download", *options)
+
+
+def test_books_are_downloaded_and_fetched_once(tmp_path, monkeypatch, quick):
+    with serve(book_mirror()) as mirror:
+        assert prepare_books(monkeypatch, mirror, tmp_path, "--vocab-size", "270") == 0
+        for name, text in BOOKS.items():
+            assert (tmp_path / "in" / name).read_bytes() == text.encode()
+            assert mirror.asked(f"/b/{name}") == [None]
+        (tmp_path / "in" / "train" / "9.txt").write_bytes(b"damaged")
+        assert prepare_books(monkeypatch, mirror, tmp_path, "--vocab-size", "270") == 0
+        assert mirror.asked("/b/train/9.txt") == [None, None]
+        assert mirror.asked("/b/train/10.txt") == [None]
+
+
+def test_without_the_bucket_names_come_from_a_plain_listing(tmp_path, monkeypatch, quick):
+    with serve(book_mirror()) as mirror:
+        for path in [path for path in mirror.files if path.startswith("/o?")]:
+            mirror.files[path] = b"{}"
+        assert prepare_books(monkeypatch, mirror, tmp_path, "--vocab-size", "270") == 0
+        assert decoded(tmp_path / "out")["test"] == b"the fourth\n"
+
+
+@pytest.mark.parametrize("name", ["../../evil.txt", "train/../../x.txt", "/etc/x", "train/a.txt", "validation/3.txt"])
+def test_a_listing_writes_nowhere_else(tmp_path, monkeypatch, capsys, quick, name):
+    with serve(book_mirror(**{"/train_files.txt": f"train/9.txt\n{name}\n".encode()})) as mirror:
+        for path in [path for path in mirror.files if path.startswith("/o?prefix=train")]:
+            mirror.files[path] = json.dumps({"items": [{"name": name}]}).encode()
+        assert prepare_books(monkeypatch, mirror, tmp_path) == 2
+    assert "listing of train: expected names as train/123.txt" in capsys.readouterr().err
+    assert not list((tmp_path / "in").rglob("*"))
