@@ -162,6 +162,7 @@ def test_ignored_interruptions_end_the_demo_and_nohup_holds():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_demo_small_interrupted_and_twice(tmp_path):
     few = ["train.num_steps=6", "train.valid_every_steps=3", "train.checkpoint_every_steps=2", "train.valid_codes=3840"]
     places = ["--data", str(tmp_path / "data"), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
