@@ -22,7 +22,7 @@ from ct_audio.checkpoint import as_module
 from ct_audio.errors import UserError
 from ct_audio.losses import nats_to_bits
 from ct_audio.models import SequenceModel
-from ct_audio.models.memory import map_memory
+from ct_audio.models.memory import detach_memory, map_memory
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def evaluate_nll(
     compressed_memory_length: int | None = None,
     max_codes: int | None = None,
     on_nll: Callable[[Int[Tensor, "B"], Float[Tensor, "B T"]], None] | None = None,
+    update: Callable[[Float[Tensor, ""]], None] | None = None,
     progress: str | None = "evaluate",
 ) -> Evaluation:
     """Mean NLL of a stretch of codes as one stream: evaluation mode, memory carried, float64 sums, deterministic.
@@ -90,6 +91,9 @@ def evaluate_nll(
         max_codes: score only this many codes at the beginning of `codes`.
         on_nll: called with the positions [B] of the first codes of a piece and its NLL [B, T] in nats, for each piece
             that is scored; every position comes once.
+        update: called with the loss of each piece, a mean over its codes with the auxiliary losses as in training,
+            after the piece has been scored; it may change the weights (dynamic evaluation). One lane only: what lanes
+            further on see would change the weights that earlier codes are scored with.
         progress: label of the progress bar (shown on a terminal only); None: no bar.
     Raises:
         UserError: an argument is out of its range, or a code is not in the model's vocabulary.
@@ -99,6 +103,8 @@ def evaluate_nll(
     _check_arguments(model, num_codes, start_code, chunk_length, num_lanes, warmup_length)
     if reset_memory_at_document and document_offsets is None:
         raise UserError("reset_memory_at_document: expected document_offsets, got none; pass the split's offsets")
+    if update is not None and num_lanes > 1:
+        raise UserError(f"dynamic evaluation: expected num_lanes = 1, got {num_lanes}; later codes must not be known")
     lanes = cut_lanes(num_codes, chunk_length=chunk_length, num_lanes=num_lanes, warmup_length=warmup_length)
     offsets = document_offsets if reset_memory_at_document else None
     stream = _Stream(
@@ -110,21 +116,24 @@ def evaluate_nll(
     total = num_codes + sum(lane.warmup for lane in lanes)
     quiet = None if progress else True
     bar = tqdm(total=total, desc=progress, unit="code", unit_scale=True, leave=False, disable=quiet)
-    with evaluation_mode(model), torch.inference_mode(), bar:
+    with evaluation_mode(model), torch.inference_mode(update is None), bar:
         for piece in _schedule(lanes, chunk_length):
             if piece.joining:
                 fresh = model.zero_memory(piece.joining, **lengths)
                 memory = fresh if memory is None else concatenate_lanes(fresh, memory)
             memory = map_memory(lambda tensor, first=-piece.active: tensor[first:], memory)
             inputs, targets, document_starts = stream.piece(piece.positions, piece.length)
-            features, memory, _ = model(inputs, memory, document_starts=document_starts)
+            features, memory, auxiliary_losses = model(inputs, memory, document_starts=document_starts)
             if piece.scored:
                 nll = model.nll(features, targets)
                 dtype = str(nll.dtype).removeprefix("torch.")
-                nll_sum = nll_sum + nll.sum(dtype=torch.float64)
+                nll_sum = nll_sum + nll.detach().sum(dtype=torch.float64)
                 num_scored += nll.numel()
                 if on_nll is not None:
-                    on_nll(torch.from_numpy(piece.positions), nll)
+                    on_nll(torch.from_numpy(piece.positions), nll.detach())
+                if update is not None:
+                    update(torch.stack([nll.mean(), *auxiliary_losses.values()]).sum())
+                    memory = detach_memory(memory)
             bar.update(inputs.numel())
     assert num_scored == num_codes, f"scored {num_scored} codes of {num_codes}"
     settings = {"chunk_length": chunk_length, "reset_memory_at_document": reset_memory_at_document, "dtype": dtype}

@@ -1,7 +1,9 @@
 """Small files: written whole or not at all, read with suspicion; locks."""
 
 import contextlib
+import csv
 import fcntl
+import io
 import json
 import math
 import os
@@ -38,6 +40,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON (UTF-8) as `write_file` does."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
     write_file(path, f"{text}\n".encode())
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of one set of keys, with a line of names, as `write_file` does; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_file(path, text.getvalue().encode())
 
 
 def read_json(path: Path) -> Any:

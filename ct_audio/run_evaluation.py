@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ct_audio.checkpoint import LoadedRun
-from ct_audio.corpus import Corpus, open_corpus, write_json
+from ct_audio.corpus import Corpus, Split, open_corpus, write_json
+from ct_audio.dynamic_evaluation import DynamicSettings, learning_copy
 from ct_audio.errors import UserError
-from ct_audio.evaluate import evaluate_nll
-from ct_audio.models import build_model
+from ct_audio.evaluate import Evaluation, evaluate_nll
+from ct_audio.losses import perplexity
+from ct_audio.models import SequenceModel, build_model
 
 FORMAT = "ct_audio evaluation"
 FORMAT_VERSION = 1
@@ -43,6 +46,8 @@ class EvaluationSettings:
         num_lanes: parts of the split that run side by side.
         warmup_seconds: audio before a later lane's part that is run, unscored; None: all that its memory can hold.
         max_seconds: score only the beginning of the split.
+        max_codes: the same in codes, for text too.
+        dynamic: let a copy of the model learn from each chunk after it has been scored.
     """
 
     split: str = "valid"
@@ -51,6 +56,19 @@ class EvaluationSettings:
     num_lanes: int = 1
     warmup_seconds: float | None = None
     max_seconds: float | None = None
+    max_codes: int | None = None
+    dynamic: DynamicSettings | None = None
+
+    def num_codes(self, split: Split) -> int:
+        """Codes to score.
+
+        Raises:
+            UserError: a limit does not fit the split.
+        """
+        if self.max_codes is not None and self.max_codes < 1:
+            raise UserError(f"--max-codes: expected at least 1, got {self.max_codes}")
+        limits = [_seconds_to_codes("--max-seconds", self.max_seconds, split.sample_rate_hz), self.max_codes]
+        return min([split.num_codes, *(limit for limit in limits if limit is not None)])
 
 
 class BlockSums:
@@ -78,12 +96,18 @@ class BlockSums:
 
 
 def evaluate_run(
-    run: LoadedRun, corpus: Corpus, settings: EvaluationSettings, *, progress: str | None = "evaluate"
+    run: LoadedRun,
+    corpus: Corpus,
+    settings: EvaluationSettings,
+    *,
+    on_nll: Sequence[Callable[[Int[Tensor, "B"], Float[Tensor, "B T"]], None]] = (),
+    progress: str | None = "evaluate",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Score a split with a run's checkpoint.
 
     Args:
         corpus: as `run_corpus` opens it.
+        on_nll: called with the NLL of each piece, as `evaluate_nll` does.
         progress: label of the progress bar; None: no bar.
     Returns:
         the report that `tools/evaluate.py --json` prints, and the NLL by blocks (see `BlockSums.to_json`).
@@ -92,28 +116,39 @@ def evaluate_run(
     """
     split, codec, data = corpus.split(settings.split), corpus.codec, run.config.data
     rate = codec.sample_rate_hz
-    max_codes = _seconds_to_codes("--max-seconds", settings.max_seconds, rate)
-    blocks = BlockSums(min(max_codes or split.num_codes, split.num_codes))
+    num_codes, dynamic, model, update = settings.num_codes(split), settings.dynamic, run.model, None
+    if dynamic is not None:
+        model, update = learning_copy(run.model, dynamic)
+    blocks = BlockSums(num_codes)
+
+    def collect(positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
+        for collector in (blocks, *on_nll):
+            collector(positions, nll)
+
     evaluation = evaluate_nll(
-        run.model,
+        model,
         split.codes,
         start_code=codec.start_code,
-        chunk_length=data.chunk_length,
+        chunk_length=dynamic.chunk_length if dynamic and dynamic.chunk_length else data.chunk_length,
         num_lanes=settings.num_lanes,
         warmup_length=_warmup_length(run, settings, rate) if settings.num_lanes > 1 else 0,
         document_offsets=split.document_offsets,
         reset_memory_at_document=data.reset_memory_at_document,
         memory_length=settings.memory_length,
         compressed_memory_length=settings.compressed_memory_length,
-        max_codes=max_codes,
-        on_nll=blocks,
+        max_codes=num_codes,
+        on_nll=collect,
+        update=update,
         progress=progress,
     )
     if not math.isfinite(evaluation.nll_nats):
-        raise UserError(f"the NLL is {evaluation.nll_nats}: the model has diverged; use another checkpoint")
+        advice = "use another checkpoint" if dynamic is None else "lower the learning rate of dynamic evaluation"
+        raise UserError(f"the NLL is {evaluation.nll_nats}: the model has diverged; {advice}")
     seconds = evaluation.num_units / rate if rate else None
     where = {"split": settings.split, "seconds": seconds, "unit": codec.unit}
     which = {"split_sha256": split.sha256, "corpus_fingerprint": corpus.fingerprint}
+    if dynamic is not None:
+        where["dynamic"] = dataclasses.asdict(dynamic)
     report = {
         "split": settings.split,
         "nll_nats": evaluation.nll_nats,
@@ -130,7 +165,19 @@ def evaluate_run(
         "wall_seconds": evaluation.wall_seconds,
         "units_per_second": evaluation.units_per_second,
     }
-    return report, blocks.to_json()
+    return report | _text_measures(evaluation, split, codec.unit), blocks.to_json()
+
+
+def _text_measures(evaluation: Evaluation, split: Split, unit: str) -> dict[str, Any]:
+    """Perplexity of words; of text that was scored as a whole also what it is a word and a byte, by exact counts."""
+    measures: dict[str, Any] = {"perplexity": perplexity(evaluation.nll_nats)} if unit == "word" else {}
+    if evaluation.num_units == split.num_codes and unit != "word" and split.num_words:
+        total = evaluation.nll_nats * evaluation.num_units
+        measures |= {"num_words": split.num_words, "perplexity_a_word": perplexity(total / split.num_words)}
+    if evaluation.num_units == split.num_codes and unit != "byte" and split.num_bytes:
+        total = evaluation.nll_bits * evaluation.num_units
+        measures |= {"num_bytes": split.num_bytes, "nll_bits_a_byte": total / split.num_bytes}
+    return measures
 
 
 def run_corpus(run: LoadedRun, path: str | None = None, *, allow_other: bool = False) -> Corpus:
@@ -214,7 +261,8 @@ def _path(run_dir: Path, run: LoadedRun, settings: EvaluationSettings, *, corpus
     for field in dataclasses.fields(settings)[1:]:
         value = getattr(settings, field.name)
         if value not in (field.default, getattr(run.model.config, field.name, field.default)):
-            parts.append(f"{field.name}_{value:g}")
+            text = f"{value:g}" if isinstance(value, int | float) else str(value)
+            parts.append(f"{field.name}_{text}")
     return run_dir / "evaluations" / ("-".join(parts + ([f"corpus_{corpus[:12]}"] if corpus else [])) + ".json")
 
 
@@ -223,17 +271,18 @@ def _warmup_length(run: LoadedRun, settings: EvaluationSettings, sample_rate_hz:
     chunk_length = run.config.data.chunk_length
     wanted = _seconds_to_codes("--warmup-seconds", settings.warmup_seconds, sample_rate_hz, at_least=0)
     if wanted is None:
-        wanted = _temporal_range(run, settings) + run.model.window_length
+        wanted = changed_model(run, settings).temporal_range + run.model.window_length
     return math.ceil(wanted / chunk_length) * chunk_length
 
 
-def _temporal_range(run: LoadedRun, settings: EvaluationSettings) -> int:
+def changed_model(run: LoadedRun, settings: EvaluationSettings) -> SequenceModel:
+    """The model as it would be with the memory lengths of the settings; only for its arithmetic, it has no weights."""
     names = ("memory_length", "compressed_memory_length")
     changes = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
     if not changes or not all(hasattr(run.model.config, name) for name in changes):
-        return run.model.temporal_range
-    with torch.device("meta"):  # no memory, no time: only its arithmetic is wanted
-        return build_model(dataclasses.replace(run.model.config, **changes)).temporal_range
+        return run.model
+    with torch.device("meta"):  # no memory, no time
+        return build_model(dataclasses.replace(run.model.config, **changes))
 
 
 def _seconds_to_codes(option: str, seconds: float | None, rate: int | None, *, at_least: int = 1) -> int | None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ct_audio.losses import nats_to_bits, nll_sum_and_count
+from ct_audio.losses import nats_to_bits, nll_sum_and_count, perplexity
 
 
 def test_sum_and_count_of_all_codes_in_float64():
@@ -25,3 +25,10 @@ def test_what_is_masked_may_be_nan():
 def test_a_fair_coin_is_one_bit():
     assert nats_to_bits(math.log(2)) == 1.0
     assert nats_to_bits(math.log(256)) == pytest.approx(8.0, rel=1e-15)
+
+
+def test_even_odds_have_the_perplexity_of_their_number():
+    assert perplexity(math.log(267_735)) == pytest.approx(267_735)
+    assert perplexity(0.0) == 1.0
+    assert perplexity(709.0) == math.exp(709.0)
+    assert perplexity(710.0) is None

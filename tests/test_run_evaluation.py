@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from tiny import tiny_model
 
 from ct_audio import run_evaluation
 from ct_audio.checkpoint import load_run_model, save_checkpoint
+from ct_audio.codec import Byte
+from ct_audio.corpus import CorpusWriter
 from ct_audio.distributed import World
-from ct_audio.evaluate import evaluate_nll
+from ct_audio.errors import UserError
+from ct_audio.evaluate import Evaluation, evaluate_nll
 from ct_audio.optim import make_optimizer
 from ct_audio.run_evaluation import (
     BlockSums,
     EvaluationSettings,
+    _text_measures,
     evaluate_run,
     find_evaluation,
     run_corpus,
@@ -82,6 +87,39 @@ def test_settings_have_files_of_their_own(run_dir: Path) -> None:
         "valid-step_00000007-memory_length_16-compressed_memory_length_8.json",
         "valid-step_00000007-num_lanes_2-warmup_seconds_0-max_seconds_0.005.json",
         "valid-step_00000007-max_seconds_0.01.json",
+    }
+
+
+def test_text_has_perplexities_by_exact_counts(tmp_path: Path) -> None:
+    """16 words in 80 bytes: the NLL of the whole split is shared out over the words, at even odds 256^(80 / 16)."""
+    writer = CorpusWriter(tmp_path / "corpus", Byte(), source={}, preparation={})
+    text = Byte().encode("four\n" * 16)
+    writer.add_document("train", "t", text, num_bytes=80, num_words=16)
+    writer.add_document("valid", "v", text, num_bytes=80, num_words=16)
+    writer.finish()
+    run_dir = make_run(tmp_path / "corpus", tmp_path / "runs", "transformer_xl")
+    run = load_run_model(run_dir)
+    torch.nn.init.zeros_(run.model.head.weight)  # type: ignore[attr-defined]
+    report, _ = evaluate_run(run, run_corpus(run), EvaluationSettings(), progress=None)
+    assert report["perplexity_a_word"] == pytest.approx(256.0**5, rel=1e-4)
+    assert report["num_words"] == 16
+    assert "nll_bits_a_byte" not in report  # it is nll_bits itself
+    part, _ = evaluate_run(run, run_corpus(run), EvaluationSettings(max_codes=79), progress=None)
+    assert "perplexity_a_word" not in part
+    with pytest.raises(UserError, match="--max-codes: expected at least 1, got 0"):
+        evaluate_run(run, run_corpus(run), EvaluationSettings(max_codes=0))
+    split = dataclasses.replace(run_corpus(run).split("valid"), num_bytes=40)
+    evaluation = Evaluation(math.log(2), 1.0, 80, 1.0, {})
+    assert _text_measures(evaluation, split, "subword") == {
+        "num_words": 16,
+        "perplexity_a_word": pytest.approx(2.0**5),
+        "num_bytes": 40,
+        "nll_bits_a_byte": 2.0,
+    }
+    assert _text_measures(evaluation, split, "word") == {
+        "perplexity": pytest.approx(2.0),
+        "num_bytes": 40,
+        "nll_bits_a_byte": 2.0,
     }
 
 
