@@ -20,6 +20,13 @@ SIZES = {
     "ablation": (0.05e6, 0.3e6),
     "linear": (0, 0),
 }
+SIZES_OF_TEXT = {
+    ("enwik8", "paper"): (240e6, 270e6),
+    ("wikitext103", "paper"): (250e6, 280e6),
+    ("pg19", "paper"): (470e6, 500e6),
+    **{(folder, "small"): (0.3e6, 2e6) for folder in ("enwik8", "wikitext103", "pg19")},
+}
+"""Of the paper's, without f_c: its two models of text differ in nothing else."""
 
 
 def kind(path: Path) -> str:
@@ -35,13 +42,15 @@ def identity(path: Path) -> str:
     return f"{path.parent.name}/{path.stem}"
 
 
-def num_parameters(path: Path) -> int:
+def num_parameters(path: Path, *, without_compression: bool = False) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in as_module(build_model(load_config(path))).parameters())
+        model = build_model(load_config(path))
+    left_out = model.gradient_groups().get("compression", []) if without_compression else []
+    return sum(p.numel() for p in as_module(model).parameters()) - sum(p.numel() for p in left_out)
 
 
 def test_there_are_recipes() -> None:
-    assert {"espeak", "folder", "kathleen"} <= {path.parent.name for path in YAMLS}
+    assert {"espeak", "folder", "kathleen", "enwik8", "wikitext103", "pg19"} <= {path.parent.name for path in YAMLS}
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=identity)
@@ -59,8 +68,9 @@ def test_yaml_is_complete_and_says_how_to_run_it(path: Path) -> None:
 @pytest.mark.parametrize(("folder", "name"), SETS, ids=lambda value: getattr(value, "name", str(value)))
 def test_models_of_a_set_are_of_one_size_and_trained_alike(folder: Path, name: str) -> None:
     paths = [path for path in YAMLS if path.parent == folder and kind(path) == name]
-    sizes = {path.stem: num_parameters(path) for path in paths}
-    least, most = SIZES[name]
+    is_papers_text = (folder.name, name) in SIZES_OF_TEXT and name == "paper"
+    sizes = {path.stem: num_parameters(path, without_compression=is_papers_text) for path in paths}
+    least, most = SIZES_OF_TEXT.get((folder.name, name), SIZES[name])
     assert least <= min(sizes.values())
     assert max(sizes.values()) <= most
     assert max(sizes.values()) <= 1.05 * min(sizes.values()), sizes
@@ -69,3 +79,27 @@ def test_models_of_a_set_are_of_one_size_and_trained_alike(folder: Path, name: s
         assert config.data == configs[0].data
         assert config.optim == configs[0].optim
         assert config.train == configs[0].train
+
+
+@pytest.mark.parametrize("folder", ["enwik8", "wikitext103", "pg19"])
+def test_small_models_of_text_attend_to_as_many_rows(folder: str) -> None:
+    paths = [path for path in YAMLS if path.parent.name == folder and kind(path) == "small"]
+    assert {path.stem for path in paths} == {"compressive_transformer_small", "transformer_xl_small"}
+    with torch.device("meta"):
+        costs = {path.stem: build_model(load_config(path)).attention_cost for path in paths}  # type: ignore[attr-defined]
+    assert len(set(costs.values())) == 1, costs
+
+
+def test_evaluation_lengths_of_the_paper_fit() -> None:
+    """Lengths that the headers name and the paper's Supplementary Tables 8 and 9 found best."""
+    lengths = {
+        "enwik8/compressive_transformer": {"compressed_memory_length": 3072},
+        "enwik8/transformer_xl": {"memory_length": 4096},
+        "wikitext103/compressive_transformer": {"memory_length": 500, "compressed_memory_length": 1500},
+    }
+    for name, wanted in lengths.items():
+        with torch.device("meta"):
+            memory = build_model(load_config(RECIPES / f"{name}.yaml")).zero_memory(1, **wanted)
+        for key, length in wanted.items():
+            rows = memory.memory if key == "memory_length" else memory.compressed_memory
+            assert {tensor.shape[1] for tensor in rows} == {length}
