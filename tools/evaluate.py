@@ -110,14 +110,14 @@ def _sweep(arguments: argparse.Namespace, run: "LoadedRun", corpus: "Corpus") ->
 
 
 def _settings(arguments: argparse.Namespace) -> "EvaluationSettings":
-    from ct_audio.dynamic_evaluation import DynamicSettings
+    from ct_audio.dynamic_evaluation import LEARNING_RATES, DynamicSettings
     from ct_audio.run_evaluation import EvaluationSettings
 
-    dynamic = None
+    dynamic, rate = None, arguments.dynamic_learning_rate
     if arguments.dynamic:
         dynamic = DynamicSettings(
             optimizer=arguments.dynamic,
-            learning_rate=arguments.dynamic_learning_rate,
+            learning_rate=LEARNING_RATES[arguments.dynamic] if rate is None else rate,
             max_gradient_norm=arguments.dynamic_max_gradient_norm,
             decay=arguments.dynamic_decay,
             chunk_length=arguments.dynamic_chunk_length,
@@ -208,7 +208,9 @@ def _add_sweep(parser: argparse.ArgumentParser) -> None:
 def _add_dynamic(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("dynamic evaluation", "one pass; each chunk is scored, then learnt from")
     group.add_argument("--dynamic", choices=["sgd", "adam"], help="let a copy of the model learn so")
-    group.add_argument("--dynamic-learning-rate", type=float, default=1e-2, metavar="R", help="constant")
+    group.add_argument(
+        "--dynamic-learning-rate", type=float, metavar="R", help="constant; default: 0.03 for sgd, 3e-5 for adam"
+    )
     group.add_argument("--dynamic-max-gradient-norm", type=float, default=1.0, metavar="G", help="of each group")
     group.add_argument(
         "--dynamic-decay", type=float, default=0.0, metavar="D", help="share of the way back to the weights, an update"

@@ -73,7 +73,7 @@ def _score(run: "LoadedRun", codec: "Codec", file: Path, target: Path, bin_lengt
         "most_surprising": most_surprising(rows),
         "protocol": evaluation.protocol | {"split": None},
     }
-    title = f"{file.name} under {run.config.name}, {run.checkpoint_path.name}: {evaluation.nll_bits:.3f} bits"
+    title = f"{file.name} under {run.config.name}, step {run.step}: {evaluation.nll_bits:.3f} bits"
     waveform = codec.decode(score.codes) if rate else None
     figure = score_figure(
         rows, title=f"{title} a {codec.unit}", unit=codec.unit, waveform=waveform, sample_rate_hz=rate
