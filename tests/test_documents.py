@@ -13,6 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from recordings import ROOT, load_script, voice, write
 
@@ -21,6 +22,7 @@ DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("recipes/*/README.md"), ROOT 
 SHORTER = {
     "--seconds": "0.02",
     "--num": "2",
+    "--length": "40",
     "--rounds": "1",
     "--nproc-per-node": "2",
     "--temperatures": "0.8,1.0",
@@ -34,7 +36,11 @@ FEW_STEPS = [
     "train.sample_seconds=0.01",
 ]
 SMALL_AUDIO_MODEL = ["optim.decay_steps=3", "optim.warmup_steps=1"]
-PLACES = {"PATH/TO/dataset-voice-kathleen": "kathleen", "PATH/TO/RECORDINGS": "recordings"}
+PLACES = {
+    "PATH/TO/dataset-voice-kathleen": "kathleen",
+    "PATH/TO/RECORDINGS": "recordings",
+    **{f"PATH/TO/{name}": name for name in ("enwik8", "wikitext-2", "pg19")},
+}
 MAY_BE_FAULTY = 4
 """Exit status of tools/sample.py for noise, which is all that models of four steps can make."""
 
@@ -76,7 +82,8 @@ def test_tools_files_and_options_exist(document: Path) -> None:
                 assert (ROOT / word).is_file(), f"{word} in {shlex.join(words)}"
         if words[0] == "python" and words[1].startswith("tools/"):
             source = (ROOT / words[1]).read_text(encoding="utf-8")
-            recipe = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("recipes/*/prepare.py"))
+            options = [*ROOT.glob("recipes/*/prepare.py"), ROOT / "ct_audio" / "download.py"]
+            recipe = "".join(path.read_text(encoding="utf-8") for path in options)
             for option in (word for word in words[2:] if re.match(r"--[a-z]", word) and word != "--help"):
                 assert f'"{option}"' in source + recipe, f"{words[1]} has no {option}"
 
@@ -107,7 +114,24 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(path / "kathleen" / "data" / f"{prompt}_1592748574.wav", voice(index, 0.6))
     for index in range(80):  # enough folders for all three splits
         write(path / "recordings" / f"session{index}" / "take.wav", voice(index, 0.3))
+    write_texts(path)
     return path
+
+
+def write_texts(path: Path) -> None:
+    """Texts of nonsense with as many words and subwords as the recipes' small models have codes."""
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefghijklmnoprstu"), size=8)) for _ in range(60_000)]
+    words = list(dict.fromkeys(words))[:33_276]  # and <eos> and <unk>
+    texts = {"enwik8/enwik8": " ".join(words)}
+    for split, chosen in (("train", words), ("valid", words[:9000]), ("test", words[:9000])):
+        lines = [" " + " ".join(chosen[index : index + 20]) + " \n" for index in range(0, len(chosen), 20)]
+        texts[f"wikitext-2/wiki.{split}.tokens"] = "".join(lines)
+    for folder, chosen in (("train", words), ("validation", words[:9000]), ("test", words[:9000])):
+        texts[f"pg19/{folder}/1.txt"] = "\n".join(chosen)
+    for name, text in texts.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text, encoding="utf-8")
 
 
 @pytest.fixture
@@ -142,8 +166,8 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_run(document: Path, project: Path, recordings: Path) -> None:
     for words in commands(document):
-        if words[0] in ("make", "."):
-            continue  # what runs this test, or a demonstration with a test of its own
+        if words[0] in ("make", ".") or "--download" in words:
+            continue  # what runs this test, or what needs a network; a demonstration or a mirror has a test of its own
         command = shortened(words, recordings)
         if words[0] == "tensorboard":
             assert_serves(command, project)

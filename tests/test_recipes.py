@@ -13,14 +13,14 @@ from ct_audio.models import build_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 YAMLS = sorted(RECIPES.glob("*/*.yaml"))
-SIZES = {
+SIZES: dict[str, tuple[float, float]] = {
     "paper": (38e6, 42e6),
     "small": (0.3e6, 1e6),
     "demo": (0.1e6, 0.3e6),
     "ablation": (0.05e6, 0.3e6),
     "linear": (0, 0),
 }
-SIZES_OF_TEXT = {
+SIZES_OF_TEXT: dict[tuple[str, str], tuple[float, float]] = {
     ("enwik8", "paper"): (240e6, 270e6),
     ("wikitext103", "paper"): (250e6, 280e6),
     ("pg19", "paper"): (470e6, 500e6),
