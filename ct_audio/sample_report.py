@@ -25,8 +25,9 @@ from ct_audio.corpus import Corpus
 from ct_audio.errors import UserError
 from ct_audio.evaluate import evaluate_nll
 from ct_audio.files import write_file, write_json
+from ct_audio.sample_files import save_figure
 from ct_audio.sample_measures import find_pitch, frechet_distance, level_dbfs, log_mel_frames, mel_frame_length
-from ct_audio.sample_session import SampleSet, save_figure
+from ct_audio.sample_session import SampleSet
 
 MAX_REFERENCE_SECONDS = 600.0
 MAX_PITCH_SECONDS = 10.0
@@ -62,7 +63,9 @@ def require_comparable(sets: list[SampleSet], corpus: Corpus) -> None:
     Raises:
         UserError: the samples or the validation split are too short, or the split is missing.
     """
-    rate, num_codes = sets[0].sample_rate_hz, sets[0].request.num_codes
+    rate, num_codes = sets[0].codec.sample_rate_hz, sets[0].request.num_codes
+    if rate is None:
+        raise UserError("--temperatures: its report measures audio; for a text, sample at one --temperature at a time")
     least = 2 * mel_frame_length(rate)
     if num_codes < least:
         raise UserError(f"--temperatures: expected at least {least / rate:.3f} --seconds, got {num_codes / rate:g}")
@@ -121,15 +124,16 @@ def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> list
     Returns:
         the rows: one a set, then recordings, then white noise of their level.
     """
-    first, rate = sets[0], sets[0].sample_rate_hz
-    codec, request = first.codec, first.request
+    first, codec, request = sets[0], sets[0].codec, sets[0].request
+    rate = codec.sample_rate_hz
+    assert rate is not None
     split = corpus.split("valid")
     reference = make_reference(split.codes, codec, num_stretches=request.num_lanes, length=first.num_codes)
     recordings = [codec.decode(codes) for codes in reference.stretches]
     noise = white_noise([len(codes) for codes in recordings], level_dbfs(np.concatenate(recordings)))
     noise_codes = [codec.encode(waveform) for waveform in noise]
     jobs: list[tuple[str, float | None, list[np.ndarray], list[np.ndarray] | SampleSet]] = [
-        (f"{one.request.temperature:g}", one.request.temperature, one.waveforms(), one) for one in sets
+        (f"{one.request.temperature:g}", one.request.temperature, one.decoded(), one) for one in sets
     ]
     jobs += [("validation", None, recordings, reference.stretches)]
     jobs += [("white noise", None, [codec.decode(codes) for codes in noise_codes], noise_codes)]

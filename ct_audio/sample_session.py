@@ -1,16 +1,13 @@
-"""A set of samples from begin to end: begun or taken up, sampled side by side, saved while it grows, written as files.
+"""A set of samples: begun or taken up, sampled side by side, saved while it grows.
 
 Shape letters: B lanes, P codes of a prime, T sampled codes, N samples.
 """
 
 import hashlib
-import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,18 +22,14 @@ from ct_audio.checkpoint import LoadedRun
 from ct_audio.codec import Codec
 from ct_audio.errors import UserError
 from ct_audio.evaluate import model_device
-from ct_audio.files import write_file, write_json
 from ct_audio.sample import Sampler, verify_steps
-from ct_audio.sample_measures import find_faults, measure_sample
 from ct_audio.sample_state import (
     SavedSampling,
     load_sampling,
-    mark_complete,
     require_no_unfinished,
     require_same_settings,
     save_sampling,
 )
-from ct_audio.wav import write_wav
 
 SAVE_EVERY_SECONDS = 60.0
 _SAVING_SHARE = 0.1  # of the time at most goes into saving, however large a state is
@@ -65,8 +58,8 @@ class Request:
     include_prime: bool = False
 
 
-class PcmStream:
-    """Raw mono PCM16, little-endian, to a pipe.
+class SampleStream:
+    """What is sampled, to a pipe: raw mono PCM16, little-endian, or text.
 
     Attributes:
         is_open: False once the reader has gone.
@@ -75,12 +68,14 @@ class PcmStream:
     def __init__(self, handle: BinaryIO) -> None:
         self._handle, self.is_open = handle, True
 
-    def write(self, waveform: Float[np.ndarray, "N"]) -> None:
-        """Write samples in [-1, 1] at once, rounded as in a wav file; nothing where the reader has gone."""
-        levels = np.clip(np.rint(waveform.astype(np.float64) * 32768.0), -32768, 32767)
+    def write(self, piece: Float[np.ndarray, "N"] | bytes) -> None:
+        """Write text or samples in [-1, 1], rounded as in a wav file, at once; nothing where the reader has gone."""
+        if isinstance(piece, np.ndarray):
+            levels = np.clip(np.rint(piece.astype(np.float64) * 32768.0), -32768, 32767)
+            piece = levels.astype("<i2").tobytes()
         try:
             if self.is_open:
-                self._handle.write(levels.astype("<i2").tobytes())
+                self._handle.write(piece)
                 self._handle.flush()
         except BrokenPipeError:
             self.is_open = False
@@ -106,8 +101,6 @@ class SampleSet:
         self, run: LoadedRun, codec: Codec, request: Request, directory: Path | None, *, resume: bool = False
     ) -> None:
         self.run, self.codec, self.request, self.directory = run, codec, request, directory
-        assert codec.sample_rate_hz is not None
-        self.sample_rate_hz: int = codec.sample_rate_hz
         device = model_device(run.model)
         self._prime: Tensor | None = None
         if request.prime is not None:
@@ -155,7 +148,7 @@ class SampleSet:
         self,
         *,
         signals: list[int],
-        stream: PcmStream | None = None,
+        stream: SampleStream | None = None,
         save_every_seconds: float = SAVE_EVERY_SECONDS,
         label: str = "sample",
     ) -> None:
@@ -198,68 +191,40 @@ class SampleSet:
         start_code = self.codec.start_code
         return verify_steps(self.run.model, codes, self.log_probabilities, start_code=start_code, prime=self._prime)
 
-    def waveforms(self) -> list[Float[np.ndarray, "N"]]:
-        """The sampled part of each lane."""
+    def decoded(self) -> list[Any]:
+        """The sampled part of each lane, waveforms or texts."""
         return [self.codec.decode(row) for row in self.codes.cpu().numpy()]
 
-    def prime_waveform(self) -> Float[np.ndarray, "N"]:
+    def decoded_prime(self) -> Any:
         """What the files begin with: the prime where it is to be included, else nothing."""
-        if not self.request.include_prime or self.request.prime is None:
-            return np.zeros(0, np.float32)
-        return self.codec.decode(self.request.prime)
+        prime = self.request.prime if self.request.include_prime else None
+        return self.codec.decode(np.zeros(0, np.int64) if prime is None else prime)
 
-    def write(self, *, verify_difference: float | None = None, plots: bool = False) -> list[list[str]]:
-        """Write wav, sidecar and picture of each lane (if there is a directory) and say what they are like.
-
-        Returns:
-            the faults of each lane.
-        """
-        valid_nll_nats = self.run.state.get("progress", {}).get("best_valid_nll_nats")
-        vocab_size, all_faults = self.codec.vocab_size, []
-        rows = zip(self.codes.cpu().numpy(), self.log_probabilities.cpu().numpy(), self.waveforms(), strict=True)
-        for lane, (codes, logs, waveform) in enumerate(rows):
-            measures = measure_sample(codes, logs, waveform, vocab_size=vocab_size, sample_rate_hz=self.sample_rate_hz)
-            faults = find_faults(measures, vocab_size=vocab_size, valid_nll_nats=valid_nll_nats)
-            sidecar = self.settings() | measures | {"lane": lane, "warnings": faults}
-            if verify_difference is not None:
-                finite = math.isfinite(verify_difference)
-                sidecar["verify_max_abs_difference"] = verify_difference if finite else None
-            path = "stdout"
-            if self.directory is not None:
-                path = self.directory / f"sample_{lane}.wav"
-                self._write_lane(path, np.r_[self.prime_waveform(), waveform], sidecar, plots=plots)
-            level = f"RMS {measures['rms_dbfs']:.1f} dBFS, peak {measures['peak']:.3f}"
-            distinct = f"{measures['distinct_codes']} distinct codes"
-            print(f"{path}: {measures['nll_nats']:.4f} nats a sample, {level}, {distinct}")
-            for fault in faults:
-                print(f"warning: {path}: {fault}", file=sys.stderr)
-            all_faults.append(faults)
-        if self.directory is not None:
-            mark_complete(self.directory)
-        return all_faults
+    def in_words(self, num_codes: int) -> str:
+        """A length for a message, as "0.5 s" or "500 bytes"."""
+        rate = self.codec.sample_rate_hz
+        return f"{num_codes / rate:g} s" if rate else f"{num_codes} {self.codec.unit}s"
 
     def settings(self) -> dict[str, Any]:
         """The part of a sidecar that all lanes share: enough to make the samples again."""
         run, request = self.run, self.request
-        prime_length = 0 if request.prime is None else len(request.prime)
+        rate, prime_length = self.codec.sample_rate_hz, 0 if request.prime is None else len(request.prime)
         return {
             "name": run.config.name,
             "model": run.config.model.name,
             "checkpoint": run.checkpoint_path.name,
             "step": run.step,
             "codec": self.codec.to_json(),
-            "sample_rate_hz": self.sample_rate_hz,
             "seed": request.seed,
             "num_lanes": request.num_lanes,
             "temperature": request.temperature,
             "top_k": request.top_k,
             "top_p": request.top_p,
             "prime": request.prime_name,
-            "prime_seconds": prime_length / self.sample_rate_hz,
             "prime_included": request.include_prime,
             "device": model_device(run.model).type,
             "version": _version(),
-        }
+        } | ({"sample_rate_hz": rate, "prime_seconds": prime_length / rate} if rate else {"prime_units": prime_length})
 
     def _resume_settings(self) -> dict[str, Any]:
         """What must be the same for the sampling to go on bit for bit."""
@@ -282,8 +247,8 @@ class SampleSet:
         num_codes = saved.codes.shape[1]
         if num_codes > self.request.num_codes:
             raise UserError(
-                f"{directory} holds {num_codes / self.sample_rate_hz:g} s already, got "
-                f"{self.request.num_codes / self.sample_rate_hz:g} to resume to; ask for at least as many --seconds"
+                f"{directory} holds {self.in_words(num_codes)} already, got {self.in_words(self.request.num_codes)} to "
+                "resume to; ask for at least as much"
             )
         device = model_device(self.run.model)
         self._sampler.restore(saved.leaves)
@@ -298,7 +263,7 @@ class SampleSet:
         save_sampling(directory, SavedSampling(*state))
         self._num_saved = self.num_codes
 
-    def _take(self, pairs: list[tuple[Tensor, Tensor]], stream: PcmStream | None) -> None:
+    def _take(self, pairs: list[tuple[Tensor, Tensor]], stream: SampleStream | None) -> None:
         """Move the newest codes to the ones of before, and to the stream."""
         if not pairs:
             return
@@ -312,22 +277,6 @@ class SampleSet:
         if len(parts) != 1:
             parts[:] = [torch.cat(parts, dim=1) if parts else torch.zeros(self.request.num_lanes, 0)]
         return parts[0]
-
-    def _write_lane(self, path: Path, waveform: np.ndarray, sidecar: dict[str, Any], *, plots: bool) -> None:
-        write_wav(path, waveform, self.sample_rate_hz)
-        write_json(path.with_suffix(".json"), dict(sorted(sidecar.items())))
-        if plots:
-            from ct_audio.metrics import spectrogram_figure  # TensorBoard takes seconds to load
-
-            figure = spectrogram_figure(waveform, self.sample_rate_hz)
-            save_figure(figure, path.with_suffix(".png"))
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_file(path, picture.getvalue())
 
 
 def _version() -> str:

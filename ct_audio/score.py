@@ -19,7 +19,7 @@ from ct_audio.corpus import open_corpus
 from ct_audio.errors import UserError
 from ct_audio.evaluate import Evaluation, evaluate_nll
 from ct_audio.sample_measures import level_dbfs
-from ct_audio.wav import read_wav, resample
+from ct_audio.wav import read_wav, require_finite, resample
 
 _LONGEST_TEXT = 60
 
@@ -62,7 +62,9 @@ def read_codes(path: Path, codec: Codec) -> Integer[np.ndarray, "N"]:
         UserError: the file cannot be read, holds nothing, or is of the other kind.
     """
     if codec.sample_rate_hz:
-        codes = codec.encode(resample(*read_wav(path), codec.sample_rate_hz))
+        waveform, sample_rate_hz = read_wav(path)
+        require_finite(waveform, str(path))
+        codes = codec.encode(resample(waveform, sample_rate_hz, codec.sample_rate_hz))
     else:
         try:
             codes = codec.encode(path.read_bytes())

@@ -52,6 +52,7 @@ ROOMS = [
     "nll_groups",
     "score",
     "evaluation_figures",
+    "sample_text",
     "sample_state",
     "analysis",
     "analysis_figures",
@@ -59,6 +60,7 @@ ROOMS = [
     "train",
     "branch",
     "sample_session",
+    "sample_files",
     "sample_report",
     "cli",
 ]

@@ -9,8 +9,7 @@ import torch
 from handmade_runs import RATE, Tool, make_run, noise_corpus, read_json, speech_like, tool
 from tiny_runs import tiny_run
 
-from ct_audio.codec import Byte, MuLaw
-from ct_audio.corpus import CorpusWriter
+from ct_audio.codec import MuLaw
 from ct_audio.evaluate import evaluate_nll
 from ct_audio.models.wavenet import WaveNet
 from ct_audio.train import train
@@ -172,15 +171,9 @@ def test_sample_errors_are_one_line(
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 
-def test_sample_needs_audio_a_checkpoint_and_a_place(
+def test_sample_needs_a_checkpoint_and_a_place(
     tmp_path: Path, corpus: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = tmp_path / "text"
-    writer = CorpusWriter(text, Byte(), source={}, preparation={})
-    writer.add_document("train", "a", Byte().encode("text " * 100))
-    writer.finish()
-    assert sample(make_run(text, tmp_path / "a"), "--out", tmp_path / "out") == 2
-    assert "writes audio only" in capsys.readouterr().err
     assert sample(tmp_path / "no_run", "--out", tmp_path / "out") == 2
     assert "no checkpoint" in capsys.readouterr().err
     (tmp_path / "file").write_text("")

@@ -21,7 +21,7 @@ from ct_audio import sample_session
 from ct_audio.codec import MuLaw
 from ct_audio.corpus import CorpusWriter
 from ct_audio.sample import Sampler
-from ct_audio.sample_session import PcmStream
+from ct_audio.sample_session import SampleStream
 from ct_audio.sample_state import directory_lock
 from ct_audio.wav import write_wav
 
@@ -87,7 +87,7 @@ def test_stopped_and_finished_samplings_go_on_bit_for_bit(
     whole = files(tmp_path / "whole")
     stop_after(37)
     assert sample(run, "--seconds", 0.002, *settings, "--out", out) == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM at 0.002 s; saved in" in capsys.readouterr().err
+    assert "stopped by SIGTERM at 0.00154167 s; saved in" in capsys.readouterr().err
     assert files(out) == {}
     assert sample(run, "--seconds", 0.002, *settings, "--out", out) == 2
     assert "unfinished sampling of 37 codes a lane; add --resume" in capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_stdout_gets_the_samples_of_the_wav_while_they_are_made(
 def test_a_reader_that_has_gone_is_no_error() -> None:
     read_end, write_end = os.pipe()
     with os.fdopen(write_end, "wb") as handle:
-        stream = PcmStream(handle)
+        stream = SampleStream(handle)
         stream.write(np.array([0.0, 1.0, -1.0, 0.5 / 32768, 1.5 / 32768]))
         assert np.frombuffer(os.read(read_end, 100), "<i2").tolist() == [0, 32767, -32768, 0, 2]
         os.close(read_end)
@@ -226,6 +226,12 @@ def start(*arguments: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def finish(*arguments: Any) -> int:
+    process = start(*arguments)
+    process.communicate()
+    return process.returncode
+
+
 def wait_for_codes(out: Path, process: subprocess.Popen[bytes], num_codes: int) -> None:
     """Until a save with that many codes is there."""
     while process.poll() is None:
@@ -236,13 +242,14 @@ def wait_for_codes(out: Path, process: subprocess.Popen[bytes], num_codes: int) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["wavenet", "compressive_transformer"])
 def test_killed_anywhere_it_resumes_bit_for_bit(name: str, runs: dict[str, Path], tmp_path: Path) -> None:
-    """kill -9 four times and SIGTERM once, in a process of its own, saving after every code."""
+    """kill -9 twice and SIGTERM once, in a process of its own, saving as often as it can."""
     whole, out = tmp_path / "whole", tmp_path / "out"
-    arguments = (runs[name], *SETTINGS, "--seconds", 0.5, "--save-every")
-    assert start(*arguments, 60, "--out", whole).wait() in OK
-    for number in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL):
+    arguments = (runs[name], *SETTINGS, "--seconds", 0.2, "--save-every")
+    assert finish(*arguments, 60, "--out", whole) in OK
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         reached = read_json(out / "sampling.json")["num_codes"] if out.exists() else 0
         process = start(*arguments, 0, "--out", out, "--resume")
         wait_for_codes(out, process, reached + 100)
@@ -250,7 +257,7 @@ def test_killed_anywhere_it_resumes_bit_for_bit(name: str, runs: dict[str, Path]
         process.communicate()
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
         assert files(out) == {}
-    assert start(*arguments, 60, "--out", out, "--resume").wait() in OK
+    assert finish(*arguments, 60, "--out", out, "--resume") in OK
     assert files(out) == files(whole)
     assert len(list(out.glob("sampling*"))) == 2  # what kills left behind is cleared away
 

@@ -1,4 +1,4 @@
-"""Sample audio from a trained model: wav files (PCM16), each with a JSON sidecar that says how it was made."""
+"""Sample audio or text from a trained model: wav (PCM16) or text files, each with a JSON sidecar: how it was made."""
 
 import argparse
 import contextlib
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
     from ct_audio.checkpoint import LoadedRun
     from ct_audio.codec import Codec
-    from ct_audio.sample_session import PcmStream, SampleSet
+    from ct_audio.sample_session import SampleSet, SampleStream
 
 STATUS_VERIFICATION_FAILED = 3
 STATUS_FAULTY_SAMPLE = 4
+DEFAULT_SECONDS, DEFAULT_LENGTH = 5.0, 1000
 VERIFY_LIMIT = 1e-3
 """Nats; float32 steps and float32 forward passes of a sound implementation differ by about 1e-5."""
 
@@ -31,18 +32,16 @@ def main() -> int:
     """Parse, sample, write, and return the exit status."""
     arguments = _parse()
     with contextlib.ExitStack() as stack:
-        pcm = None
+        stdout = sys.stdout
         if arguments.stdout:
-            if sys.stdout.isatty():
-                raise UserError("--stdout: raw audio is no text; pipe it, as in | aplay -f S16_LE -r 24000")
-            pcm = sys.stdout.buffer
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         import torch  # after --help: it takes seconds
 
         from ct_audio.checkpoint import load_run_model
         from ct_audio.distributed import choose_device
-        from ct_audio.sample_session import PcmStream
+        from ct_audio.sample_session import SampleStream
         from ct_audio.sample_state import directory_lock
+        from ct_audio.score import run_codec
         from ct_audio.session import caught_signals
 
         if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -51,24 +50,29 @@ def main() -> int:
             torch.set_num_threads(arguments.threads)
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         run = load_run_model(arguments.run, which=arguments.checkpoint, device=choose_device(arguments.device))
-        codec = _codec(run)
+        codec = run_codec(run, Path(arguments.run))
+        _require_options_fit(arguments, codec, to_terminal=arguments.stdout and stdout.isatty())
         if arguments.out is not None:
             _make_directory(arguments.out)
             stack.enter_context(directory_lock(arguments.out))
         sets = _open_sets(run, codec, arguments)
         signals = stack.enter_context(caught_signals())
-        return _run(sets, arguments, signals, None if pcm is None else PcmStream(pcm))
+        return _run(sets, arguments, signals, SampleStream(stdout.buffer) if arguments.stdout else None)
 
 
 def _parse() -> argparse.Namespace:
     parser = build_parser(
-        "Sample audio from a trained model, several samples side by side. Exit status: 0 success, 2 the input does not "
-        "fit, 3 --verify found a difference above 0.001 nats, 4 a sample is silent, clipped, stuck or runaway (all "
-        "files are written nevertheless), 128 + number after SIGINT, SIGTERM or SIGUSR1, which save first: the same "
-        "command with --resume goes on, as it does after kill -9."
+        "Sample audio or text from a trained model, several samples side by side. Exit status: 0 success, 2 the input "
+        "does not fit, 3 --verify found a difference above 0.001 nats, 4 a sample is silent, clipped, stuck, runaway "
+        "or undecodable (all files are written nevertheless), 128 + number after SIGINT, SIGTERM or SIGUSR1, which "
+        "save first: the same command with --resume goes on, as it does after kill -9."
     )
     parser.add_argument("run", help="directory of the run, as runs/NAME")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of each sample")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--seconds", type=float, metavar="S", help=f"length of each sample; for audio, else {DEFAULT_SECONDS:g}"
+    )
+    length.add_argument("--length", type=int, metavar="N", help=f"in units; for text, else {DEFAULT_LENGTH}")
     parser.add_argument("--num", type=int, default=4, help="number of samples")
     parser.add_argument("--seed", type=int, default=0, help="the same seed and --num give the same samples")
     temperature = parser.add_mutually_exclusive_group()
@@ -78,9 +82,11 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable codes only")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest codes of total probability P")
-    parser.add_argument("--prime", type=Path, metavar="WAV", help="audio file that all samples continue")
-    parser.add_argument("--prime-seconds", type=float, metavar="S", help="only the first seconds of --prime")
-    parser.add_argument("--include-prime", action="store_true", help="let the wav files begin with the prime")
+    parser.add_argument("--prime", type=Path, metavar="FILE", help="recording or text that all samples continue")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--prime-seconds", type=float, metavar="S", help="only the first seconds of --prime")
+    part.add_argument("--prime-length", type=int, metavar="N", help="only the first units of --prime")
+    parser.add_argument("--include-prime", action="store_true", help="let the files begin with the prime")
     parser.add_argument("--verify", action="store_true", help="prove that stepping equals the forward pass")
     parser.add_argument("--plots", action="store_true", help="also write waveform and spectrogram as PNG")
     parser.add_argument(
@@ -89,9 +95,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--corpus", metavar="DIR", help="where the run's corpus is now (for --temperatures)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's default")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for sample_0.wav, sample_0.json, ...")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for sample_0.wav (.txt), sample_0.json, ...")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the samples in DIR, unfinished ones or to more --seconds"
+        "--resume", action="store_true", help="go on with the samples in DIR, unfinished ones or to a greater length"
     )
     parser.add_argument(
         "--save-every", type=float, default=60.0, metavar="S", help="seconds between saves for --resume"
@@ -99,7 +105,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--stdout",
         action="store_true",
-        help="raw PCM16 (S16_LE, mono) as it is sampled, with --num 1; --out may be left out",
+        help="raw PCM16 (S16_LE, mono), or text, as it is sampled, with --num 1; --out may be left out",
     )
     arguments = parser.parse_args()
     if arguments.out is None and not arguments.stdout:
@@ -114,18 +120,17 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _codec(run: "LoadedRun") -> "Codec":
-    """The codec that the checkpoint names, else that of the corpus of the run."""
-    from ct_audio.codec import codec_from_json
-    from ct_audio.corpus import open_corpus
-
-    known, run_dir = run.state.get("codec"), run.checkpoint_path.parents[1]
-    codec = codec_from_json(known, run_dir) if known is not None else open_corpus(run.config.data.corpus).codec
-    if codec.vocab_size != run.model.vocab_size:
-        raise UserError(f"the codec {codec.name} has {codec.vocab_size} codes, the model {run.model.vocab_size}")
-    if codec.sample_rate_hz is None:
-        raise UserError(f"{run.config.name} is a model of text ({codec.name}); this tool writes audio only")
-    return codec
+def _require_options_fit(arguments: argparse.Namespace, codec: "Codec", *, to_terminal: bool) -> None:
+    """Check that options of audio are not given for a text."""
+    if codec.sample_rate_hz is not None:
+        if to_terminal:
+            raise UserError("--stdout: raw audio is no text; pipe it, as in | aplay -f S16_LE -r 24000")
+        return
+    for option in ("seconds", "prime_seconds", "plots", "temperatures"):
+        value = getattr(arguments, option)
+        if value is not None and value is not False:
+            name = f"--{option.replace('_', '-')}"
+            raise UserError(f"{name} is for audio, this is a model of {codec.unit}s; see --length and --prime-length")
 
 
 def _open_sets(run: "LoadedRun", codec: "Codec", arguments: argparse.Namespace) -> "list[SampleSet]":
@@ -134,13 +139,11 @@ def _open_sets(run: "LoadedRun", codec: "Codec", arguments: argparse.Namespace) 
 
     if arguments.num < 1:
         raise UserError(f"--num: expected at least 1, got {arguments.num}")
-    rate = codec.sample_rate_hz
-    assert rate is not None
-    prime = _read_prime(arguments, codec, rate)
+    prime = _read_prime(arguments, codec)
     sets = []
     for name, temperature in _temperatures(arguments):
         request = Request(
-            num_codes=_num_codes("--seconds", arguments.seconds, rate),
+            num_codes=_num_codes("", arguments.length, arguments.seconds, codec),
             num_lanes=arguments.num,
             seed=arguments.seed,
             temperature=temperature,
@@ -168,28 +171,33 @@ def _temperatures(arguments: argparse.Namespace) -> list[tuple[str, float]]:
     return [(f"temperature_{temperature:g}", temperature) for temperature in temperatures]
 
 
-def _num_codes(option: str, seconds: float, sample_rate_hz: int) -> int:
-    if not (math.isfinite(seconds) and round(seconds * sample_rate_hz) >= 1):
-        raise UserError(f"{option}: expected seconds of at least one sample, got {seconds}")
-    return round(seconds * sample_rate_hz)
+def _num_codes(prefix: str, length: int | None, seconds: float | None, codec: "Codec") -> int:
+    """Codes of --length, of --seconds, or of the default."""
+    rate = codec.sample_rate_hz
+    if length is None and rate is not None:
+        seconds = DEFAULT_SECONDS if seconds is None else seconds
+        if not (math.isfinite(seconds) and round(seconds * rate) >= 1):
+            raise UserError(f"--{prefix}seconds: expected seconds of at least one sample, got {seconds}")
+        return round(seconds * rate)
+    length = DEFAULT_LENGTH if length is None else length
+    if length < 1:
+        raise UserError(f"--{prefix}length: expected at least one {codec.unit}, got {length}")
+    return length
 
 
-def _read_prime(arguments: argparse.Namespace, codec: "Codec", rate: int) -> "np.ndarray | None":
+def _read_prime(arguments: argparse.Namespace, codec: "Codec") -> "np.ndarray | None":
     """Codes of the prime."""
+    given = [value is not None for value in (arguments.prime_seconds, arguments.prime_length)]
     if arguments.prime is None:
-        if arguments.prime_seconds is not None or arguments.include_prime:
-            raise UserError("--prime-seconds and --include-prime need --prime, an audio file")
+        if any(given) or arguments.include_prime:
+            raise UserError("--prime-seconds, --prime-length and --include-prime need --prime, an audio or text file")
         return None
-    from ct_audio.wav import read_wav, require_finite, resample
+    from ct_audio.score import read_codes
 
-    waveform, sample_rate_hz = read_wav(arguments.prime)
-    require_finite(waveform, str(arguments.prime))
-    codes = codec.encode(resample(waveform, sample_rate_hz, rate))
-    if arguments.prime_seconds is not None:
-        codes = codes[: _num_codes("--prime-seconds", arguments.prime_seconds, rate)]
-    if not len(codes):
-        raise UserError(f"{arguments.prime} is empty; choose another --prime")
-    return codes
+    codes = read_codes(arguments.prime, codec)
+    return (
+        codes[: _num_codes("prime-", arguments.prime_length, arguments.prime_seconds, codec)] if any(given) else codes
+    )
 
 
 def _make_directory(path: Path) -> None:
@@ -199,7 +207,9 @@ def _make_directory(path: Path) -> None:
         raise UserError(f"--out: cannot make the directory {path}: {error}") from error
 
 
-def _run(sets: "list[SampleSet]", arguments: argparse.Namespace, signals: list[int], stream: "PcmStream | None") -> int:
+def _run(
+    sets: "list[SampleSet]", arguments: argparse.Namespace, signals: list[int], stream: "SampleStream | None"
+) -> int:
     """Sample and write all sets and the report on them."""
     corpus = None
     if arguments.temperatures is not None:
@@ -212,7 +222,7 @@ def _run(sets: "list[SampleSet]", arguments: argparse.Namespace, signals: list[i
     statuses = []
     for one in sets:
         if stream is not None and not one.num_resumed:
-            stream.write(one.prime_waveform())
+            stream.write(one.decoded_prime())
         _sample(one, arguments, signals, stream)
         if one.stopped_by:
             where = (
@@ -220,8 +230,8 @@ def _run(sets: "list[SampleSet]", arguments: argparse.Namespace, signals: list[i
                 if one.directory is None
                 else f"saved in {one.directory}; go on with --resume"
             )
-            seconds = one.num_codes / one.sample_rate_hz
-            print(f"stopped by {signal.Signals(one.stopped_by).name} at {seconds:.3f} s; {where}", file=sys.stderr)
+            name = signal.Signals(one.stopped_by).name
+            print(f"stopped by {name} at {one.in_words(one.num_codes)}; {where}", file=sys.stderr)
             return 128 + one.stopped_by
         if one.num_codes:  # else the reader of --stdout has gone at once
             statuses.append(_write(one, arguments))
@@ -242,11 +252,11 @@ def _print_estimate(sets: "list[SampleSet]") -> None:
     code_seconds = estimate_code_seconds(
         first.run.model, num_lanes=num_lanes, start_code=first.codec.start_code, max_codes=16 + num_codes // 50
     )
-    total = f"{num_codes * num_lanes} samples ({num_lanes} x {num_codes})"
+    total = f"{num_codes * num_lanes} {first.codec.unit}s ({num_lanes} x {num_codes})"
     print(f"about {code_seconds * num_codes:.0f} s for {total}", flush=True)
 
 
-def _sample(one: "SampleSet", arguments: argparse.Namespace, signals: list[int], stream: "PcmStream | None") -> None:
+def _sample(one: "SampleSet", arguments: argparse.Namespace, signals: list[int], stream: "SampleStream | None") -> None:
     """Sample what is left of a set, with a bar, and print the speed."""
     began, num_before = time.perf_counter(), one.num_codes
     label = f"temperature {one.request.temperature:g}" if arguments.temperatures else "sample"
@@ -254,17 +264,20 @@ def _sample(one: "SampleSet", arguments: argparse.Namespace, signals: list[int],
     seconds = max(time.perf_counter() - began, 1e-9)
     total = (one.num_codes - num_before) * one.request.num_lanes
     if total and not one.stopped_by:
-        times_real_time = total / seconds / one.sample_rate_hz
-        print(f"{total} samples in {seconds:.1f} s: {total / seconds:.0f} samples/s, {times_real_time:.4f} x real time")
+        unit, rate = one.codec.unit, one.codec.sample_rate_hz
+        times = f", {total / seconds / rate:.4f} x real time" if rate else ""
+        print(f"{total} {unit}s in {seconds:.1f} s: {total / seconds:.0f} {unit}s/s{times}")
 
 
 def _write(one: "SampleSet", arguments: argparse.Namespace) -> int:
     """Verify a set if asked to, write its files, and return its exit status."""
+    from ct_audio.sample_files import write_samples
+
     difference = None
     if arguments.verify:
         difference = one.verify()
         print(f"largest difference of log-probabilities between steps and forward: {difference:.3g} nats")
-    faults = one.write(verify_difference=difference, plots=arguments.plots)
+    faults = write_samples(one, verify_difference=difference, plots=arguments.plots)
     if difference is not None and not difference <= VERIFY_LIMIT:
         print(f"error: verification failed: {difference:.3g} nats, expected at most {VERIFY_LIMIT}", file=sys.stderr)
         return STATUS_VERIFICATION_FAILED
