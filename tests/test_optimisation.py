@@ -94,19 +94,12 @@ def test_settings_of_branches(tmp_path: Path) -> None:
 
 def test_the_summary_by_hand() -> None:
     kept = {"train": [(1, 9.0), (2, 9.0), (3, 2.0), (4, 3.0)], "valid": [(2, 5.0), (4, 4.0)]}
-    other = {"train": [(1, 0.0), (2, 0.0), (3, 2.5), (4, 4.0)], "valid": [(4, 4.5)]}
+    other = {"train": [(1, 0.0), (2, 1.0), (3, 2.5), (4, 4.0)], "valid": [(4, 4.5)]}
     text, rows = optimisation.summary({"kept": kept, "rate_0": other}, 0, 4)
-    assert rows[0] == {
-        "branch": "kept",
-        "train (nats)": 2.5,
-        "minus kept": 0.0,
-        "standard error": 0.0,
-        "valid (nats)": 4.0,
-    }
-    assert rows[1]["train (nats)"] == 3.25
-    assert rows[1]["minus kept"] == 0.75
-    assert rows[1]["standard error"] == pytest.approx(0.25)  # stdev 0.25 * sqrt(2), over sqrt(2)
-    assert "| rate_0 | 3.2500 | 0.7500 | 0.2500 | 4.5000 |" in text
+    assert list(rows[0].values()) == ["kept", 9.0, 0.0, 0.0, 2.5, 0.0, 0.0, 4.0]
+    # The standard error of 0.5 and 1: their standard deviation, 0.25 sqrt(2), over sqrt(2).
+    assert list(rows[1].values()) == ["rate_0", 0.5, -8.5, 0.5, 3.25, 0.75, pytest.approx(0.25), 4.5]
+    assert "| rate_0 | 0.5000 | -8.5000 | 0.5000 | 3.2500 | 0.7500 | 0.2500 | 4.5000 |" in text
 
 
 def run_tool(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) -> int:
@@ -134,11 +127,11 @@ def test_the_experiment_and_the_same_command_again(tmp_path: Path, monkeypatch: 
     with (out / "table.csv").open() as file:
         rows = {row["branch"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["kept", "rate_0", "period_4"]
-    assert float(rows["kept"]["minus kept"]) == 0
-    assert all(math.isfinite(float(row["valid (nats)"])) for row in rows.values())
+    assert float(rows["kept"]["minus kept"]) == float(rows["kept"]["minus kept (second)"]) == 0
+    assert all(math.isfinite(float(row["valid at the end"])) for row in rows.values())
     lines = [line for line in read_metrics(runs["rate_0"].run_dir) if "nll/train_nats" in line]
     late = [line["nll/train_nats"] for line in lines if line["step"] > 6]
-    assert float(rows["rate_0"]["train (nats)"]) == pytest.approx(sum(late) / 2)
+    assert float(rows["rate_0"]["train, second half"]) == pytest.approx(sum(late) / 2)
     assert (out / "optimisation.png").read_bytes().startswith(b"\x89PNG")
     logged = {path: path.read_bytes() for path in (out / "runs").glob("*/metrics.jsonl")}
     assert len(logged) == 4

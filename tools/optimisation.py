@@ -139,23 +139,32 @@ def differences(curve: Curve, kept: Curve) -> Curve:
 
 
 def summary(curves: dict[str, dict[str, Curve]], begin: int, end: int) -> tuple[str, list[dict[str, Any]]]:
-    """A table of the branches, as Markdown and as rows: training NLL of the last half, differences with errors."""
+    """A table of the branches, as Markdown and as rows: training NLL by halves, differences with standard errors."""
     import numpy as np
 
     from ct_audio.analysis import mean_and_error
 
-    rows = []
+    def gap(curve: Curve) -> tuple[float, float]:
+        paired = np.array([difference for _, difference in differences(curve, curves[KEPT]["train"])])
+        if len(paired) < 2:
+            return float(paired.mean()), math.nan
+        mean, error = mean_and_error(paired)
+        return float(mean), float(error)
+
+    rows, middle = [], (begin + end) / 2
     for name, curve in curves.items():
-        late = [point for point in curve["train"] if point[0] > (begin + end) / 2]
-        paired = np.array([difference for _, difference in differences(late, curves[KEPT]["train"])])
-        mean, error = mean_and_error(paired) if len(paired) > 1 else (paired.mean(), math.nan)
+        early = [point for point in curve["train"] if point[0] <= middle]
+        late = [point for point in curve["train"] if point[0] > middle]
         rows.append(
             {
                 "branch": name,
-                "train (nats)": float(np.mean([value for _, value in late])),
-                "minus kept": float(mean),
-                "standard error": float(error),
-                "valid (nats)": curve["valid"][-1][1] if curve["valid"] else math.nan,
+                "train, first half": float(np.mean([value for _, value in early])),
+                "minus kept": gap(early)[0],
+                "standard error": gap(early)[1],
+                "train, second half": float(np.mean([value for _, value in late])),
+                "minus kept (second)": gap(late)[0],
+                "standard error (second)": gap(late)[1],
+                "valid at the end": curve["valid"][-1][1] if curve["valid"] else math.nan,
             }
         )
     lines = [
@@ -166,7 +175,7 @@ def summary(curves: dict[str, dict[str, Curve]], begin: int, end: int) -> tuple[
             for row in rows
         ),
     ]
-    about = f"Branches from step {begin} to {end}; training NLL of the second half, on the same codes.\n"
+    about = f"Branches from step {begin} to {end}; nats a code, training NLL on the same codes.\n"
     return "\n".join([about, *lines]), rows
 
 
@@ -208,7 +217,8 @@ def draw(curves: dict[str, dict[str, Curve]], base: dict[str, Curve], title: str
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     absolute, relative, validation = figure.subplots(1, 3)
     length = max(1, len(curves[KEPT]["train"]) // NUM_SMOOTHED)
-    before = running_mean([(float(step), value) for step, value in base["train"]], length)[-3 * NUM_SMOOTHED :]
+    shown = [(float(step), value) for step, value in base["train"]][-3 * length * NUM_SMOOTHED :]
+    before = running_mean(shown, min(length, len(shown)))
     absolute.plot(*zip(*before, strict=True), color="0.5", label="before")
     validation.plot(*zip(*base["valid"][-3:], strict=True), color="0.5", marker="o", label="before")
     for index, (name, curve) in enumerate(curves.items()):
@@ -219,13 +229,13 @@ def draw(curves: dict[str, dict[str, Curve]], base: dict[str, Curve], title: str
         relative.plot(*zip(*running_mean(gap, length), strict=True), **look)
         if curve["valid"]:
             validation.plot(*zip(*base["valid"][-1:], *curve["valid"], strict=True), marker="o", **look)
-    absolute.set_ylabel(f"training NLL (nats a code, means of {length} logs)")
+    absolute.set_ylabel("training NLL (nats a code)" + (f", means of {length} logs" if length > 1 else ""))
     relative.set_ylabel("training NLL less that of the kept rate (nats a code)")
     validation.set_ylabel("validation NLL (nats a code)")
     for panel in (absolute, relative, validation):
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
-    absolute.legend()
+    figure.legend(*absolute.get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(f"{title}: settings changed at step {base['train'][-1][0]}", fontsize=10)
     return figure
 
