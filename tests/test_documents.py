@@ -157,6 +157,9 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
     if "tools/train.py" in words:
         kept = [word for word in words if not word.startswith(("train.num_steps=", "train.log_every"))]
         words = kept + FEW_STEPS + SMALL_AUDIO_MODEL
+    if "tools/ablate.py" in words:
+        few = ["--rows", "conv_bptt", "conv_attention", "--rates", "2", "--seeds", "0", "--set", *FEW_STEPS]
+        words = [*words, *few, *SMALL_AUDIO_MODEL]
     return [str(scripts / words[0]), *words[1:]]
 
 
