@@ -184,7 +184,7 @@ def checkpoint_elsewhere(run: Run) -> None:
 MODEL, TRAINING, MEMORY = "model.safetensors", "training.safetensors", "memory-rank0.safetensors"
 NESTED = '{"a":' * 50_000
 BILLION = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]\n" for i in range(12))
-CHECKPOINTS: dict[str, Callable[[Run], None]] = {
+CHECKPOINTS: dict[str, Callable[[Run], object]] = {
     "state.json: a list": lambda run: (run.checkpoint / "state.json").write_text("[]") and None,
     "state.json: no UTF-8": lambda run: (run.checkpoint / "state.json").write_bytes(b'{"\xff": 1}') and None,
     "state.json: nested 50,000 deep": lambda run: (run.checkpoint / "state.json").write_text(NESTED) and None,
