@@ -135,7 +135,7 @@ def test_wrong_numbers_of_sentences(tmp_path, monkeypatch, capsys):
 def test_a_recipe_that_reads_recordings_needs_a_source(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(ROOT / "recipes/folder"), "--out", str(tmp_path / "out")])
     assert run_tool(tool.main) == 2
-    assert "error: --source: expected the folder of the recordings" in capsys.readouterr().err
+    assert "error: --source: expected the folder of the data" in capsys.readouterr().err
 
 
 def test_a_long_path_to_the_data(tmp_path, monkeypatch):
