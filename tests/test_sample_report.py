@@ -149,6 +149,7 @@ def test_noise_silence_and_collapse_show_up_as_numbers() -> None:
     assert " | 0.00 | - | - | " in text
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_sets_and_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,9 @@ def sample(monkeypatch: pytest.MonkeyPatch) -> Tool:
     return tool("sample", monkeypatch)
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(
+    "name", ["word", *(pytest.param(name, marks=pytest.mark.slow) for name in ("byte", "subword"))]
+)
 def test_sample_writes_texts_and_sidecars(
     name: str, runs: dict[str, Path], tmp_path: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
 ) -> None:
