@@ -255,6 +255,7 @@ def test_context_is_what_evaluation_with_other_lengths_says() -> None:
     assert len({row["nll_nats"] for row in tables["context"]}) == 5
 
 
+@pytest.mark.slow
 def test_the_tool_writes_tables_pictures_and_tensorboard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

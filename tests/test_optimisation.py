@@ -111,6 +111,7 @@ def run_tool(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) ->
     return optimisation.main()
 
 
+@pytest.mark.slow
 def test_the_experiment_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_tool(tmp_path, monkeypatch, "--branches", "rate_0", "period_4") == 0
     out = tmp_path / "out"

@@ -112,6 +112,7 @@ def test_the_tool_writes_a_table_and_a_picture_for_each_file(
     assert report["total_bytes"] == pytest.approx(mean * 1000 / 8)
 
 
+@pytest.mark.slow
 def test_the_tool_scores_texts_and_says_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
