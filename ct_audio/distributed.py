@@ -52,10 +52,28 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
         UserError: CUDA is asked for and there is none.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device = cuda, but this machine has no usable CUDA device; write train.device=cpu")
+        raise UserError(
+            "device cuda: this machine has no usable CUDA device; use --device cpu (in training train.device=cpu)"
+        )
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+def set_up_device(name: str, *, num_threads: int) -> torch.device:
+    """The device of a tool that works alone, where float32 means float32 from now on.
+
+    Args:
+        name: as in `choose_device`.
+        num_threads: CPU threads; 0: torch's default.
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    device = choose_device(name)
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 @contextlib.contextmanager

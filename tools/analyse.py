@@ -23,20 +23,15 @@ TABLES = ("attention", "attention_by_part", "compression_loss", "context", "posi
 def main() -> int:
     """Parse, analyse, write, print, and return the exit status."""
     arguments = _parse()
-    import torch  # after --help: it takes seconds
-
+    # After --help: they take seconds.
     from ct_audio.analysis import analyse_run
     from ct_audio.analysis_figures import FIGURES
     from ct_audio.checkpoint import load_run_model
-    from ct_audio.distributed import choose_device
+    from ct_audio.distributed import set_up_device
     from ct_audio.run_evaluation import run_corpus
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    run = load_run_model(arguments.run, which=arguments.checkpoint, device=choose_device(arguments.device))
+    device = set_up_device(arguments.device, num_threads=arguments.threads)
+    run = load_run_model(arguments.run, which=arguments.checkpoint, device=device)
     corpus = run_corpus(run, arguments.corpus, allow_other=arguments.allow_other_corpus)
     out = Path(arguments.out or Path(arguments.run) / "analysis")
     out.mkdir(parents=True, exist_ok=True)

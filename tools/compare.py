@@ -91,20 +91,14 @@ def score_runs(runs: dict[str, Run], arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a checkpoint or split is missing, or the runs were not scored alike.
     """
-    import torch
-
     from ct_audio.checkpoint import load_run_model
     from ct_audio.comparison import require_alike
-    from ct_audio.distributed import choose_device
+    from ct_audio.distributed import set_up_device
     from ct_audio.run_evaluation import EvaluationSettings, find_evaluation
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    device = set_up_device(arguments.device, num_threads=arguments.threads)
     for label, run in runs.items():
-        loaded = load_run_model(run.path, device=choose_device(arguments.device))
+        loaded = load_run_model(run.path, device=device)
         run.valid_codes = loaded.config.train.valid_codes
         for split in arguments.splits:
             settings = EvaluationSettings(split=split, max_seconds=arguments.max_seconds)

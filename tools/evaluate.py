@@ -21,18 +21,13 @@ if TYPE_CHECKING:
 def main() -> int:
     """Parse, evaluate, keep the result in the run, print, and return the exit status."""
     arguments = _parse()
-    import torch  # after --help: it takes seconds
-
+    # After --help: they take seconds.
     from ct_audio.checkpoint import load_run_model
-    from ct_audio.distributed import choose_device
+    from ct_audio.distributed import set_up_device
     from ct_audio.run_evaluation import run_corpus
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    run = load_run_model(arguments.run, which=arguments.checkpoint, device=choose_device(arguments.device))
+    device = set_up_device(arguments.device, num_threads=arguments.threads)
+    run = load_run_model(arguments.run, which=arguments.checkpoint, device=device)
     corpus = run_corpus(run, arguments.corpus, allow_other=arguments.allow_other_corpus)
     if arguments.sweep_memory is not None or arguments.sweep_compressed is not None:
         return _sweep(arguments, run, corpus)

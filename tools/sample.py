@@ -35,21 +35,15 @@ def main() -> int:
         stdout = sys.stdout
         if arguments.stdout:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        import torch  # after --help: it takes seconds
-
-        from ct_audio.checkpoint import load_run_model
-        from ct_audio.distributed import choose_device
+        from ct_audio.checkpoint import load_run_model  # after --help: it takes seconds
+        from ct_audio.distributed import set_up_device
         from ct_audio.sample_session import SampleStream
         from ct_audio.sample_state import directory_lock
         from ct_audio.score import run_codec
         from ct_audio.session import caught_signals
 
-        if arguments.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-        if arguments.threads:
-            torch.set_num_threads(arguments.threads)
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-        run = load_run_model(arguments.run, which=arguments.checkpoint, device=choose_device(arguments.device))
+        device = set_up_device(arguments.device, num_threads=arguments.threads)
+        run = load_run_model(arguments.run, which=arguments.checkpoint, device=device)
         codec = run_codec(run, Path(arguments.run))
         _require_options_fit(arguments, codec, to_terminal=arguments.stdout and stdout.isatty())
         if arguments.out is not None:

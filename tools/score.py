@@ -23,18 +23,13 @@ AUDIO_BIN_SECONDS = 0.1
 def main() -> int:
     """Parse, score each file, write, print, and return the exit status."""
     arguments = _parse()
-    import torch  # after --help: it takes seconds
-
+    # After --help: they take seconds.
     from ct_audio.checkpoint import load_run_model
-    from ct_audio.distributed import choose_device
+    from ct_audio.distributed import set_up_device
     from ct_audio.score import run_codec
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    run = load_run_model(arguments.run, which=arguments.checkpoint, device=choose_device(arguments.device))
+    device = set_up_device(arguments.device, num_threads=arguments.threads)
+    run = load_run_model(arguments.run, which=arguments.checkpoint, device=device)
     codec = run_codec(run, Path(arguments.run))
     bin_length = _bin_length(arguments, codec)
     out = Path(arguments.out or Path(arguments.run) / "scores")
