@@ -159,6 +159,40 @@ def test_a_vocabulary_of_words_fits() -> None:
     assert largest.numel <= 128 * 20_003
 
 
+@pytest.mark.parametrize("name", ["compressive_transformer", "compressive_transformer_adaptive"])
+@pytest.mark.parametrize("rows_a_block", [0, 1, 7, 32])
+def test_blocks_of_rows_change_nothing(name: str, rows_a_block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose logits do not fit into one block: the same NLL and gradients, and no tensor of all rows' logits."""
+    model = float64_model(name)
+    num_logits = 8 if "adaptive" in name else 32  # of the first band and two further ones; of all codes
+    codes, targets = random_codes(16), random_codes(16, seed=1)
+
+    def run() -> tuple[Tensor, dict[str, Tensor], int]:
+        model.zero_grad()
+        features = model(codes, model.zero_memory(2)).features
+        weights = torch.linspace(0.5, 1.5, targets.numel(), dtype=torch.float64).view_as(targets)
+        with _LargestTensor() as largest:
+            nll = model.nll(features, targets)
+            features.retain_grad()
+            (nll * weights).sum().backward(inputs=[features, *model.head.parameters()])
+        found = {key: parameter.grad for key, parameter in model.head.named_parameters()} | {"features": features.grad}
+        return nll.detach(), found, largest.numel
+
+    nll, gradients, unblocked = run()
+    monkeypatch.setattr("ct_audio.models.layers.MAX_LOGITS", rows_a_block * num_logits)
+    in_blocks, gradients_in_blocks, blocked = run()
+    torch.testing.assert_close(in_blocks, nll, rtol=0, atol=1e-12)
+    assert gradients_in_blocks.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradients_in_blocks[key], gradient, rtol=0, atol=1e-12)
+    if name == "compressive_transformer":
+        assert unblocked == 32 * num_logits
+        assert blocked == max(rows_a_block * num_logits, nll.numel() * 16, 32 * 16)  # or features, or the head's weight
+    with torch.inference_mode():
+        features = model(codes, model.zero_memory(2)).features
+        torch.testing.assert_close(model.nll(features, targets), nll, rtol=0, atol=1e-12)
+
+
 def parameter_names(name: str, **changes: Any) -> set[str]:
     return {key for key, _ in tiny_model(name, **changes).named_parameters()}
 

@@ -19,7 +19,7 @@ from ct_audio.models.attention import rotation_table
 from ct_audio.models.compressive_config import Config, check_whole_groups
 from ct_audio.models.compressive_layer import CompressiveLayer, LayerCache
 from ct_audio.models.interface import ModelOutput
-from ct_audio.models.layers import AdaptiveInput, AdaptiveSoftmax, at_least_float32, linear
+from ct_audio.models.layers import AdaptiveInput, AdaptiveSoftmax, at_least_float32, linear, nll_in_blocks
 from ct_audio.models.memory import Memory, map_memory, push
 from ct_audio.models.windows import (
     Geometry,
@@ -151,7 +151,11 @@ class CompressiveTransformer(nn.Module):
         rows, flat = features.flatten(0, -2), targets.flatten()
         if isinstance(self.head, AdaptiveSoftmax):
             return self.head.nll(rows, flat).view(targets.shape)
-        return F.cross_entropy(at_least_float32(self.head(rows)), flat, reduction="none").view(targets.shape)
+
+        def nll(rows: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(at_least_float32(self.head(rows)), targets, reduction="none")
+
+        return nll_in_blocks(nll, rows, flat, self.config.vocab_size).view(targets.shape)
 
     def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Log-probabilities of all codes, in nats."""

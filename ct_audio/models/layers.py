@@ -6,13 +6,17 @@ the first band and one entry for each further one.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGITS = 2**27
+"""Logits that `nll` makes at a time (512 MiB in float32); more are made in blocks, and again for the gradient."""
 
 
 class _SharedLinear(torch.autograd.Function):
@@ -148,8 +152,11 @@ class AdaptiveSoftmax(nn.Module):
     def nll(self, features: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         """Negative log-likelihood of each target in nats; only rows of a further band meet its codes.
 
-        The largest tensor is [N, C], never [N, V].
+        The largest tensor is [N, C], never [N, V], and in blocks where that is large.
         """
+        return nll_in_blocks(self._nll, features, targets, self.edges[0][1] + len(self.bands))
+
+    def _nll(self, features: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         num_first = self.edges[0][1]
         in_head, further = targets, []
         for band, (begin, end) in enumerate(self.edges[1:]):
@@ -182,6 +189,23 @@ class AdaptiveSoftmax(nn.Module):
         begin, end = self.edges[band + 1]
         projected = F.linear(features, self.projections[band].mT)
         return at_least_float32(F.linear(projected, self.tables[band + 1], self.bias[begin:end]))
+
+
+def nll_in_blocks(
+    nll: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"], num_logits: int
+) -> Float[Tensor, "N"]:
+    """The NLL of each row, with at most `MAX_LOGITS` logits at a time, so that a batch of any size fits.
+
+    Args:
+        nll: of any number of rows and their targets [N], in nats; no random numbers in it.
+        num_logits: how many one row makes.
+    """
+    length = max(1, MAX_LOGITS // num_logits)
+    if len(targets) <= length:
+        return nll(rows, targets)
+    blocks = zip(rows.split(length), targets.split(length), strict=True)
+    found = [checkpoint(nll, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks]
+    return torch.cat(found)  # type: ignore[arg-type]
 
 
 def at_least_float32(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch V"]:
