@@ -275,6 +275,13 @@ def _announce(session: Session) -> None:
     what = ", ".join(f"{count:,} parameters of {group}" for group, count in counts.items())
     beginning = f"resumed at step {session.progress.step}" if session.resumed else "new run"
     say(session, f"{config.run_dir}: {beginning}; {config.model.name} with {what}; {session.device}")
+    steps, optim = config.train.num_steps, config.optim
+    if session.optimizer and optim.decay_steps and steps > (end := optim.warmup_steps + optim.decay_steps):
+        say(
+            session,
+            f"the learning rate stays at optim.final_learning_rate = {optim.final_learning_rate} from step {end} "
+            f"on; a longer run needs a longer decay, as optim.decay_steps={steps - optim.warmup_steps}",
+        )
     session.metrics.text("config", config_to_yaml(config), step=session.progress.step)
     if not session.resumed:
         session.metrics.hyperparameters(

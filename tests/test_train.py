@@ -153,6 +153,19 @@ def test_documents_reset_memory(tmp_path: Path):
     assert largest_difference(weights(plain), weights(reset)) > 0
 
 
+@pytest.mark.parametrize(("decay_steps", "expected"), [(2, "from step 5 on"), (3, None), (0, None)])
+def test_a_schedule_that_ends_before_the_run_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], decay_steps: int, expected: str | None
+) -> None:
+    train(tiny_run(tmp_path, train__num_steps=6, optim__decay_steps=decay_steps, train__valid_every_steps=0))
+    output = capsys.readouterr().out
+    if expected is None:
+        assert "the learning rate stays" not in output
+    else:
+        assert expected in output
+        assert "optim.decay_steps=3" in output
+
+
 def test_a_finished_run_says_so_and_may_grow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = tiny_run(tmp_path)
     assert train(config) == 0

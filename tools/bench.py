@@ -222,8 +222,8 @@ def _markdown(report: dict[str, Any]) -> str:
         f"    {report['command']}",
         "",
         f"torch {report['torch']}, {report['machine']}, {report['cores']} cores, {report['threads']} threads, lanes "
-        f"{report['lanes']}, float32; medians of {report['rounds']} interleaved rounds, ratio to the first case of a "
-        "measurement.",
+        f"{report['lanes']}, float32; codes/s: medians of {report['rounds']} interleaved rounds; ratio: median over "
+        "the rounds of the ratio within a round, to the nearest row above with 1.00.",
         "",
         "| measurement | case | codes/s | ratio |",
         "|---|---|---|---|",
