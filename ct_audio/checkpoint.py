@@ -32,6 +32,7 @@ from ct_audio.errors import UserError
 from ct_audio.files import write_file, write_json
 from ct_audio.models import SequenceModel, build_model
 from ct_audio.models.memory import map_memory, memory_from_tensors, named_tensors
+from ct_audio.optim import trained_parameters
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _optimizer_tensors(model: SequenceModel, optimizer: torch.optim.Optimizer | 
         return {}
     return {
         f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in trained_parameters(model)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
@@ -250,7 +251,7 @@ def _load_optimizer(checkpoint: Path, model: SequenceModel, optimizer: torch.opt
     if not found:  # written before the first update
         optimizer.state.clear()
         return
-    parameters = dict(model.named_parameters())
+    parameters = dict(trained_parameters(model))
     expected = {f"{name}/{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
     if expected != found.keys():
         difference = sorted(expected ^ found.keys())

@@ -16,7 +16,7 @@ from torch import Tensor
 from ct_audio.checkpoint import as_module
 from ct_audio.errors import UserError
 from ct_audio.models import SequenceModel
-from ct_audio.optim import clip_gradients, has_parameters
+from ct_audio.optim import clip_gradients, has_parameters, trained_parameters
 
 LEARNING_RATES = {"sgd": 0.03, "adam": 3e-5}
 """Where to begin: on 240,000 codes of speech with a model of 0.45M parameters both took 0.003 nats off 2.764; Adam at
@@ -66,7 +66,7 @@ def learning_copy(
     if not has_parameters(model):
         raise UserError(f"dynamic evaluation: {model.config.name} has no parameters to learn with")
     learner = copy.deepcopy(model)
-    parameters = [parameter for _, parameter in learner.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in trained_parameters(learner)]
     trained = [parameter.detach().clone() for parameter in parameters] if settings.decay else []
     kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings.optimizer]
     optimizer = kind(parameters, lr=settings.learning_rate)
@@ -78,6 +78,7 @@ def learning_copy(
         clip_gradients(groups, settings.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad()
+        learner.after_update()
         if trained:
             with torch.no_grad():
                 for parameter, before in zip(parameters, trained, strict=True):

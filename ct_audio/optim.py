@@ -56,15 +56,20 @@ def completes_update(step: int, config: OptimConfig) -> bool:
     return step + 1 == update_steps(step, config).stop
 
 
+def trained_parameters(model: SequenceModel) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that the optimizer updates: f_c stays as it was drawn with `compression_loss: none`."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def has_parameters(model: SequenceModel) -> bool:
     """Whether there is anything to train."""
     return next(model.named_parameters(), None) is not None
 
 
 def make_optimizer(model: SequenceModel, config: OptimConfig) -> torch.optim.Adam:
-    """Adam over all parameters of a model, which must have some; the loop sets the learning rate before each update."""
+    """Adam over the trained parameters of a model, which must have some; the loop sets the rate before each update."""
     return torch.optim.Adam(
-        [parameter for _, parameter in model.named_parameters()],
+        [parameter for _, parameter in trained_parameters(model)],
         lr=config.initial_learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

@@ -79,6 +79,7 @@ def _loop(session: Session) -> int:
                 _require_finite_gradients(session, norms, step)
                 set_learning_rate(optimizer, learning_rate(step, config.optim))
                 optimizer.step()
+                session.model.after_update()
                 optimizer.zero_grad()
                 progress.add({"updates": 1.0, **{f"gradient_norm/{group}": norm for group, norm in norms.items()}})
             progress.step = step + 1

@@ -141,6 +141,37 @@ def test_one_query_over_caches_equals_the_reference() -> None:
     assert (weights - attention_weights(**arguments)[:, :, -1]).abs().max() <= 1e-12
 
 
+def test_a_share_multiplies_weights_before_they_are_normalised() -> None:
+    case = make_case("window", torch.float64, seed=2)
+    del case["values"]
+    share = torch.rand(case["keys"].shape[1], 1, case["keys"].shape[2], dtype=torch.float64)
+    share[:, :, :3] = 0
+    share = share.requires_grad_()
+    plain = attention_weights(**case)
+    expected = plain * share / (plain * share).sum(dim=-1, keepdim=True)
+    found = attention_weights(**case, share=share)
+    assert (found - expected).abs().max() <= 1e-12
+    chosen = torch.randn_like(found)
+    (gradient,) = torch.autograd.grad((found * chosen).sum(), share)
+    (expected_gradient,) = torch.autograd.grad((expected * chosen).sum(), share)
+    assert (gradient - expected_gradient)[:, :, 3:].abs().max() <= 1e-12
+    assert not gradient[:, :, :3].any()  # none, rather than NaN: their distance has left the ramp
+
+
+def test_a_share_of_nothing_wins_against_any_score() -> None:
+    """Rows with a share lie so far below the others that their weights are 0 in float32."""
+    query = torch.tensor([[[[20.0, 0.0]]]])
+    keys = torch.tensor([[[[20.0, 0.0], [-20.0, 0.0]]]])
+    share = torch.tensor([[[0.0, 1.0]]])
+    _, weights = attend_one(query[:, :, 0], keys, keys, None, share)
+    assert weights.tolist() == [[[0.0, 1.0]]]
+    zeros = torch.zeros(1)
+    weights = attention_weights(
+        query, query, keys, query_positions=zeros, key_positions=torch.zeros(2), mask=torch.zeros(1, 2), share=share
+    )
+    assert weights.tolist() == [[[[0.0, 1.0]]]]
+
+
 def test_rotation_turns_a_distance_into_two_positions() -> None:
     vector = torch.randn(1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for i, j in [(0, 0), (5, -7), (3839, -768), (700, 2.5)]:

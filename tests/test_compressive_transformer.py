@@ -345,6 +345,23 @@ def test_keys_and_values_go_on_training_after_the_first_compression(norm_positio
             assert layer.key_value.weight.grad.any()
 
 
+@pytest.mark.parametrize(("penalty", "bound"), [(-1.0, 1.0), (1.0, 0.0)])
+def test_a_span_comes_back_from_its_bound(penalty: float, bound: float) -> None:
+    """What drives the spans out for a while must not hold them there: from outside no gradient would reach them."""
+    model = float64_model("compressive_transformer_adaptive_span")
+    spans = [layer.span for layer in model.layers]
+    optimizer = torch.optim.Adam(spans, lr=0.05)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss = penalty * torch.stack([layer.spans().mean() for layer in model.layers]).sum()
+        (loss if step < 40 else -loss).backward()
+        optimizer.step()
+        model.after_update()
+        if step == 39:
+            assert all((span == bound).all() for span in spans)
+    assert all(((span > 0) & (span < 1)).all() for span in spans)
+
+
 def test_memories_get_no_gradient_from_later_windows() -> None:
     model = float64_model("compressive_transformer")
     memory = model(codes_of(1, 32), model.zero_memory(1)).memory

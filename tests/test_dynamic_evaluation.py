@@ -107,6 +107,19 @@ def test_a_first_chunk_is_scored_as_without_learning() -> None:
     assert nll_by_code(model, codes, SETTINGS["adam"]).mean().item() == pytest.approx(static.nll_nats, abs=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["attention_reconstruction", "autoencoding", "bptt", "none"])
+def test_other_memory_lengths_than_in_training(loss: str) -> None:
+    """No compressed memory at all too: then f_c has nothing to learn from, and stays as it was."""
+    model = tiny_model("compressive_transformer", compression_loss=loss, memory_length=8)
+    learner, update = learning_copy(model, SETTINGS["sgd"])
+    before = {key: parameter.detach().clone() for key, parameter in learner.named_parameters()}
+    evaluate_nll(
+        learner, some_codes(100), start_code=START_CODE, chunk_length=24, compressed_memory_length=0, update=update
+    )
+    changed = {key for key, parameter in learner.named_parameters() if not torch.equal(parameter, before[key])}
+    assert changed == {key for key in before if ".compression" not in key}
+
+
 def test_arguments_are_checked() -> None:
     model, codes = tiny_model("compressive_transformer"), some_codes(64)
     with pytest.raises(UserError, match="expected num_lanes = 1, got 2"):

@@ -44,12 +44,17 @@ def curves(config: RunConfig) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("model", "dropout"),
-    [("compressive_transformer", 0.0), ("compressive_transformer", 0.1), ("transformer_xl", 0.1), ("wavenet", 0.1)],
+    ("model", "settings"),
+    [
+        ("compressive_transformer", {}),
+        ("compressive_transformer", {"model__dropout": 0.1}),
+        ("compressive_transformer", {"model__compression_loss": "none"}),
+        ("transformer_xl", {"model__dropout": 0.1}),
+        ("wavenet", {"model__dropout": 0.1}),
+    ],
 )
-def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, dropout: float):
-    changes: dict[str, Any] = {
-        "model__dropout": dropout,
+def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, settings: dict[str, Any]):
+    changes: dict[str, Any] = settings | {
         "train__num_steps": 12,
         "train__precision": "float32",
         "train__log_every_steps": 5,

@@ -166,6 +166,15 @@ def test_a_schedule_that_ends_before_the_run_is_said(
         assert "optim.decay_steps=3" in output
 
 
+def test_adaptive_spans_stay_in_their_range(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, "compressive_transformer_adaptive_span", optim__peak_learning_rate=0.7)
+    assert train(config) == 0
+    spans = torch.cat([tensor for key, tensor in checkpoint_tensors(config).items() if key.endswith(".span")])
+    assert spans.min() >= 0
+    assert spans.max() <= 1
+    assert (spans < 1).any()
+
+
 def test_a_finished_run_says_so_and_may_grow(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = tiny_run(tmp_path)
     assert train(config) == 0

@@ -145,17 +145,18 @@ def attention_weights(
     by_distance = einsum(position_query, table, "n h t p, r p -> n h t r")
     by_position = by_distance.gather(-1, index.expand(*by_distance.shape[:2], *index.shape))
     scores = einsum(content_query, keys, "n h t e, n h s e -> n h t s") + by_position
-    weights = torch.softmax(scores * keys.shape[-1] ** -0.5 + mask.to(scores.dtype), dim=-1)
-    return weights if share is None else scaled_weights(weights, share)
+    scores = scores * keys.shape[-1] ** -0.5 + mask.to(scores.dtype)
+    return torch.softmax(scores if share is None else scores + log_share(share).to(scores.dtype), dim=-1)
 
 
-def scaled_weights(weights: Float[Tensor, "*N H T S"], share: Float[Tensor, "H 1 S"]) -> Float[Tensor, "*N H T S"]:
-    """Weights multiplied by a share and normalised again.
+def log_share(share: Float[Tensor, "H 1 S"]) -> Float[Tensor, "H 1 S"]:
+    """What, added to the scores, multiplies the weights by a share before they are normalised; -inf where it is 0.
 
+    Within the softmax nothing underflows to 0 / 0, however far the scores of rows with a share lie below the others.
     Source: Sukhbaatar et al. 2019 (Adaptive Attention Span), arXiv 1905.07799, equation 5.
     """
-    weights = weights * share.to(weights.dtype)
-    return weights / weights.sum(dim=-1, keepdim=True)
+    has_share = share > 0
+    return torch.where(has_share, torch.where(has_share, share, 1.0).log(), -torch.inf)
 
 
 def content_attention(
@@ -188,9 +189,9 @@ def attend_one(
     scores = wide_query[:, :, None] @ wide_keys.mT
     if mask is not None:
         scores = scores + mask
-    weights = torch.softmax(scores, dim=-1)
     if share is not None:
-        weights = scaled_weights(weights, share)
+        scores = scores + log_share(share)
+    weights = torch.softmax(scores, dim=-1)
     return (weights @ values)[:, :, 0], weights[:, :, 0]
 
 

@@ -155,6 +155,8 @@ class CompressiveLayer(nn.Module):
         self, old_memory: Float[Tensor, "B T D"], usage: Float[Tensor, "B MT"] | None, view: View
     ) -> tuple[Float[Tensor, "B K D"] | None, View]:
         """What becomes of the rows that leave (None: nothing is kept), and the view that knows its documents."""
+        if not view.geometry.compressed_memory_length:  # in evaluation: nothing would be left of it
+            return None, view
         if self.compression is not None:
             return self.compression(old_memory), view
         if not self.chooses_most_used:

@@ -212,6 +212,17 @@ class CompressiveTransformer(nn.Module):
                 groups["compression" if ".compression" in name else "model"].append(parameter)
         return {name: parameters for name, parameters in groups.items() if parameters}
 
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Bring adaptive spans back into 0..1: from outside no gradient would ever move them again.
+
+        Source: the code of Sukhbaatar et al. 2019, which clamps them after each update too.
+        """
+        for index in range(len(self.layers)):
+            span = self._layer(index).span
+            if span is not None:
+                span.clamp_(0, 1)
+
     def _embed(self, codes: Tensor) -> Tensor:
         rows = self.embedding(codes)
         if self.embedding_scale is not None:

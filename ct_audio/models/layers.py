@@ -118,7 +118,8 @@ class AdaptiveInput(nn.Module):
         found, places = [], []
         for (begin, end), table, projection in zip(self.edges, self.tables, self.projections, strict=True):
             (here,) = ((flat >= begin) & (flat < end)).nonzero(as_tuple=True)
-            found.append(F.linear(F.embedding(flat[here] - begin, table), projection))
+            with torch.autocast(codes.device.type, enabled=False):  # what all layers add to is no narrower than a table
+                found.append(F.linear(F.embedding(flat[here] - begin, table), projection))
             places.append(here)
         rows = torch.cat(found) * width**0.5  # by band; each has its place, and a band without codes a zero gradient
         return torch.empty_like(rows).index_copy(0, torch.cat(places), rows).unflatten(0, codes.shape)

@@ -206,6 +206,9 @@ class LinearPrediction(nn.Module):
         """One group without a parameter."""
         return {"model": []}
 
+    def after_update(self) -> None:
+        """Nothing: there is no parameter."""
+
     def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
         """Compute the fixed weights and their mean residual by the autocorrelation method; deterministic.
 

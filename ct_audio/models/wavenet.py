@@ -244,6 +244,9 @@ class WaveNet(nn.Module):
         """All parameters in one clipping group."""
         return {"model": list(self.parameters())}
 
+    def after_update(self) -> None:
+        """Nothing: all parameters may have any value."""
+
     def _step_state(self, rings: Float[Tensor, "Q B C"], count: Int[Tensor, ""]) -> StepState:
         dilations = torch.tensor(self.dilations, device=rings.device)
         shape = (len(self.dilations), *rings.shape[1:])

@@ -190,7 +190,9 @@ def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_
         )
         visible = window_mask(geometry, documents)[:, None]
     query_positions = torch.arange(geometry.window_length, dtype=rows.dtype, device=rows.device)
-    return View(geometry, additive_mask(visible, rows.dtype), documents, query_positions, key_positions(geometry, rows))
+    device_type = rows.device.type  # in the type of attention at once, or each layer would keep a copy for its gradient
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else rows.dtype
+    return View(geometry, additive_mask(visible, dtype), documents, query_positions, key_positions(geometry, rows))
 
 
 def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, "S"]:
@@ -207,7 +209,10 @@ def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, "S"]:
 
 
 def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, view: View) -> LayerMemory:
-    """The next memory of a layer: newest rows and compressed rows, those of other documents zeroed and not counted."""
+    """The next memory of a layer: newest rows and compressed rows, those of other documents zeroed and not counted.
+
+    They are copies: a view would keep all rows of the chunk alive as long as the memory is.
+    """
     compressed = memory.compressed_memory
     length = compressed.shape[1]
     if new_compressed is not None:
@@ -215,7 +220,7 @@ def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, v
         compressed = compressed[:, compressed.shape[1] - length :]
     documents = view.documents
     if documents is None:
-        return memory._replace(memory=rows, compressed_memory=compressed)
+        return memory._replace(memory=rows.clone(), compressed_memory=compressed.clone())
     current, stream, compressed_stream = documents.stream[:, -1], documents.stream, documents.compressed_stream
     rows, valid = keep_valid(rows, stream[:, stream.shape[1] - rows.shape[1] :], current)
     kept = compressed_stream[:, compressed_stream.shape[1] - length :]
