@@ -30,7 +30,7 @@ class World:
     Attributes:
         rank: in [0, world_size); rank 0 writes files and prints.
         world_size: number of processes.
-        local_rank: rank on this machine, which is the number of its CUDA device.
+        local_rank: rank on this machine; it chooses the CUDA device, see `choose_device`.
     """
 
     rank: int = 0
@@ -48,6 +48,7 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
 
     Args:
         name: "auto" (CUDA where there is one), "cpu" or "cuda".
+        local_rank: the number of its CUDA device; where there are more processes than devices, they share them in turn.
     Raises:
         UserError: CUDA is asked for and there is none.
     """
@@ -56,8 +57,12 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
             "device cuda: this machine has no usable CUDA device; use --device cpu (in training train.device=cpu)"
         )
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", _device_number(local_rank))
     return torch.device("cpu")
+
+
+def _device_number(local_rank: int) -> int:
+    return local_rank % torch.cuda.device_count()
 
 
 def set_up_device(name: str, *, num_threads: int) -> torch.device:
@@ -88,7 +93,7 @@ def distributed_world() -> Iterator[World]:
         return
     world = World(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(_device_number(world.local_rank))
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
     else:
         dist.init_process_group("gloo", timeout=_TIMEOUT)

@@ -224,8 +224,7 @@ class _Fetch:
             elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {offset}-"):
                 raise _MirrorError(f"asked for bytes from {offset} on, got {response.headers.get('Content-Range')}")
             _write_validator(part, url, response)
-            length = response.headers.get("Content-Length")
-            end = offset + int(length) if length and length.isdigit() else None
+            end = _end(response, offset)
             if not self._copy(response, part, offset, stop, advance):
                 return False
         found = part.stat().st_size
@@ -249,15 +248,27 @@ class _Fetch:
             handle.truncate(offset)
             handle.seek(offset)
             while not stop.is_set():
+                broke_off = False
                 try:
                     block = response.read(_BLOCK_BYTES)
-                except http.client.IncompleteRead as error:
-                    block = error.partial
-                if not block:
-                    return True
+                except http.client.IncompleteRead as error:  # of an answer in chunks, whose length nobody has said
+                    block, broke_off = error.partial, True
                 handle.write(block)
                 advance(len(block))
+                if broke_off:
+                    raise _MirrorError(f"the connection broke off after {handle.tell()} bytes", again=True)
+                if not block:
+                    return True
         return False
+
+
+def _end(response: Any, offset: int) -> int | None:
+    """How many bytes there are once all of an answer that begins at `offset` has come; None if it does not say."""
+    length = response.headers.get("Content-Length") or ""
+    if length.isdigit():
+        return offset + int(length)
+    total = (response.headers.get("Content-Range") or "").rpartition("/")[2]
+    return int(total) if response.status == 206 and total.isdigit() else None
 
 
 def _open(url: str, headers: dict[str, str], patience: Patience) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ct_audio.checkpoint import as_module
 from ct_audio.errors import UserError
+from ct_audio.files import number_in_name
 from ct_audio.models import SequenceModel
 from ct_audio.optim import clip_gradients, has_parameters, trained_parameters
 
@@ -51,7 +52,8 @@ class DynamicSettings:
             raise UserError(f"dynamic evaluation: decay: expected a share in [0, 1), got {self.decay}")
 
     def __str__(self) -> str:
-        parts = [self.optimizer, f"{self.learning_rate:g}", f"norm_{self.max_gradient_norm:g}", f"decay_{self.decay:g}"]
+        rate, norm, decay = map(number_in_name, (self.learning_rate, self.max_gradient_norm, self.decay))
+        parts = [self.optimizer, rate, f"norm_{norm}", f"decay_{decay}"]
         return "-".join(parts + ([f"chunk_{self.chunk_length}"] if self.chunk_length else []))
 
 

@@ -36,6 +36,12 @@ def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
         raise
 
 
+def number_in_name(value: int | float) -> str:
+    """A number as a part of a file's name: short, and never that of another number of its type."""
+    short = f"{value:g}"
+    return short if isinstance(value, float) and float(short) == value else str(value)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (UTF-8) as `write_file` does."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)

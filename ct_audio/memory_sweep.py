@@ -95,7 +95,7 @@ def sweep_memory(
 def _score(run_dir: Path, run: LoadedRun, corpus: Corpus, settings: EvaluationSettings) -> dict[str, Any]:
     """The report of an evaluation, from the run if it is there; it is kept there otherwise."""
     trained_on = corpus.fingerprint == run.state.get("corpus_fingerprint")
-    found = find_evaluation(run_dir, run, settings) if trained_on else None
+    found = find_evaluation(run_dir, run, settings, corpus) if trained_on else None
     if found is None:
         report, blocks = evaluate_run(run, corpus, settings)
         found = read_json(store_evaluation(run_dir, run, settings, report, blocks))

@@ -6,7 +6,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -70,11 +70,14 @@ def _begin_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def existing_corpus(out: Path, source: dict[str, Any], settings: dict[str, Any], *, overwrite: bool) -> Corpus | None:
+def existing_corpus(
+    out: Path, source: dict[str, Any], settings: dict[str, Any], *, overwrite: bool, ignore: Sequence[str] = ()
+) -> Corpus | None:
     """The corpus at `out` if it is the one asked for; None if `out` is free or may be replaced.
 
     Args:
         source, settings: what corpus.json says as source and preparation; `path` may differ.
+        ignore: what else may differ; the caller compares it.
     Raises:
         UserError: something else is there, and `overwrite` is False or it is no corpus.
     """
@@ -88,8 +91,10 @@ def existing_corpus(out: Path, source: dict[str, Any], settings: dict[str, Any],
         if overwrite:
             return None
         raise UserError(f"{error}; pass --overwrite to replace it") from error
-    was = {**corpus.description.get("source", {}), **corpus.description.get("preparation", {}), "path": None}
-    now = json.loads(json.dumps({**source, **settings, "path": None}))
+    there = {**corpus.description.get("source", {}), **corpus.description.get("preparation", {})}
+    asked_for = json.loads(json.dumps({**source, **settings}))
+    may_differ = {"path", *ignore}
+    was, now = ({k: v for k, v in each.items() if k not in may_differ} for each in (there, asked_for))
     if was == now:
         return corpus
     if overwrite:

@@ -3,7 +3,14 @@
 The vocabulary, where the codec has one, is made from the training split. Texts go in shards of some megabytes through
 worker processes; their codes lie in OUT.partial until all are there; then the corpus is put together and renamed to
 OUT. Texts are read in blocks of whole lines, which every text codec encodes as it does the whole: no text is ever held
-in memory. Shape letters: N codes, V codes of the vocabulary.
+in memory.
+
+The corpus's `source` says what was prepared: a hash over names, splits and places of the texts, and one over their
+bytes, `content_sha256`, taken while they are encoded. A finished corpus is current if both are the same; the second is
+taken only where all else is, and reads every byte (about 6 s a GB), since times of files change when they are copied,
+and need not when they are written. Shards of an interrupted run, which nobody keeps, go by sizes and times.
+
+Shape letters: N codes, V codes of the vocabulary.
 """
 
 import hashlib
@@ -12,9 +19,9 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +34,12 @@ from ct_audio.corpus import Corpus, CorpusWriter, code_dtype, open_corpus
 from ct_audio.errors import UserError
 from ct_audio.files import hold_alone, read_json, write_file, write_json
 from ct_audio.preparation import existing_corpus, run_tasks
-from ct_audio.text import Text, as_words, read_blocks
+from ct_audio.text import Text, as_words, hash_texts, join_hashes, read_blocks, require_decodes_back
 from ct_audio.text_codec import Subword, Word
 
 PREPARATION_VERSION = 1
+CONTENT_KEY = "content_sha256"
+"""In `source` of corpus.json; corpora made before it was recorded lack it."""
 SHARD_BYTES = 8 << 20
 _VOCABULARY_BLOCK_BYTES = 1 << 16  # the tokenizers library holds 256 at a time
 _BLOCK_CODES = 1 << 20
@@ -70,17 +79,20 @@ def prepare_text(
     source: dict[str, Any],
     num_processes: int = 1,
     overwrite: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Corpus, bool]:
     """Prepare texts into a corpus at `out`; the same texts and settings give the same bytes, however many processes.
 
     Args:
         texts: documents in their order; empty ones are left out.
         source: where the texts come from, for corpus.json; `path` in it may differ between runs.
-        overwrite: replace a corpus that stands at `out` and was made otherwise.
+        overwrite: replace a corpus that stands at `out` and was made otherwise, or whose texts have changed.
+        say: told what takes time beside the preparation.
     Returns:
         the corpus, opened, and whether it was there already.
     Raises:
-        UserError: nothing to prepare, a text that is not of the codec, or `out` is taken.
+        UserError: nothing to prepare, a text that is not of the codec, or `out` is taken: by something else, or by what
+            these texts held before they changed.
     """
     out, listed = Path(out), [text for text in texts if text.num_bytes]
     if not listed:
@@ -88,25 +100,81 @@ def prepare_text(
     listed.sort(key=lambda text: text.split)  # stable
     source = source | {"num_texts": len(listed), "listing_sha256": _hash_listing(listed)}
     partial = out.with_name(out.name + ".partial")
-    there = existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
+    content_hash = cache(lambda: hash_texts(listed))
+
+    def find_current() -> Corpus | None:
+        found = existing_corpus(out, source, settings.to_json(), overwrite=overwrite, ignore=[CONTENT_KEY])
+        is_current = found is not None and _holds_texts(found, listed, content_hash, overwrite=overwrite, say=say)
+        return found if is_current else None
+
+    there = find_current()
     if there is not None and not partial.exists():
         return there, True
     partial.mkdir(parents=True, exist_ok=True)
     busy = f"another process is preparing into {partial}; wait for it, or choose another --out"
     with hold_alone(partial / "lock", busy):
-        there = existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
+        there = find_current()
         if there is None:
-            (partial / "shards").mkdir(exist_ok=True)
-            codec = _make_codec(listed, partial, settings, num_processes)
-            shards = _encode(listed, partial, codec, settings, num_processes)
-            codec, new_codes = _sort_codec(codec, shards)
-            writer = CorpusWriter(
-                out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus"
-            )
-            _assemble(shards, writer, new_codes)
-            writer.finish(overwrite=True)  # `existing_corpus` has seen what is there
+            _make_corpus(listed, out, partial, settings, source, num_processes)  # in place of what `find_current` saw
         shutil.rmtree(partial, ignore_errors=True)
     return open_corpus(out), there is not None
+
+
+def _make_corpus(
+    texts: list[Text], out: Path, partial: Path, settings: TextSettings, source: dict[str, Any], num_processes: int
+) -> None:
+    """Go on from what lies in `partial`; the corpus replaces what is at `out`."""
+    (partial / "shards").mkdir(exist_ok=True)
+    codec = _make_codec(texts, partial, settings, num_processes)
+    shards = _encode(texts, partial, codec, settings, num_processes)
+    codec, new_codes = _sort_codec(codec, shards)
+    source = source | {CONTENT_KEY: join_hashes([found for _, result in shards for found in result.sha256])}
+    writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
+    _assemble(shards, writer, new_codes)
+    writer.finish(overwrite=True)
+
+
+def _holds_texts(
+    corpus: Corpus, texts: list[Text], content_hash: Callable[[], str], *, overwrite: bool, say: Callable[[str], None]
+) -> bool:
+    """Whether a corpus of the same names, sizes and settings was made of what the texts hold now.
+
+    Where it does not record what they held, it is decoded back and compared once, which for words leaves open only
+    what makes no difference to the codes; then the hash is recorded in its corpus.json.
+
+    Raises:
+        UserError: it was not, and `overwrite` is False.
+    """
+    path, recorded = corpus.path, corpus.description.get("source", {}).get(CONTENT_KEY)
+    advice = "pass --overwrite to prepare it again, or choose another --out"
+    if recorded is not None:
+        if recorded == content_hash() or overwrite:
+            return recorded == content_hash()
+        raise UserError(
+            f"{path} was made of other texts: their names and sizes are the same, but their bytes have changed "
+            f"({CONTENT_KEY}: {str(recorded)[:12]} there, {content_hash()[:12]} now); {advice}"
+        )
+    say(f"{path} was prepared by an earlier version, which did not record what the texts held: decoding it to compare")
+    try:
+        require_decodes_back(corpus, texts)
+    except UserError as error:
+        if overwrite:
+            return False
+        raise UserError(
+            f"{path} was prepared by an earlier version, and it does not decode back to these texts: {error}; {advice}"
+        ) from error
+    _record_content(path, content_hash())
+    return True
+
+
+def _record_content(path: Path, content_sha256: str) -> None:
+    """Add the hash to the corpus.json of a corpus; one that may not be written is compared again the next time."""
+    description = read_json(path / "corpus.json")
+    description["source"] = description.get("source", {}) | {CONTENT_KEY: content_sha256}
+    try:
+        write_json(path / "corpus.json", description)
+    except OSError:
+        pass
 
 
 def _make_codec(texts: list[Text], partial: Path, settings: TextSettings, num_processes: int) -> Codec:
@@ -169,10 +237,11 @@ def _load_codec(description: str, directory: Path) -> Codec:
 
 @dataclass(frozen=True)
 class _Result:
-    """Codes and words of each text of a shard; checksum of the file of codes."""
+    """Codes, words and SHA-256 of each text of a shard; checksum of the file of codes."""
 
     num_codes: tuple[int, ...]
     num_words: tuple[int, ...]
+    sha256: tuple[str, ...]
     crc32: int
 
 
@@ -218,16 +287,18 @@ def _encode_shard(shard: _Shard) -> _Result:
     codec = _load_codec(shard.codec, shard.directory)
     key, dtype, crc32 = _key(shard), code_dtype(codec), 0
     num_codes, num_words = [0] * len(shard.texts), [0] * len(shard.texts)
+    hashes = [hashlib.sha256() for _ in shard.texts]
     with shard.target.with_suffix(".codes").open("wb") as handle:  # the JSON file is what makes it count
         for index, text in enumerate(shard.texts):
             for block in read_blocks(text):
+                hashes[index].update(block)
                 codes = _encode_block(codec, block, text)
                 raw = codes.astype(dtype).tobytes()
                 handle.write(raw)
                 crc32 = zlib.crc32(raw, crc32)
                 num_codes[index] += len(codes)
                 num_words[index] += len(codes) if codec.name == "word" else len(block.split())
-    result = _Result(tuple(num_codes), tuple(num_words), crc32)
+    result = _Result(tuple(num_codes), tuple(num_words), tuple(each.hexdigest() for each in hashes), crc32)
     record = json.dumps({"key": key, "result": asdict(result)})
     write_file(shard.target.with_suffix(".json"), record.encode(), sync=False)
     return result
@@ -247,7 +318,7 @@ def _reusable(shard: _Shard, dtype: np.dtype) -> _Result | None:
         if record["key"] != json.loads(json.dumps(_key(shard))):
             return None
         found = record["result"]
-        result = _Result(tuple(found["num_codes"]), tuple(found["num_words"]), found["crc32"])
+        result = _Result(tuple(found["num_codes"]), tuple(found["num_words"]), tuple(found["sha256"]), found["crc32"])
         size = shard.target.with_suffix(".codes").stat().st_size
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return None
@@ -319,7 +390,7 @@ def _read_codes(shard: _Shard, result: _Result, dtype: np.dtype) -> Integer[np.n
 
 
 def _hash_listing(texts: Sequence[Text]) -> str:
-    """Hash over names, splits and places: tells whether texts were added, changed or moved to another split."""
+    """Hash over names, splits and places: tells whether texts were added, changed in size or moved to another split."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(f"{text.split}\t{text.name}\t{text.begin}\t{text.end}\n".encode("utf-8", "surrogateescape"))

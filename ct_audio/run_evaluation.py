@@ -3,7 +3,7 @@
     runs/<name>/evaluations/valid-step_00002000.json    the report, its protocol, and the NLL of every block of codes
 
 The name holds the split, the step of the checkpoint and whatever setting is not the default. A result is used again
-only for the same weights, configuration and codes.
+only for the same weights, configuration and codes, and as many of them.
 
 Shape letters: B lanes, T codes of a piece, K blocks.
 """
@@ -27,6 +27,7 @@ from ct_audio.corpus import Corpus, Split, open_corpus, write_json
 from ct_audio.dynamic_evaluation import DynamicSettings, learning_copy
 from ct_audio.errors import UserError
 from ct_audio.evaluate import Evaluation, evaluate_nll
+from ct_audio.files import number_in_name
 from ct_audio.losses import perplexity
 from ct_audio.models import SequenceModel, build_model
 
@@ -65,10 +66,18 @@ class EvaluationSettings:
         Raises:
             UserError: a limit does not fit the split.
         """
+        return min([split.num_codes, *self.limits(split.sample_rate_hz)])
+
+    def limits(self, sample_rate_hz: int | None) -> list[int]:
+        """The most codes to score, by each limit that is set.
+
+        Raises:
+            UserError: a limit is below one code, or in seconds and of text (None).
+        """
         if self.max_codes is not None and self.max_codes < 1:
             raise UserError(f"--max-codes: expected at least 1, got {self.max_codes}")
-        limits = [_seconds_to_codes("--max-seconds", self.max_seconds, split.sample_rate_hz), self.max_codes]
-        return min([split.num_codes, *(limit for limit in limits if limit is not None)])
+        limits = (_seconds_to_codes("--max-seconds", self.max_seconds, sample_rate_hz), self.max_codes)
+        return [limit for limit in limits if limit is not None]
 
 
 class BlockSums:
@@ -169,12 +178,15 @@ def evaluate_run(
 
 
 def _text_measures(evaluation: Evaluation, split: Split, unit: str) -> dict[str, Any]:
-    """Perplexity of words; of text that was scored as a whole also what it is a word and a byte, by exact counts."""
+    """Perplexity of words; of other text that was scored as a whole also what it is a word and a byte, by exact counts.
+
+    Words have no bits a byte: the bytes of what has become `<unk>` are in the text, but not in the NLL.
+    """
     measures: dict[str, Any] = {"perplexity": perplexity(evaluation.nll_nats)} if unit == "word" else {}
     if evaluation.num_units == split.num_codes and unit != "word" and split.num_words:
         total = evaluation.nll_nats * evaluation.num_units
         measures |= {"num_words": split.num_words, "perplexity_a_word": perplexity(total / split.num_words)}
-    if evaluation.num_units == split.num_codes and unit != "byte" and split.num_bytes:
+    if evaluation.num_units == split.num_codes and unit not in ("byte", "word") and split.num_bytes:
         total = evaluation.nll_bits * evaluation.num_units
         measures |= {"num_bytes": split.num_bytes, "nll_bits_a_byte": total / split.num_bytes}
     return measures
@@ -227,10 +239,17 @@ def store_evaluation(
     return path
 
 
-def find_evaluation(run_dir: Path, run: LoadedRun, settings: EvaluationSettings) -> dict[str, Any] | None:
+def find_evaluation(
+    run_dir: Path, run: LoadedRun, settings: EvaluationSettings, corpus: Corpus | None = None
+) -> dict[str, Any] | None:
     """What `store_evaluation` kept for this checkpoint on the corpus that it was trained on; None where nothing fits.
 
-    What cannot be read, or is not whole, counts as not there: it can be measured again.
+    What cannot be read, is not whole, or is of another number of codes, counts as not there: it can be measured again.
+
+    Args:
+        corpus: the one that the run was trained on; None: it is opened, if it is still there.
+    Raises:
+        UserError: a limit of the settings does not fit.
     """
     try:
         found = json.loads(_path(run_dir, run, settings).read_text(encoding="utf-8"))
@@ -242,10 +261,23 @@ def find_evaluation(run_dir: Path, run: LoadedRun, settings: EvaluationSettings)
             and len(sums) == len(counts)
             and sum(counts) == found["num_units"]
             and math.isclose(math.fsum(sums), found["nll_nats"] * found["num_units"], rel_tol=1e-6)
+            and _is_as_long(found, run, settings, corpus)
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    if fits and found["protocol"].get("unit") == "word":
+        found.pop("nll_bits_a_byte", None)  # earlier versions kept it, see `_text_measures`
     return found if fits else None
+
+
+def _is_as_long(found: dict[str, Any], run: LoadedRun, settings: EvaluationSettings, corpus: Corpus | None) -> bool:
+    """Whether a stored result is of as many codes as the settings ask for."""
+    try:
+        split = (corpus or run_corpus(run)).split(settings.split)
+    except UserError:  # it is gone, so that nothing can be measured again: only too many codes can be told
+        rate = round(found["num_units"] / found["seconds"]) if found["seconds"] else None
+        return all(found["num_units"] <= limit for limit in settings.limits(rate))
+    return found["num_units"] == settings.num_codes(split)
 
 
 def _origin(run: LoadedRun) -> dict[str, Any]:
@@ -261,7 +293,7 @@ def _path(run_dir: Path, run: LoadedRun, settings: EvaluationSettings, *, corpus
     for field in dataclasses.fields(settings)[1:]:
         value = getattr(settings, field.name)
         if value not in (field.default, getattr(run.model.config, field.name, field.default)):
-            text = f"{value:g}" if isinstance(value, int | float) else str(value)
+            text = number_in_name(value) if isinstance(value, int | float) else str(value)
             parts.append(f"{field.name}_{text}")
     return run_dir / "evaluations" / ("-".join(parts + ([f"corpus_{corpus[:12]}"] if corpus else [])) + ".json")
 

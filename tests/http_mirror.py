@@ -18,6 +18,8 @@ class Mirror:
         failures: HTTP statuses by path, one an answer, before the file is served; 0 stands for half of the answer,
             after which the connection breaks off.
         has_ranges: False: always the whole file.
+        chunk_bytes: above 0: answers come in chunks of so many bytes and do not say how long they are; where one breaks
+            off, the last chunk may be cut.
         requests: path and Range header of every request.
     """
 
@@ -25,6 +27,7 @@ class Mirror:
     files: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, list[int]] = field(default_factory=dict)
     has_ranges: bool = True
+    chunk_bytes: int = 0
     requests: list[tuple[str, str | None]] = field(default_factory=list)
 
     def asked(self, path: str) -> list[str | None]:
@@ -81,8 +84,18 @@ def _answer(handler: BaseHTTPRequestHandler, mirror: Mirror) -> None:
     handler.send_header("ETag", etag)
     if begin:
         handler.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-    handler.send_header("Content-Length", str(len(content) - begin))
-    handler.end_headers()
-    rest = content[begin:]
-    handler.wfile.write(rest[: len(rest) // 2] if failure == 0 else rest)
-    handler.close_connection = handler.close_connection or failure == 0
+    rest, breaks_off = content[begin:], failure == 0
+    end = len(rest) // 2 if breaks_off else len(rest)
+    if mirror.chunk_bytes:
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for start in range(0, end, mirror.chunk_bytes):
+            chunk = rest[start : start + mirror.chunk_bytes]
+            handler.wfile.write(b"%x\r\n" % len(chunk) + chunk[: end - start])
+            handler.wfile.write(b"\r\n" if start + len(chunk) <= end else b"")
+        handler.wfile.write(b"" if breaks_off else b"0\r\n\r\n")
+    else:
+        handler.send_header("Content-Length", str(len(rest)))
+        handler.end_headers()
+        handler.wfile.write(rest[:end])
+    handler.close_connection = handler.close_connection or breaks_off

@@ -170,6 +170,24 @@ def test_alone_the_collectives_do_nothing():
         assert on_first_rank(lambda: 7) == 7
 
 
+@pytest.mark.parametrize(("local_rank", "number"), [(0, 0), (1, 1), (2, 0), (5, 1)])
+def test_more_processes_than_devices_share_them(monkeypatch: pytest.MonkeyPatch, local_rank: int, number: int):
+    """Tensors go where the process group has set the device."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    for name, value in (("WORLD_SIZE", 8), ("RANK", local_rank), ("LOCAL_RANK", local_rank)):
+        monkeypatch.setenv(name, str(value))
+    with distributed_world() as world:
+        pass
+    assert chosen == [number]
+    for name in ("auto", "cuda"):
+        assert choose_device(name, local_rank=world.local_rank) == torch.device("cuda", number)
+
+
 def test_devices():
     assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

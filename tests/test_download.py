@@ -61,6 +61,43 @@ def test_a_broken_connection_goes_on_where_it_was(tmp_path, mirror, checksum):
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("checksum", [CHECKSUM, None], ids=["sha256", "none"])
+@pytest.mark.parametrize("chunk_bytes", [50_000, 100_000], ids=["between chunks", "within a chunk"])
+def test_an_answer_in_chunks_that_breaks_off_is_not_the_file(tmp_path, mirror, chunk_bytes, checksum):
+    """Such an answer does not say how long it is; half of it comes, then there is no end of it."""
+    mirror.chunk_bytes, mirror.failures["/a"] = chunk_bytes, [0, 404]
+    with pytest.raises(UserError, match="HTTP 404"):
+        fetch(tmp_path, mirror, checksum=checksum)
+    assert CONTENT.startswith((tmp_path / "a.part").read_bytes())
+    found = (tmp_path / "a.part").stat().st_size
+    assert 0 < found <= 150_000
+    mirror.failures["/a"] = [0, 0, 0]
+    with pytest.raises(UserError, match=r"the connection broke off after \d{6} bytes; pass --download-mirror"):
+        fetch(tmp_path, mirror, checksum=checksum)
+    assert not (tmp_path / "a").exists()
+    assert fetch(tmp_path, mirror, checksum=checksum) == 1
+    assert (tmp_path / "a").read_bytes() == CONTENT
+    assert mirror.asked("/a")[:3] == [None, f"bytes={found}-", f"bytes={found}-"]
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_answer_without_length_is_taken_as_whole_at_its_end_only(tmp_path):
+    """A range says in its header how long the file is, though the answer does not say how long itself is."""
+
+    class Answer:
+        def __init__(self, status, **headers):
+            self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
+
+    for answer, offset, end in (
+        (Answer(200, Content_Length="7"), 0, 7),
+        (Answer(206, Content_Length="7", Content_Range="bytes 3-9/10"), 3, 10),
+        (Answer(206, Content_Range="bytes 3-9/10"), 3, 10),
+        (Answer(206, Content_Range="bytes 3-9/*"), 3, None),
+        (Answer(200), 0, None),
+    ):
+        assert module._end(answer, offset) == end
+
+
 def test_the_next_mirror_goes_on_if_there_is_a_checksum(tmp_path, mirror, second):
     mirror.failures["/a"] = [0, 404]
     fetch(tmp_path, mirror, second)

@@ -1,6 +1,7 @@
 """Branches of a run, and the optimisation experiment: against a run that never branched, and by hand."""
 
 import csv
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import yaml
 from recordings import load_script
 from tiny_runs import assert_same_checkpoint, checkpoint_state, checkpoint_tensors, tiny_run
 
-from ct_audio.branch import branch_run
+from ct_audio.branch import branch_run, require_branch_point
 from ct_audio.config import RunConfig, config_to_yaml
 from ct_audio.errors import UserError
 from ct_audio.metrics import read_metrics
@@ -69,6 +70,31 @@ def test_what_cannot_be_written_leaves_no_run(
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["source"]
 
 
+def test_where_a_branch_began_is_recorded_and_checked(source: RunConfig, tmp_path: Path) -> None:
+    config, state = branch(tmp_path, "other"), checkpoint_state(source)
+    assert not require_branch_point(config.run_dir, source="source", step=4)
+    branch_run(source.run_dir, config)
+    point = {"source": "source", "step": 4, "weights_sha256": state["files"]["model.safetensors"]["sha256"]}
+    record, found = config.run_dir / "branch.json", json.loads((config.run_dir / "branch.json").read_text())
+    assert found == {"format": "ct_audio branch", "format_version": 1} | point
+    assert require_branch_point(config.run_dir, **point)
+    assert require_branch_point(config.run_dir, source="source", step=4)
+    where = "expected a branch of source at step 6, got one of source at step 4 .*; choose another --out, or delete"
+    with pytest.raises(UserError, match=where):
+        require_branch_point(config.run_dir, source="source", step=6)
+    with pytest.raises(UserError, match=r"expected a branch of base at step 4, got one of source at step 4"):
+        require_branch_point(config.run_dir, source="base", step=4)
+    for content, message in (
+        (json.dumps(found | {"weights_sha256": "f" * 64}), "with weights ffffffffffff"),
+        ("[]", "is not of ct_audio branch, version 1"),
+        ("{", "cannot be read"),
+        (None, "there is no branch.json that says where it began"),
+    ):
+        record.unlink() if content is None else record.write_text(content)
+        with pytest.raises(UserError, match=rf"expected a branch of source at step 4.*{message}.*choose another --out"):
+            branch_run(source.run_dir, config)
+
+
 def test_settings_of_branches(tmp_path: Path) -> None:
     base = tiny_run(tmp_path, optim__update_period={0: 1, 4: 2})
     rates = {}
@@ -109,6 +135,26 @@ def run_tool(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) ->
     settings = ["--set", "train.validate_whole_split=false", "optim.decay_steps=0"]
     monkeypatch.setattr("sys.argv", ["optimisation.py", *map(str, [*arguments, *options]), *settings])
     return optimisation.main()
+
+
+@pytest.mark.parametrize("version", ["this", "earlier"])
+def test_branches_of_another_point_are_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    runs = {"runs_dir": str(tmp_path / "out" / "runs"), "train__validate_whole_split": False, "optim__decay_steps": 0}
+    base = tiny_run(tmp_path, name="base", train__num_steps=2, **runs)
+    assert train(base) == 0
+    branch_run(base.run_dir, tiny_run(tmp_path, name="kept", train__num_steps=6, **runs))
+    if version == "earlier":
+        (tmp_path / "out" / "runs" / "kept" / "branch.json").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    trained: list[RunConfig] = []
+    monkeypatch.setattr("ct_audio.train.train", trained.append)
+    found = r"got one of base at step 2" if version == "this" else r"there is no branch\.json .*an earlier version"
+    with pytest.raises(UserError, match=rf"kept: expected a branch of base at step 4, .*{found}.*choose another --out"):
+        run_tool(tmp_path, monkeypatch, "--branches", "rate_0")
+    assert not trained
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """Preparation of texts: the same corpus as a few plain lines make, whatever is interrupted, and decoded back."""
 
+import hashlib
+import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,9 +11,9 @@ import pytest
 from ct_audio import prepare_text as module
 from ct_audio.corpus import open_corpus
 from ct_audio.errors import UserError
-from ct_audio.files import hold_alone
+from ct_audio.files import hold_alone, write_json
 from ct_audio.prepare_text import TextSettings, prepare_text
-from ct_audio.text import Text, read_blocks, require_decodes_back, whole_file
+from ct_audio.text import Text, hash_texts, join_hashes, read_blocks, require_decodes_back, whole_file
 from ct_audio.text_statistics import statistics_table, vocabulary_table
 
 SETTINGS = {
@@ -106,6 +109,95 @@ def test_the_same_again_does_nothing_and_another_needs_leave(tmp_path):
         run(texts[:-1], tmp_path / "out")
     assert not run(texts, tmp_path / "out", "word", overwrite=True)[1]
     assert open_corpus(tmp_path / "out").codec.name == "word"
+
+
+def exchange(text, old, new):
+    """Change what a text holds, not how long it is."""
+    raw = text.path.read_bytes()
+    assert old in raw
+    assert len(old) == len(new)
+    text.path.write_bytes(raw.replace(old, new))
+
+
+@pytest.mark.parametrize("codec", sorted(SETTINGS))
+def test_texts_that_have_changed_at_the_same_size_are_noticed(tmp_path, codec):
+    texts = make_texts(tmp_path / "in")
+    made, _ = run(texts, tmp_path / "out", codec)
+    in_order = sorted((text for text in texts if text.num_bytes), key=lambda text: text.split)
+    assert made.description["source"]["content_sha256"] == hash_texts(in_order)
+    (tmp_path / "moved").mkdir()
+    moved = []
+    for text in texts:  # a copy has the same bytes, at another place and time
+        (tmp_path / "moved" / text.path.name).write_bytes(text.path.read_bytes())
+        os.utime(tmp_path / "moved" / text.path.name, (1, 1))
+        moved.append(whole_file(tmp_path / "moved" / text.path.name, text.split, text.name))
+    assert run(moved, tmp_path / "out", codec)[1]
+    status = texts[5].path.stat()
+    exchange(texts[5], b"cat", b"dog")  # in the validation split; of words: unknown there
+    os.utime(texts[5].path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UserError, match=r"their bytes have changed \(content_sha256: .* now\); pass --overwrite"):
+        run(texts, tmp_path / "out", codec)
+    corpus, was_there = run(texts, tmp_path / "out", codec, overwrite=True)
+    assert not was_there
+    assert require_decodes_back(corpus, texts)
+    assert corpus.fingerprint != made.fingerprint
+    assert run(texts, tmp_path / "out", codec)[1]
+
+
+def test_texts_are_hashed_in_parts(tmp_path, monkeypatch):
+    (tmp_path / "t").write_bytes(b"0123\n\nab" + b"x" * 50 + b"\nend")
+    cuts = [0, 3, 40, 62]
+    texts = [Text(tmp_path / "t", "train", "t", *cut) for cut in itertools.pairwise(cuts)]
+    parts = [(tmp_path / "t").read_bytes()[begin:end] for begin, end in itertools.pairwise(cuts)]
+    expected = join_hashes([hashlib.sha256(part).hexdigest() for part in parts])
+    assert hash_texts(texts) == expected
+    assert hash_texts(texts[::-1]) != expected
+    monkeypatch.setattr("ct_audio.text._read_parts.__kwdefaults__", {"part_bytes": 7})
+    assert hash_texts(texts) == expected
+    with pytest.raises(UserError, match="shorter"):
+        hash_texts([Text(tmp_path / "t", "train", "t", 0, 99)])
+    with pytest.raises(UserError, match="cannot read"):
+        hash_texts([Text(tmp_path / "gone", "train", "t", 0, 9)])
+
+
+def forget_content(out):
+    """Make a corpus as earlier versions did, which recorded names and sizes only; returns its corpus.json."""
+    description = json.loads((out / "corpus.json").read_text())
+    del description["source"]["content_sha256"]
+    write_json(out / "corpus.json", description)
+    return (out / "corpus.json").read_bytes()
+
+
+@pytest.mark.parametrize("codec", sorted(SETTINGS))
+def test_a_corpus_of_an_earlier_version_is_compared_with_its_texts(tmp_path, codec, monkeypatch):
+    texts, said = make_texts(tmp_path / "in"), []
+    made, _ = run(texts, tmp_path / "out", codec)
+    before = contents(tmp_path / "out")
+    earlier = forget_content(tmp_path / "out")
+    assert open_corpus(tmp_path / "out", verify=True).fingerprint == made.fingerprint  # for training it is the same
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_json", refuse_to_write)
+        assert run(texts, tmp_path / "out", codec)[1]
+    assert (tmp_path / "out" / "corpus.json").read_bytes() == earlier
+    assert run(texts, tmp_path / "out", codec, say=said.append)[1]
+    assert len(said) == 1
+    assert said[0].startswith(f"{made.path} was prepared by an earlier version, which did not record what the texts")
+    assert contents(tmp_path / "out") == before
+    assert run(texts, tmp_path / "out", codec, say=said.append)[1]
+    assert len(said) == 1  # it is recorded now
+    earlier = forget_content(tmp_path / "out")
+    exchange(texts[2], b"cat", b"dog")
+    with pytest.raises(UserError, match=r"by an earlier version, and it does not decode back .*2\.txt.*--overwrite"):
+        run(texts, tmp_path / "out", codec)
+    assert (tmp_path / "out" / "corpus.json").read_bytes() == earlier
+    corpus, was_there = run(texts, tmp_path / "out", codec, overwrite=True)
+    assert not was_there
+    assert require_decodes_back(corpus, texts)
+
+
+def refuse_to_write(*_arguments):
+    """As in a folder that is for reading only."""
+    raise PermissionError(13, "Permission denied")
 
 
 def count_work(monkeypatch, stop_after: int | None = None) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ct_audio.checkpoint import load_run_model, save_checkpoint
 from ct_audio.codec import Byte
 from ct_audio.corpus import CorpusWriter
 from ct_audio.distributed import World
+from ct_audio.dynamic_evaluation import DynamicSettings
 from ct_audio.errors import UserError
 from ct_audio.evaluate import Evaluation, evaluate_nll
 from ct_audio.optim import make_optimizer
@@ -116,11 +118,65 @@ def test_text_has_perplexities_by_exact_counts(tmp_path: Path) -> None:
         "num_bytes": 40,
         "nll_bits_a_byte": 2.0,
     }
-    assert _text_measures(evaluation, split, "word") == {
-        "perplexity": pytest.approx(2.0),
-        "num_bytes": 40,
-        "nll_bits_a_byte": 2.0,
-    }
+    assert _text_measures(evaluation, split, "word") == {"perplexity": pytest.approx(2.0)}
+
+
+def test_no_bits_a_byte_of_words_from_an_earlier_version(run_dir: Path) -> None:
+    path, result, settings = evaluate_and_store(run_dir)
+    for unit, is_kept in (("subword", True), ("word", False)):
+        stored = json.loads(path.read_text(encoding="utf-8")) | {"nll_bits_a_byte": 2.0}
+        stored["protocol"]["unit"] = unit
+        path.write_text(json.dumps(stored), encoding="utf-8")
+        found = find_evaluation(run_dir, load_run_model(run_dir), settings)
+        assert found is not None
+        assert ("nll_bits_a_byte" in found) == is_kept
+        assert found["nll_nats"] == result["nll_nats"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"max_codes": 3840}, "max_codes_3840"),
+        ({"max_codes": 999_999}, "max_codes_999999"),
+        ({"max_codes": 1_000_000}, "max_codes_1000000"),
+        ({"max_codes": 1_000_001}, "max_codes_1000001"),
+        ({"max_seconds": 10.0}, "max_seconds_10"),
+        ({"max_seconds": 0.25}, "max_seconds_0.25"),
+        ({"max_seconds": 1234.5671}, "max_seconds_1234.5671"),
+        ({"dynamic": DynamicSettings()}, "dynamic_sgd-0.03-norm_1-decay_0"),
+        ({"dynamic": DynamicSettings("adam", 3e-5)}, "dynamic_adam-3e-05-norm_1-decay_0"),
+        ({"dynamic": DynamicSettings(learning_rate=0.030000001)}, "dynamic_sgd-0.030000001-norm_1-decay_0"),
+    ],
+)
+def test_names_are_of_one_setting_alone(run_dir: Path, settings: dict[str, Any], name: str) -> None:
+    run = load_run_model(run_dir)
+    path = run_evaluation._path(run_dir, run, EvaluationSettings(**settings))
+    assert path.name == f"valid-step_00000007-{name}.json"
+
+
+@pytest.mark.parametrize("has_corpus", [True, False])
+def test_a_result_of_another_number_of_codes_is_not_used(run_dir: Path, tmp_path: Path, has_corpus: bool) -> None:
+    """Only the beginning was scored, or more than is asked for: whatever the file is named."""
+    run = load_run_model(run_dir)
+    num_codes = run_corpus(run).split("valid").num_codes
+    path, _, settings = evaluate_and_store(run_dir, max_codes=100)
+    usual, short = EvaluationSettings(), EvaluationSettings(max_seconds=50 / 24_000)
+    more, many = EvaluationSettings(max_codes=200), EvaluationSettings(max_codes=10**7)
+    for other in (usual, more, many, short):
+        shutil.copyfile(path, run_evaluation._path(run_dir, run, other))
+    whole = evaluate_and_store(run_dir, num_lanes=3)[0]
+    corpus = run_corpus(run) if has_corpus else None
+    if not has_corpus:
+        shutil.rmtree(tmp_path / "corpus")
+    assert find_evaluation(run_dir, run, settings, corpus) is not None
+    assert find_evaluation(run_dir, run, short, corpus) is None  # fewer are asked for
+    assert (find_evaluation(run_dir, run, usual, corpus) is None) == has_corpus
+    assert (find_evaluation(run_dir, run, more, corpus) is None) == has_corpus
+    assert (find_evaluation(run_dir, run, many, corpus) is None) == has_corpus
+    shutil.copyfile(whole, run_evaluation._path(run_dir, run, many))  # a limit beyond the end of the split
+    found = find_evaluation(run_dir, run, many, corpus)
+    assert found is not None
+    assert found["num_units"] == num_codes
 
 
 @pytest.mark.parametrize("what", ["step", "weights", "config", "corpus"])

@@ -2,7 +2,7 @@
 
 One run is trained to a late point. There it is branched: the learning rate is kept, multiplied (as by 0), or the
 optimizer updates less often. All branches see the same codes in the same order, so their training NLL is compared step
-by step. The same command again goes on where it stopped.
+by step. The same command again goes on where it stopped; branches of another point than --base-steps are refused.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Curve = list[tuple[int, float]]
 def main() -> int:
     """Parse, train what is missing, draw, print, and return the exit status."""
     arguments = _parse()
-    from ct_audio.branch import branch_run  # after --help: it takes seconds
+    from ct_audio.branch import branch_run, require_branch_point  # after --help: it takes seconds
     from ct_audio.config import load_config
     from ct_audio.train import train
 
@@ -50,6 +50,7 @@ def main() -> int:
     }
     for name, config in branches.items():
         require_whole_updates(name, config, end)
+        require_branch_point(config.run_dir, source=base.name, step=begin)
     status = train(base)
     for config in branches.values():
         if status == 0:

@@ -49,7 +49,9 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "--num-processes", type=int, default=len(os.sched_getaffinity(0)), help="worker processes of one thread each"
     )
     parser.add_argument("--allow-dropped", action="store_true", help="go on though over 5%% of the files are unusable")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that was made otherwise")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a corpus that was made otherwise, or of texts before a change"
+    )
     parser.add_argument("--verify", action="store_true", help="texts: decode the corpus back and compare it with them")
     return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
 
@@ -146,6 +148,7 @@ def prepare_texts(
         source=source,
         num_processes=options.num_processes,
         overwrite=options.overwrite,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if was_there:
         print(f"{options.out} is complete already: the same texts and settings ({corpus.fingerprint[:16]})")
