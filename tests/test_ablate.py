@@ -1,5 +1,6 @@
 """tools/ablate.py: its arithmetic by hand, and a tiny ablation from the command line, twice."""
 
+import argparse
 import csv
 import json
 import math
@@ -9,8 +10,9 @@ import pytest
 from recordings import load_script
 from tiny_runs import tiny_run
 
-from ct_audio.config import config_to_yaml
+from ct_audio.config import config_to_yaml, load_config
 
+ROOT = Path(__file__).parents[1]
 ablate = load_script("tools/ablate.py", "ablate_tool")
 
 
@@ -29,6 +31,19 @@ def test_the_best_rate_counts_and_differences_are_paired_by_seed() -> None:
     assert worst["minus conv_attention"] == pytest.approx((0.5 + 0.5 + 1.5) / 3)
     assert worst["its standard error"] == pytest.approx(math.sqrt(1 / 3) / math.sqrt(3))
     assert (best["paper (bits)"], worst["paper (bits)"]) == (0.973, 0.986)
+
+
+@pytest.mark.parametrize("recipe", ["enwik8/compressive_transformer", "enwik8/ablation", "kathleen/ablation"])
+def test_every_row_is_a_run_with_as_many_codes_a_step(recipe: str) -> None:
+    path = ROOT / "recipes" / f"{recipe}.yaml"
+    base = load_config(path)
+    arguments = argparse.Namespace(base=path, out=Path("out"), set=[])
+    for row in ablate.ROWS:
+        command = ablate.command_of(ablate.Trial(row, 3, 0), base, arguments)
+        run = load_config(path, command[command.index(str(path)) + 1 :])
+        assert run.data.num_lanes * run.data.chunk_length == base.data.num_lanes * base.data.chunk_length
+        if row == "conv_bptt":
+            assert run.data.chunk_length >= 2 * base.data.chunk_length
 
 
 @pytest.mark.slow
