@@ -96,9 +96,11 @@ def test_a_small_shift_is_found_under_large_common_noise() -> None:
     assert back == pytest.approx((-difference.nats, -difference.high, -difference.low, 21), abs=1e-12)
 
 
-@pytest.mark.parametrize(("num_stored", "seconds", "expected"), [(405, True, 21), (400, True, 20), (405, False, 21)])
-def test_blocks_are_joined_to_two_seconds(
-    num_stored: int, seconds: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("num_stored", "seconds", "joined", "expected"), [(405, True, 20, 21), (400, True, 20, 20), (405, False, 4, 102)]
+)
+def test_blocks_are_joined_to_two_seconds_or_some_pages(
+    num_stored: int, seconds: bool, joined: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[np.ndarray, np.ndarray]] = []
     monkeypatch.setattr(comparison, "bootstrap_interval", lambda sums, counts: asked.append((sums, counts)) or (0, 0))
@@ -107,9 +109,9 @@ def test_blocks_are_joined_to_two_seconds(
     assert paired_difference(first, other).num_blocks == expected
     ((sums, counts),) = asked
     assert len(sums) == len(counts) == expected
-    assert counts[:-1].tolist() == [48_000] * (expected - 1)
+    assert counts[:-1].tolist() == [joined * LENGTH] * (expected - 1)
     assert counts.sum() == first["num_units"]
-    assert sums[1] == pytest.approx(sum(range(20, 40)) * LENGTH)
+    assert sums[1] == pytest.approx(sum(range(joined, 2 * joined)) * LENGTH)
     assert sums.sum() == pytest.approx(other["nll_nats"] * other["num_units"])
 
 

@@ -180,7 +180,7 @@ def markdown_table(rows: list[dict[str, Any]], runs: dict[str, Run]) -> str:
 
 
 def _notes(runs: dict[str, Run]) -> list[str]:
-    from ct_audio.comparison import BOOTSTRAP_SECONDS, NUM_RESAMPLES, comparable_protocol
+    from ct_audio.comparison import BOOTSTRAP_CODES, BOOTSTRAP_SECONDS, NUM_RESAMPLES, comparable_protocol
 
     first_label, first = next(iter(runs.items()))
     notes = []
@@ -192,9 +192,11 @@ def _notes(runs: dict[str, Run]) -> list[str]:
         lengths = {key: protocol[key] for key in MEMORY_LENGTHS if protocol.get(key) is not None}
         notes += [f"{label}: {_plain(lengths)}"] if lengths else []
     if len(runs) > 1:
+        is_text = first.any_evaluation["seconds"] is None
+        block = f"{BOOTSTRAP_CODES:,} codes" if is_text else f"{BOOTSTRAP_SECONDS:g} s"
         notes.append(
             f"difference: from {first_label} on the same codes; in brackets the 95% interval of a paired bootstrap "
-            f"over blocks of {BOOTSTRAP_SECONDS:g} s ({NUM_RESAMPLES:,} resamples). It is about the codes that were "
+            f"over blocks of {block} ({NUM_RESAMPLES:,} resamples). It is about the codes that were "
             "scored; what another seed of the training would change is not in it."
         )
     return [*notes, "codes/s: as measured, with whatever else the machine did; in training the median of the logs."]
