@@ -18,12 +18,14 @@ SIZES: dict[str, tuple[float, float]] = {
     "small": (0.3e6, 1e6),
     "demo": (0.1e6, 0.3e6),
     "ablation": (0.05e6, 0.3e6),
+    "bptt_small": (0.3e6, 1e6),
     "linear": (0, 0),
 }
 SIZES_OF_TEXT: dict[tuple[str, str], tuple[float, float]] = {
     ("enwik8", "paper"): (240e6, 270e6),
     ("wikitext103", "paper"): (250e6, 280e6),
     ("pg19", "paper"): (470e6, 500e6),
+    ("enwik8", "bptt_paper"): (240e6, 270e6),
     **{(folder, "small"): (0.3e6, 2e6) for folder in ("enwik8", "wikitext103", "pg19")},
 }
 """Of the paper's, without f_c: its two models of text differ in nothing else."""
@@ -31,8 +33,11 @@ SIZES_OF_TEXT: dict[tuple[str, str], tuple[float, float]] = {
 
 def kind(path: Path) -> str:
     """The set within its recipe that a YAML belongs to."""
-    first, last = path.stem.split("_")[0], path.stem.split("_")[-1]
-    return first if first in ("demo", "linear", "ablation") else "small" if last == "small" else "paper"
+    words = path.stem.split("_")
+    if words[0] in ("demo", "linear", "ablation"):
+        return words[0]
+    size = "small" if words[-1] == "small" else "paper"
+    return f"bptt_{size}" if "bptt" in words else size  # a double unroll: other chunks than its twins
 
 
 SETS = sorted({(path.parent, kind(path)) for path in YAMLS})
@@ -68,9 +73,9 @@ def test_yaml_is_complete_and_says_how_to_run_it(path: Path) -> None:
 @pytest.mark.parametrize(("folder", "name"), SETS, ids=lambda value: getattr(value, "name", str(value)))
 def test_models_of_a_set_are_of_one_size_and_trained_alike(folder: Path, name: str) -> None:
     paths = [path for path in YAMLS if path.parent == folder and kind(path) == name]
-    is_papers_text = (folder.name, name) in SIZES_OF_TEXT and name == "paper"
+    is_papers_text = (folder.name, name) in SIZES_OF_TEXT and name.endswith("paper")
     sizes = {path.stem: num_parameters(path, without_compression=is_papers_text) for path in paths}
-    least, most = SIZES_OF_TEXT.get((folder.name, name), SIZES[name])
+    least, most = SIZES_OF_TEXT.get((folder.name, name)) or SIZES[name]
     assert least <= min(sizes.values())
     assert max(sizes.values()) <= most
     assert max(sizes.values()) <= 1.05 * min(sizes.values()), sizes
@@ -88,6 +93,16 @@ def test_small_models_of_text_attend_to_as_many_rows(folder: str) -> None:
     with torch.device("meta"):
         costs = {path.stem: build_model(load_config(path)).attention_cost for path in paths}  # type: ignore[attr-defined]
     assert len(set(costs.values())) == 1, costs
+
+
+@pytest.mark.parametrize(("suffix", "factor"), [("", 4), ("_small", 2)])
+def test_bptt_recipe_has_a_longer_unroll_and_as_many_codes_a_step(suffix: str, factor: int) -> None:
+    twin = load_config(RECIPES / "enwik8" / f"compressive_transformer{suffix}.yaml")
+    bptt = load_config(RECIPES / "enwik8" / f"compressive_transformer_bptt{suffix}.yaml")
+    assert bptt.data.chunk_length == factor * twin.data.chunk_length
+    assert factor * bptt.data.num_lanes == twin.data.num_lanes
+    assert bptt.model == dataclasses.replace(twin.model, compression_loss="bptt")  # type: ignore[type-var]
+    assert (bptt.optim, bptt.train) == (twin.optim, twin.train)
 
 
 def test_evaluation_lengths_of_the_paper_fit() -> None:
