@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from model_cases import every_model, random_codes, window_of
+from model_cases import every_trained_model, random_codes, window_of
 from tiny import as_module, tiny_model
 from torch import Tensor
 
@@ -13,7 +13,7 @@ def bfloat16(*, enabled: bool = True) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
 
-@every_model
+@every_trained_model
 def test_memory_is_all_that_its_storage_holds(name: str) -> None:
     model = tiny_model(name)
     memory = model.zero_memory(2)

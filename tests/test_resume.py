@@ -49,7 +49,7 @@ def curves(config: RunConfig) -> list[dict[str, float]]:
         ("compressive_transformer", {}),
         ("compressive_transformer", {"model__dropout": 0.1}),
         ("compressive_transformer", {"model__compression_loss": "none"}),
-        ("transformer_xl", {"model__dropout": 0.1}),
+        pytest.param("transformer_xl", {"model__dropout": 0.1}, marks=pytest.mark.slow),
         ("wavenet", {"model__dropout": 0.1}),
     ],
 )
