@@ -12,15 +12,15 @@ import pytest
 import torch
 from tiny import TINY_MODELS
 
-from ct_audio.checkpoint import save_checkpoint
-from ct_audio.cli import run_tool
-from ct_audio.codec import MuLaw
-from ct_audio.config import RunConfig, config_from_dict
-from ct_audio.corpus import CorpusWriter, open_corpus
-from ct_audio.distributed import World
+from ct_audio.commands.command_line import run_tool
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.models import build_model
 from ct_audio.models.wavenet import WaveNet
-from ct_audio.optim import make_optimizer
+from ct_audio.runs.config import RunConfig, config_from_dict
+from ct_audio.training.checkpoint import save_checkpoint
+from ct_audio.training.parallel import World
+from ct_audio.training.schedules import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 24_000

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import as_module
 
-from ct_audio.checkpoint import load_checkpoint, load_run_model
-from ct_audio.checkpoint_files import digest, find_checkpoint
-from ct_audio.config import RunConfig
-from ct_audio.distributed import World
 from ct_audio.models import build_model
-from ct_audio.optim import make_optimizer
+from ct_audio.runs.checkpoint_files import digest, find_checkpoint
+from ct_audio.runs.config import RunConfig
+from ct_audio.runs.open_run import load_run_model
+from ct_audio.training.checkpoint import load_checkpoint
+from ct_audio.training.parallel import World
+from ct_audio.training.schedules import make_optimizer
 
 BAIT: list[str] = []
 """What was run: by the bait that hostile files hold, or noted by an audit hook of the tests."""
@@ -44,7 +44,7 @@ class Run(NamedTuple):
         """As evaluation and sampling do, and then as a resumed training does."""
         load_run_model(self.config.run_dir)
         model = build_model(self.config)
-        as_module(model).double()
+        model.double()
         optimizer = make_optimizer(model, self.config.optim)
         path = find_checkpoint(self.config.run_dir, "last")
         assert path is not None

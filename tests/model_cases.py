@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import Float, Int
-from tiny import TINY_MODELS, as_module, tiny_model
+from tiny import TINY_MODELS, tiny_model
 from torch import Tensor
 
-from ct_audio.models.memory import named_tensors
+from ct_audio.models.state import named_tensors
 
 VOCAB_SIZE = 32
 LANES = 2
@@ -45,7 +45,7 @@ every_trained_model = _with(name for name, plain in TINY_MODELS.items() if plain
 
 
 def float64_model(name: str, **changes: Any) -> Any:
-    model = as_module(tiny_model(name, **changes)).double()
+    model = tiny_model(name, **changes).double()
     with torch.no_grad():
         for parameter in model.parameters():  # away from zeros and ones, so that every path matters
             parameter.add_(0.2 * torch.randn_like(parameter))

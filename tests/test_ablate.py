@@ -10,7 +10,7 @@ import pytest
 from recordings import load_script
 from tiny_runs import tiny_run
 
-from ct_audio.config import config_to_yaml, load_config
+from ct_audio.runs.config import config_to_yaml, load_config
 
 ROOT = Path(__file__).parents[1]
 ablate = load_script("tools/ablate.py", "ablate_tool")

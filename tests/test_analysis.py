@@ -15,7 +15,8 @@ from handmade_runs import make_run, noise_corpus, read_json, tool
 from recordings import load_script
 from tiny import TINY_MODELS, tiny_model
 
-from ct_audio.analysis import (
+from ct_audio.common.errors import UserError
+from ct_audio.evaluation.memory_analysis import (
     PARTS,
     Observations,
     Stretch,
@@ -29,15 +30,13 @@ from ct_audio.analysis import (
     observe_memory,
     part_table,
 )
-from ct_audio.analysis_figures import FIGURES, attention_by_layer_figure, attention_figure, context_figure
-from ct_audio.checkpoint import load_run_model
-from ct_audio.errors import UserError
-from ct_audio.metrics import read_scalars
-from ct_audio.models import attention as attention_module
-from ct_audio.models.compressive_transformer import CompressiveTransformer
-from ct_audio.models.memory import detach_memory
-from ct_audio.models.windows import Geometry
-from ct_audio.run_evaluation import run_corpus
+from ct_audio.evaluation.memory_figures import FIGURES, attention_by_layer_figure, attention_figure, context_figure
+from ct_audio.models.compressive import attention as attention_module
+from ct_audio.models.compressive.transformer import CompressiveTransformer
+from ct_audio.models.compressive.windows import Geometry
+from ct_audio.models.state import detach_memory
+from ct_audio.runs.metrics import read_scalars
+from ct_audio.runs.open_run import load_run_model, run_corpus
 
 QUICK = ("compressive_transformer_bptt", "compressive_transformer_most_used", "transformer_xl")
 REMEMBERING = [
@@ -236,7 +235,7 @@ def test_context_is_what_evaluation_with_other_lengths_says() -> None:
 
         stretch.evaluate(model, chunk_length=8, on_nll=collect, progress=None, **lengths)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("ct_audio.run_evaluation.BLOCK_LENGTH", 10)
+        patched.setattr("ct_audio.evaluation.stored.BLOCK_LENGTH", 10)
         tables = context_tables(model, stretch, (0.5,))
     assert [row["temporal_range_codes"] for row in tables["context"]] == [0, 12, 24, 36, 48]
     for row in tables["context"]:

@@ -1,89 +1,47 @@
-"""The rooms: a module imports only modules listed above it, and some libraries have one importer only."""
+"""The packages: imports go to packages further left only, no package has a circle, some libraries have one importer.
+
+`python tests/test_architecture.py` prints the picture as numbers.
+"""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ct_audio"
 
-ROOMS = [
-    "errors",
-    "files",
-    "text_codec",
-    "codec",
-    "wav",
-    "corpus",
-    "report",
-    "preparation",
-    "prepare",
-    "text",
-    "prepare_text",
-    "text_statistics",
-    "download",
-    "window_stream",
-    "losses",
-    "models.interface",
-    "models.memory",
-    "models.compression",
-    "models.attention",
-    "models.windows",
-    "models.layers",
-    "models.compressive_config",
-    "models.compressive_layer",
-    "models.compressive_transformer",
-    "models.wavenet",
-    "models.linear_prediction",
-    "models",
-    "config",
-    "optim",
-    "distributed",
-    "checkpoint_files",
-    "checkpoint",
-    "metrics",
-    "evaluate",
-    "dynamic_evaluation",
-    "run_evaluation",
-    "memory_sweep",
-    "comparison",
-    "curves",
-    "sample",
-    "sample_measures",
-    "nll_groups",
-    "score",
-    "evaluation_figures",
-    "sample_text",
-    "sample_state",
-    "analysis",
-    "analysis_figures",
-    "session",
-    "train",
-    "branch",
-    "sample_session",
-    "sample_files",
-    "sample_report",
-    "cli",
+LEVELS = [
+    {"common"},
+    {"data", "models"},
+    {"runs", "preparation"},
+    {"evaluation"},
+    {"sampling"},
+    {"training"},
+    {"experiments", "export", "apps", "agents"},
+    {"commands"},
 ]
+"""A module may import from its own package and from packages of levels above; ARCHITECTURE.md says what each holds."""
 ONLY_IMPORTER = {
-    "soundfile": "wav",
-    "omegaconf": "config",
-    "torch.distributed": "distributed",
-    "torch.utils.tensorboard": "metrics",
-    "tensorboard": "metrics",
-    "tensorboardX": "metrics",
+    "soundfile": "data.audio_files",
+    "torch.distributed": "training.parallel",
+    "torch.utils.tensorboard": "runs.metrics",
+    "tensorboard": "runs.metrics",
+    "tensorboardX": None,
+    "omegaconf": "runs.config",
     "pickle": None,
     "torchaudio.load": None,
 }
-ONLY_IMPORTS = {"cli": {"errors"}, "errors": set()}
 
 
 def module_name(file: Path) -> str:
-    """As "models.memory"; the package itself is ""."""
+    """As "models.state"; a package is named like its folder, ct_audio itself is ""."""
     parts = file.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+PACKAGES = sorted({name.split(".")[0] for name in FILES if name})
 
 
 def imports(source: str) -> set[str]:
@@ -100,38 +58,92 @@ def imports(source: str) -> set[str]:
     return names
 
 
-def rooms_imported(source: str) -> set[str]:
-    """Rooms of ct_audio that a source imports."""
-    inside = {name.removeprefix("ct_audio.") for name in imports(source) if name.startswith("ct_audio.")}
-    return {max((room for room in FILES if f"{name}.".startswith(f"{room}.")), key=len) for name in inside if name}
+def modules_imported(source: str) -> set[str]:
+    """Modules of ct_audio that a source imports from; `from package import module` is an import of the module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ct_audio":
+            module = (node.module or "").partition(".")[2]
+            inside = [f"{module}.{alias.name}".strip(".") for alias in node.names]
+            found |= {name if name in FILES else module for name in inside}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[2] for alias in node.names if alias.name.startswith("ct_audio.")}
+    return found
+
+
+ARROWS = {
+    (name, other)
+    for name, file in FILES.items()
+    for other in modules_imported(file.read_text(encoding="utf-8"))
+    if other and other != name
+}
+
+
+def level(name: str) -> int:
+    """Number of the level that a module's package stands on."""
+    return next(number for number, packages in enumerate(LEVELS) if name.split(".")[0] in packages)
+
+
+def arrows_back() -> list[tuple[str, str]]:
+    """Imports between packages that do not go to a level above."""
+    return [
+        (name, other)
+        for name, other in sorted(ARROWS)
+        if name.split(".")[0] != other.split(".")[0] and level(other) >= level(name)
+    ]
+
+
+def picture() -> dict[str, int]:
+    """The picture of imports as numbers."""
+    between = {(a.split(".")[0], b.split(".")[0]) for a, b in ARROWS if a.split(".")[0] != b.split(".")[0]}
+    subpackages = {name for name, file in FILES.items() if file.name == "__init__.py" and name.count(".") == 1}
+    return {
+        "boxes on the top two levels": len(PACKAGES) + len(subpackages),
+        "levels": len({level(name) for name in PACKAGES}),
+        "modules": sum(file.name != "__init__.py" for file in FILES.values()),
+        "arrows between packages": len(between),
+        "arrows between modules": len(ARROWS),
+        "arrows back": len(arrows_back()),
+    }
 
 
 def test_imports_are_found():
     source = (
-        "import torch.distributed as d\nfrom ct_audio.models import memory\nimport torch\ntorch.distributed.barrier()"
+        "import torch.distributed as d\nfrom ct_audio.models import state\nimport torch\ntorch.distributed.barrier()"
     )
     assert {"torch.distributed", "torch.distributed.barrier"} <= imports(source)
-    assert "models.memory" in rooms_imported(source)
-    assert rooms_imported("from ct_audio.wav import read_wav") == {"wav"}
+    assert modules_imported(source) == {"models.state"}
+    assert modules_imported("from ct_audio.models import build_model") == {"models"}
+    assert modules_imported("from ct_audio.common.errors import UserError") == {"common.errors"}
 
 
-def test_every_module_has_its_place():
-    missing = set(FILES) - {""} - set(ROOMS)
-    models = {name for name in missing if name.startswith("models.")}
-    assert not missing - models, f"give {missing} a place in ROOMS"
+def test_every_module_stands_in_a_package_with_a_level():
+    assert set(PACKAGES) <= set().union(*LEVELS)
+    assert [name for name, file in FILES.items() if "." not in name and file.name != "__init__.py"] == []
 
 
-def place(room: str) -> float:
-    """Its number in ROOMS; a model that is not listed stands among the models."""
-    return ROOMS.index(room) if room in ROOMS else ROOMS.index("models") - 0.5
+def test_no_import_goes_back():
+    assert arrows_back() == []
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name])
-def test_a_module_imports_only_modules_above_it(name):
-    for room in rooms_imported(FILES[name].read_text(encoding="utf-8")) - {name}:
-        beside = name == "models" or (name.startswith("models.") and room == "models")
-        assert beside or place(room) < place(name), f"{name} imports {room}, which does not stand above it"
-        assert room in ONLY_IMPORTS.get(name, {room}), f"{name} may import {ONLY_IMPORTS.get(name)} only, not {room}"
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_has_no_circle(package):
+    inside: dict[str, set[str]] = {name: set() for name in FILES if name.split(".")[0] == package}
+    for name, other in ARROWS:
+        if name in inside and other in inside:
+            inside[name].add(other)
+    try:
+        TopologicalSorter(inside).prepare()
+    except CycleError as error:
+        raise AssertionError(f"{package}: {' <- '.join(error.args[1])}") from None
+
+
+def test_the_picture_stays_small():
+    numbers = picture()
+    print(", ".join(f"{name}: {number}" for name, number in numbers.items()))
+    assert numbers["boxes on the top two levels"] <= 16
+    assert numbers["levels"] <= 8
+    assert numbers["arrows back"] == 0
 
 
 def used(library: str, source: str) -> bool:
@@ -156,5 +168,10 @@ def test_every_file_says_what_it_is_for(name):
 def test_tools_import_the_package_alone():
     for file in sorted((PACKAGE.parent / "tools").glob("*.py")):
         source = file.read_text(encoding="utf-8")
-        assert rooms_imported(source), f"{file.name} calls the package"
+        assert modules_imported(source), f"{file.name} calls the package"
         assert "run_tool(" in source, f"{file.name} ends with sys.exit(run_tool(main))"
+
+
+if __name__ == "__main__":
+    for name, number in picture().items():
+        print(f"{name}: {number}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_runs import tiny_run
 
-from ct_audio.config import config_to_yaml
+from ct_audio.runs.config import config_to_yaml
 
 ROOT = Path(__file__).parents[1]
 

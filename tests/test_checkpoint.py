@@ -8,25 +8,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY_MODELS, as_module
+from tiny import TINY_MODELS
 from tiny_runs import checkpoint_tensors, tiny_run
 
-from ct_audio import checkpoint as checkpoint_module
-from ct_audio.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    load_run_model,
-    read_state,
-    save_checkpoint,
-    split_memory,
-)
-from ct_audio.checkpoint_files import digest
-from ct_audio.config import RunConfig
-from ct_audio.distributed import World
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
 from ct_audio.models import SequenceModel, build_model
-from ct_audio.models.memory import detach_memory, named_tensors
-from ct_audio.optim import make_optimizer
+from ct_audio.models.state import detach_memory, named_tensors
+from ct_audio.runs.checkpoint_files import digest, find_checkpoint, read_state
+from ct_audio.runs.config import RunConfig
+from ct_audio.runs.open_run import load_run_model
+from ct_audio.training import checkpoint as checkpoint_module
+from ct_audio.training.checkpoint import load_checkpoint, save_checkpoint, split_memory
+from ct_audio.training.parallel import World
+from ct_audio.training.schedules import make_optimizer
 
 
 class Trained:
@@ -35,7 +29,7 @@ class Trained:
     def __init__(self, config: RunConfig, num_updates: int = 2) -> None:
         self.config = config
         self.model: SequenceModel = build_model(config)
-        as_module(self.model).double()
+        self.model.double()
         self.optimizer = make_optimizer(self.model, config.optim)
         self.memory: Any = self.model.zero_memory(2)
         for _ in range(num_updates):
@@ -75,7 +69,7 @@ class Trained:
         return state
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        found = dict(as_module(self.model).state_dict()) | {f"memory/{n}": t for n, t in named_tensors(self.memory)}
+        found = dict(self.model.state_dict()) | {f"memory/{n}": t for n, t in named_tensors(self.memory)}
         for name, parameter in self.model.named_parameters():
             found |= {f"{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
         return found
@@ -316,9 +310,9 @@ def test_loaded_model_is_the_saved_one(tmp_path: Path):
     trained.save(5)
     loaded = load_run_model(trained.config.run_dir)
     assert loaded.config == trained.config
-    assert not as_module(loaded.model).training
-    expected = as_module(trained.model).state_dict()
-    found = as_module(loaded.model).state_dict()
+    assert not loaded.model.training
+    expected = trained.model.state_dict()
+    found = loaded.model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert expected.keys() == found.keys()
     with pytest.raises(UserError, match="no checkpoint 'last'"):
@@ -327,7 +321,7 @@ def test_loaded_model_is_the_saved_one(tmp_path: Path):
 
 def test_tied_parameters_are_stored_once(tmp_path: Path):
     trained = Trained(tiny_run(tmp_path), num_updates=1)
-    module = as_module(trained.model)
+    module = trained.model
     name, parameter = next(iter(module.named_parameters()))
     module.register_parameter("tied", parameter)
     trained.save(3)

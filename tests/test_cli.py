@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 
 def fails_with(error):
@@ -54,7 +54,10 @@ def test_bugs_keep_their_traceback():
 
 @pytest.mark.distributed
 def test_a_closed_pipe_is_quiet():
-    code = "import sys; from ct_audio.cli import run_tool; sys.exit(run_tool(lambda: print('x' * 10**6)))"
+    code = (
+        "import sys; from ct_audio.commands.command_line import run_tool; "
+        "sys.exit(run_tool(lambda: print('x' * 10**6)))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()

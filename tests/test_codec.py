@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ct_audio.codec import CODECS, Byte, Codec, MuLaw, codec_from_json, write_codec_files
-from ct_audio.errors import UserError
-from ct_audio.text_codec import Subword, Word
-from ct_audio.wav import read_wav, write_wav
+from ct_audio.common.errors import UserError
+from ct_audio.data.audio_files import read_wav, write_wav
+from ct_audio.data.codecs import CODECS, Byte, Codec, MuLaw, codec_from_json, write_codec_files
+from ct_audio.data.vocabulary_codecs import Subword, Word
 
 ALL_CODES = np.arange(256, dtype=np.uint8)
 SAMPLES = hnp.arrays(np.float32, st.integers(0, 300), elements=st.floats(-1, 1, width=32))

@@ -10,12 +10,14 @@ import pytest
 from handmade_runs import Tool, make_run, noise_corpus, speech_like, tool
 from test_curves import write_curves
 
-from ct_audio import comparison, run_evaluation
-from ct_audio.checkpoint import load_run_model, save_checkpoint
-from ct_audio.codec import MuLaw
-from ct_audio.corpus import CorpusWriter
-from ct_audio.distributed import World
-from ct_audio.optim import make_optimizer
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import CorpusWriter
+from ct_audio.evaluation import comparison
+from ct_audio.evaluation import stored as run_evaluation
+from ct_audio.runs.open_run import load_run_model
+from ct_audio.training.checkpoint import save_checkpoint
+from ct_audio.training.parallel import World
+from ct_audio.training.schedules import make_optimizer
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def compare_and_draw(monkeypatch: pytest.MonkeyPatch) -> Tool:
 @pytest.fixture
 def compare(compare_and_draw: Tool, monkeypatch: pytest.MonkeyPatch) -> Tool:
     """The tool without its picture, which takes most of its time."""
-    monkeypatch.setattr("ct_audio.curves.draw_curves", lambda *_, **__: None)
+    monkeypatch.setattr("ct_audio.evaluation.curves.draw_curves", lambda *_, **__: None)
     return compare_and_draw
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ct_audio import comparison
-from ct_audio.comparison import bootstrap_interval, comparable_protocol, paired_difference, require_alike
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
+from ct_audio.evaluation import comparison
+from ct_audio.evaluation.comparison import bootstrap_interval, comparable_protocol, paired_difference, require_alike
 
 RATE = 24_000
 LENGTH = 2_400  # codes of a stored block: 0.1 s

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY_MODELS, as_module, tiny_model
+from tiny import TINY_MODELS, tiny_model
 from torch import Tensor
 
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
 from ct_audio.models import build_model, model_config_class
+from ct_audio.models.compressive.memory import push
 from ct_audio.models.layers import shared_linear
-from ct_audio.models.memory import detach_memory, push
+from ct_audio.models.state import detach_memory
 
 TRANSFORMERS = [name for name, config in TINY_MODELS.items() if config["name"] == "compressive_transformer"]
 COMPRESSIVE = [name for name in TRANSFORMERS if name != "transformer_xl"]
@@ -221,7 +222,7 @@ class Oracle:
 
 def float64_model(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    model = as_module(tiny_model(name, **changes)).double()
+    model = tiny_model(name, **changes).double()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
@@ -452,5 +453,5 @@ def test_layers_may_differ_in_rate() -> None:
 
 def test_paper_sized_configuration_has_forty_million_parameters() -> None:
     with torch.device("meta"):
-        model = as_module(build_model(model_config_class("compressive_transformer")()))
+        model = build_model(model_config_class("compressive_transformer")())
     assert sum(p.numel() for p in model.parameters()) == 40_091_904

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from ct_audio.config import RunConfig, config_from_dict, config_to_dict, config_to_yaml, load_config
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
+from ct_audio.runs.config import RunConfig, config_from_dict, config_to_dict, config_to_yaml, load_config
 
 YAML = """
 name: test

@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from ct_audio.codec import Byte, MuLaw
-from ct_audio.corpus import CorpusWriter, open_corpus
-from ct_audio.errors import UserError
-from ct_audio.text_codec import Word
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Byte, MuLaw
+from ct_audio.data.corpus import CorpusWriter, open_corpus
+from ct_audio.data.vocabulary_codecs import Word
 
 
 def write_corpus(path, seed=0, codec=None):

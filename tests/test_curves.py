@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from ct_audio.curves import Curves, draw_curves, nll_range, read_curves, running_mean
-from ct_audio.errors import UserError
-from ct_audio.metrics import MetricsWriter
+from ct_audio.common.errors import UserError
+from ct_audio.evaluation.curves import Curves, draw_curves, nll_range, read_curves, running_mean
+from ct_audio.runs.metrics import MetricsWriter
 
 
 def write_curves(run_dir: Path, *, audio: bool = True, level: float | None = None) -> Path:
@@ -46,7 +46,9 @@ def test_text_has_no_audio(tmp_path: Path) -> None:
 def test_the_picture_shows_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Markers for what is trained, a level line for what is not; nothing half-written is left beside."""
     drawn: list[Any] = []
-    monkeypatch.setattr("ct_audio.curves.Figure.savefig", lambda self, path, **_: drawn.append(self) or path.touch())
+    monkeypatch.setattr(
+        "ct_audio.evaluation.curves.Figure.savefig", lambda self, path, **_: drawn.append(self) or path.touch()
+    )
     runs = {"trained": write_curves(tmp_path / "a"), "level": write_curves(tmp_path / "b", level=2.5)}
     curves = {label: read_curves(path) for label, path in runs.items()}
     draw_curves(curves, tmp_path / "curves.png", levels={"level"})

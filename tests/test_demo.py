@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from recordings import ROOT, load_script
 
-from ct_audio.cli import run_tool
-from ct_audio.config import load_config
+from ct_audio.commands.command_line import run_tool
+from ct_audio.runs.config import load_config
 
 demo = load_script("tools/demo.py", "demo_tool")
 PLACES = demo.Places(Path("data/espeak"), Path("runs"), Path("reports/demo"))

@@ -13,11 +13,11 @@ from hostile_report import Row, write_section
 from recordings import ROOT, load_script, voice, write
 from tiny_runs import assert_same_checkpoint, tiny_run, write_corpus
 
-from ct_audio.checkpoint import load_run_model
-from ct_audio.cli import run_tool
-from ct_audio.corpus import open_corpus
-from ct_audio.errors import UserError
-from ct_audio.train import train
+from ct_audio.commands.command_line import run_tool
+from ct_audio.common.errors import UserError
+from ct_audio.data.corpus import open_corpus
+from ct_audio.runs.open_run import load_run_model
+from ct_audio.training.loop import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_runs import checkpoint_state, tiny_run
 
-from ct_audio.config import RunConfig, config_to_yaml
-from ct_audio.distributed import World, all_gather, all_reduce_sum, choose_device, distributed_world, on_first_rank
-from ct_audio.errors import UserError
-from ct_audio.metrics import read_metrics
-from ct_audio.train import train
+from ct_audio.common.errors import UserError
+from ct_audio.runs.config import RunConfig, config_to_yaml
+from ct_audio.runs.device import choose_device
+from ct_audio.runs.metrics import read_metrics
+from ct_audio.training.loop import train
+from ct_audio.training.parallel import World, all_gather, all_reduce_sum, distributed_world, on_first_rank
 
 ROOT = Path(__file__).parents[1]
 CHANGES: dict[str, Any] = {

@@ -82,7 +82,7 @@ def test_tools_files_and_options_exist(document: Path) -> None:
                 assert (ROOT / word).is_file(), f"{word} in {shlex.join(words)}"
         if words[0] == "python" and words[1].startswith("tools/"):
             source = (ROOT / words[1]).read_text(encoding="utf-8")
-            options = [*ROOT.glob("recipes/*/prepare.py"), ROOT / "ct_audio" / "download.py"]
+            options = [*ROOT.glob("recipes/*/prepare.py"), ROOT / "ct_audio" / "preparation" / "download.py"]
             recipe = "".join(path.read_text(encoding="utf-8") for path in options)
             for option in (word for word in words[2:] if re.match(r"--[a-z]", word) and word != "--help"):
                 assert f'"{option}"' in source + recipe, f"{words[1]} has no {option}"

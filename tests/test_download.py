@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 from http_mirror import Mirror, serve
 
-from ct_audio import download as module
-from ct_audio.download import Patience, RemoteFile, download_files, mirror_urls, read_url, require_checksum, unpack
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
+from ct_audio.preparation import download as module
+from ct_audio.preparation.download import (
+    Patience,
+    RemoteFile,
+    download_files,
+    mirror_urls,
+    read_url,
+    require_checksum,
+    unpack,
+)
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 CHECKSUM = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"

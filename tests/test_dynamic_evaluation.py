@@ -9,12 +9,12 @@ import torch
 from handmade_runs import make_run, noise_corpus
 from tiny import tiny_model
 
-from ct_audio.checkpoint import load_run_model
-from ct_audio.dynamic_evaluation import DynamicSettings, learning_copy
-from ct_audio.errors import UserError
-from ct_audio.evaluate import evaluate_nll
-from ct_audio.models.memory import detach_memory
-from ct_audio.run_evaluation import EvaluationSettings, evaluate_run, find_evaluation, run_corpus, store_evaluation
+from ct_audio.common.errors import UserError
+from ct_audio.evaluation.dynamic import DynamicSettings, learning_copy
+from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.stored import EvaluationSettings, evaluate_run, find_evaluation, store_evaluation
+from ct_audio.models.state import detach_memory
+from ct_audio.runs.open_run import load_run_model, run_corpus
 
 START_CODE, CHUNK = 16, 16
 SETTINGS = {

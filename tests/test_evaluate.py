@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import Float, Int
-from tiny import TINY_MODELS, as_module, tiny_model
+from tiny import TINY_MODELS, tiny_model
 from torch import Tensor
 
-from ct_audio.errors import UserError
-from ct_audio.evaluate import concatenate_lanes, cut_lanes, evaluate_nll
-from ct_audio.models.memory import Memory, detach_memory, named_tensors
+from ct_audio.common.errors import UserError
+from ct_audio.evaluation.nll import concatenate_lanes, cut_lanes, evaluate_nll
+from ct_audio.models.compressive.memory import Memory
+from ct_audio.models.state import detach_memory, named_tensors
 
 VOCAB_SIZE = 32
 START_CODE = 16
@@ -25,7 +26,7 @@ def random_codes(num_codes: int, seed: int = 0) -> np.ndarray:
 
 
 def float64_model(name: str, **changes: Any) -> Any:
-    model = as_module(tiny_model(name, **changes)).double()
+    model = tiny_model(name, **changes).double()
     with torch.no_grad():
         for parameter in model.parameters():  # away from zeros and ones, so that every path matters
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -177,14 +178,14 @@ def test_memory_lengths_are_settable(name: str) -> None:
 def test_max_codes_mode_and_protocol() -> None:
     model = float64_model("compressive_transformer", dropout=0.5)
     codes = random_codes(120)
-    as_module(model).train()
+    model.train()
     common: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 16, "num_lanes": 2, "warmup_length": 8}
     first = evaluate_nll(model, codes, max_codes=70, **common)
-    assert as_module(model).training
+    assert model.training
     assert first.nll_nats == evaluate_nll(model, codes[:70], **common).nll_nats  # deterministic, dropout off
-    as_module(model).eval()
+    model.eval()
     evaluate_nll(model, codes[:20], **common)
-    assert not as_module(model).training
+    assert not model.training
     assert json.loads(json.dumps(first.protocol)) == {
         "split": None,
         "num_units": 70,
@@ -197,13 +198,13 @@ def test_max_codes_mode_and_protocol() -> None:
         "reset_memory_at_document": False,
         "dtype": "float64",
     }
-    assert all(parameter.grad is None for parameter in as_module(model).parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_equal_odds_are_log_of_the_vocabulary() -> None:
     model = tiny_model("wavenet")
     with torch.no_grad():
-        for parameter in as_module(model).parameters():
+        for parameter in model.parameters():
             parameter.zero_()
     result = evaluate_nll(model, random_codes(20_000), start_code=START_CODE, chunk_length=5_000)
     assert result.nll_nats == pytest.approx(math.log(VOCAB_SIZE), abs=1e-6)

@@ -16,11 +16,11 @@ from hostile_audio import ACCEPTED, GOOD, KINDS, RATE, VOICE, Kind, encoded, mak
 from hostile_report import Row, write_section
 from recordings import ROOT, load_script, voice, write
 
-from ct_audio.corpus import open_corpus
-from ct_audio.errors import UserError
-from ct_audio.prepare import AudioSettings, Recording, prepare_audio, prepare_waveform
-from ct_audio.report import printable
-from ct_audio.wav import read_wav
+from ct_audio.common.errors import UserError
+from ct_audio.common.text import printable
+from ct_audio.data.audio_files import read_wav
+from ct_audio.data.corpus import open_corpus
+from ct_audio.preparation.recordings import AudioSettings, Recording, prepare_audio, prepare_waveform
 
 TOOL = load_script("tools/prepare.py", "prepare_tool")
 

@@ -16,12 +16,12 @@ from hostile_report import Row, write_section
 from recordings import ROOT
 from tiny_runs import tiny_run, write_corpus
 
-from ct_audio.checkpoint_files import find_checkpoint
-from ct_audio.codec import codec_from_json
-from ct_audio.config import load_config
-from ct_audio.corpus import open_corpus
-from ct_audio.errors import UserError
-from ct_audio.train import train
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import codec_from_json
+from ct_audio.data.corpus import open_corpus
+from ct_audio.runs.checkpoint_files import find_checkpoint
+from ct_audio.runs.config import load_config
+from ct_audio.training.loop import train
 
 WATCHED = {"pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen"}
 _watching = False

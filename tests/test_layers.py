@@ -8,15 +8,15 @@ import pytest
 import torch
 from jaxtyping import Float
 from model_cases import float64_model, random_codes
-from tiny import TINY_MODELS, as_module, tiny_model
+from tiny import TINY_MODELS, tiny_model
 from tiny_runs import assert_same_checkpoint, tiny_run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ct_audio.checkpoint import load_run_model
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
 from ct_audio.models.layers import AdaptiveInput, AdaptiveSoftmax
-from ct_audio.train import train
+from ct_audio.runs.open_run import load_run_model
+from ct_audio.training.loop import train
 
 VOCAB_SIZE, WIDTH, CUTOFFS, DIV = 23, 12, [5, 9], 3
 
@@ -257,7 +257,7 @@ def test_step_equals_forward_with_dropout_off_and_adaptive_bands() -> None:
 )
 def test_bands_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        as_module(tiny_model("compressive_transformer", **changes))
+        tiny_model("compressive_transformer", **changes)
 
 
 def test_the_defaults_are_the_plain_table() -> None:

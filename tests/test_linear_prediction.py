@@ -14,27 +14,26 @@ import torch
 import torchaudio
 from jaxtyping import Float64, Int
 from safetensors.torch import load_file
-from tiny import as_module
 from tiny_runs import checkpoint_tensors, tiny_run, write_corpus
 
-from ct_audio import train as train_module
-from ct_audio.checkpoint import load_run_model
-from ct_audio.codec import MuLaw
-from ct_audio.config import load_config
-from ct_audio.corpus import open_corpus
-from ct_audio.errors import UserError
-from ct_audio.evaluate import evaluate_nll
-from ct_audio.metrics import read_metrics
-from ct_audio.models.linear_prediction import Config, LinearPrediction, build, mu_law_cells
-from ct_audio.models.memory import map_memory
-from ct_audio.session import Session
-from ct_audio.train import train
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import open_corpus
+from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.models.linear_prediction import Config, LinearPrediction, mu_law_cells
+from ct_audio.models.state import map_memory
+from ct_audio.runs.config import load_config
+from ct_audio.runs.metrics import read_metrics
+from ct_audio.runs.open_run import load_run_model
+from ct_audio.training import loop as train_module
+from ct_audio.training.loop import train
+from ct_audio.training.session import Session
 
 WAVEFORM = torchaudio.functional.mu_law_decoding(torch.arange(256, dtype=torch.float64), 256).numpy()
 
 
 def make(**changes: Any) -> LinearPrediction:
-    return build(Config(**({"order": 5, "forgetting": 0.97, "regularisation": 1e-4} | changes)))
+    return LinearPrediction(Config(**({"order": 5, "forgetting": 0.97, "regularisation": 1e-4} | changes)))
 
 
 def speech_like_codes(length: int, *, seed: int = 0) -> Int[np.ndarray, "T"]:
@@ -120,7 +119,7 @@ HARD_SIGNALS = {
 @pytest.mark.parametrize("name", HARD_SIGNALS)
 def test_covariance_stays_bounded_and_positive(name: str) -> None:
     """Seconds of each, with the defaults; then the model still predicts speech-like sound as well as a fresh one."""
-    model, config = build(Config()), Config()
+    model, config = LinearPrediction(Config()), Config()
     forgetting, order, regularisation = config.forgetting, config.order, config.regularisation
     most = (1 - forgetting**order) / (order * regularisation * forgetting ** (order - 1))
     least = 1 / (order / (1 - forgetting) + order * regularisation / (1 - forgetting**order))
@@ -143,7 +142,7 @@ def test_covariance_stays_bounded_and_positive(name: str) -> None:
 
 
 def test_digital_silence_costs_next_to_nothing_and_a_click_in_it_is_possible() -> None:
-    model = build(Config())
+    model = LinearPrediction(Config())
     codes = torch.full((1, 5000), 128)
     features = model(codes, model.zero_memory(1)).features
     assert model.nll(features[:, -1], codes[:, -1]).item() < 0.01
@@ -196,7 +195,7 @@ def test_log_probabilities_are_exact_in_the_tails(mean: float, scale: float, sha
 @pytest.mark.parametrize("mean", [-1.0, -0.01, 0.0, 1.0])
 @pytest.mark.parametrize("scale", [1e-5, 1e-3, 2.0])
 def test_every_code_is_always_possible(mean: float, scale: float) -> None:
-    probabilities = build(Config()).log_probabilities(torch.tensor([mean, scale], dtype=torch.float64)).exp()
+    probabilities = LinearPrediction(Config()).log_probabilities(torch.tensor([mean, scale], dtype=torch.float64)).exp()
     assert probabilities.min() >= 0.99e-4 / 256
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
 
@@ -245,7 +244,7 @@ def test_everything_is_float64_whatever_the_dtype_of_the_model(dtype: torch.dtyp
         model, exact = make(**changes), make(**changes)
         for one in (model, exact):
             one.fit(codes)
-        as_module(model).to(dtype)
+        model.to(dtype)
         assert all(torch.equal(a, b) for a, b in zip(model.buffers(), exact.buffers(), strict=True))
         inputs = torch.from_numpy(codes[None])
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -312,7 +311,7 @@ def test_the_trainer_writes_its_checkpoint_and_stops(
         score = evaluate_nll(loaded.model, codes, start_code=128, chunk_length=16, max_codes=max_codes)
         assert {line[tag] for line in lines if tag in line} == {score.nll_nats}
     assert lines[-1]["nll/valid_full_bits"] == pytest.approx(lines[-1]["nll/valid_full_nats"] / math.log(2))
-    expected = build(config.model)
+    expected = LinearPrediction(config.model)
     expected.fit(corpus.split("train").codes)
     found = load_file(config.run_dir / "checkpoints/last/model.safetensors")
     assert found.keys() == dict(expected.state_dict()).keys()
@@ -362,7 +361,7 @@ def test_killed_before_its_checkpoint_it_starts_afresh(tmp_path: Path, monkeypat
 
 def test_it_is_a_better_guess_than_the_codes_frequencies(tmp_path: Path) -> None:
     corpus = open_corpus(write_corpus(tmp_path / "corpus"))
-    model = build(Config())
+    model = LinearPrediction(Config())
     train_codes, codes = (np.asarray(corpus.split(name).codes) for name in ("train", "valid"))
     shares = (np.bincount(train_codes, minlength=256) + 1) / (len(train_codes) + 256)
     assert evaluate_nll(model, codes, start_code=128, chunk_length=16).nll_nats < -np.log(shares[codes]).mean()

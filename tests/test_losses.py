@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ct_audio.losses import nats_to_bits, nll_sum_and_count, perplexity
+from ct_audio.common.units import nats_to_bits, nll_sum_and_count, perplexity
 
 
 def test_sum_and_count_of_all_codes_in_float64():

@@ -7,12 +7,11 @@ import pytest
 import torch
 from handmade_runs import Tool, make_run, noise_corpus, read_json, tool
 
-from ct_audio import memory_sweep
-from ct_audio.checkpoint import LoadedRun, load_run_model
-from ct_audio.errors import UserError
-from ct_audio.evaluate import evaluate_nll
-from ct_audio.memory_sweep import sweep_memory
-from ct_audio.run_evaluation import run_corpus
+from ct_audio.common.errors import UserError
+from ct_audio.evaluation import memory_sweep
+from ct_audio.evaluation.memory_sweep import sweep_memory
+from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.runs.open_run import LoadedRun, load_run_model, run_corpus
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from model_cases import every_trained_model, random_codes, window_of
-from tiny import as_module, tiny_model
+from tiny import tiny_model
 from torch import Tensor
 
-from ct_audio.models.memory import detach_memory, named_tensors
+from ct_audio.models.state import detach_memory, named_tensors
 
 
 def bfloat16(*, enabled: bool = True) -> torch.autocast:
@@ -48,7 +48,7 @@ def test_layers_share_one_mask(*, narrow: bool, with_documents: bool) -> None:
 @pytest.mark.parametrize("name", ["compressive_transformer", "compressive_transformer_adaptive"])
 def test_embeddings_are_as_wide_as_their_tables_in_narrow_arithmetic(name: str) -> None:
     """What all layers add to stays float32; with adaptive bands too."""
-    model = as_module(tiny_model(name))
+    model = tiny_model(name)
     rows = model.get_submodule("embedding")(random_codes(16))
     with bfloat16():
         in_narrow = model.get_submodule("embedding")(random_codes(16))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ct_audio.metrics import MetricsWriter, memory_use_mib, read_metrics, spectrogram_figure
+from ct_audio.common.figures import spectrogram_figure
+from ct_audio.runs.metrics import MetricsWriter, memory_use_mib, read_metrics
 
 
 def events(run_dir: Path) -> EventAccumulator:

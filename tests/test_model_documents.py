@@ -14,7 +14,7 @@ from model_cases import (
     window_of,
 )
 
-from ct_audio.models.memory import map_memory
+from ct_audio.models.state import map_memory
 
 
 @every_model

@@ -22,13 +22,13 @@ from model_cases import (
     run_windows,
     window_of,
 )
-from tiny import TINY_MODELS, as_module, tiny_model
+from tiny import TINY_MODELS, tiny_model
 from torch import Tensor
 
-from ct_audio.errors import UserError
-from ct_audio.models import SequenceModel, model_names
+from ct_audio.common.errors import UserError
+from ct_audio.models import MODELS, SequenceModel
 from ct_audio.models.interface import UNLIMITED_RANGE
-from ct_audio.models.memory import detach_memory, map_memory, named_tensors
+from ct_audio.models.state import detach_memory, map_memory, named_tensors
 
 
 def loss_of(model: Any, codes: Tensor, targets: Tensor, memory: Any) -> tuple[Tensor, Any]:
@@ -51,7 +51,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def test_every_model_has_a_tiny_version() -> None:
-    assert {plain["name"] for plain in TINY_MODELS.values()} == set(model_names())
+    assert {plain["name"] for plain in TINY_MODELS.values()} == set(MODELS)
 
 
 @every_model
@@ -64,7 +64,7 @@ def test_keeps_the_interface(name: str) -> None:
     groups = model.gradient_groups()
     assert set(groups) <= {"model", "compression"}
     grouped = [id(parameter) for group in groups.values() for parameter in group]
-    assert sorted(grouped) == sorted(id(p) for p in as_module(model).parameters() if p.requires_grad)
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
 @every_model
@@ -302,7 +302,7 @@ def test_gradients_do_not_cross_chunks(name: str) -> None:
 
 @every_model
 def test_zero_memory_is_zeros_with_the_lane_first(name: str) -> None:
-    model: Any = as_module(tiny_model(name)).double()
+    model: Any = tiny_model(name).double()
     tensors = dict(named_tensors(model.zero_memory(3)))
     assert tensors
     for key, tensor in tensors.items():
@@ -313,7 +313,7 @@ def test_zero_memory_is_zeros_with_the_lane_first(name: str) -> None:
 
 @every_model
 def test_shapes_never_change(name: str) -> None:
-    model: Any = as_module(tiny_model(name))
+    model: Any = tiny_model(name)
     memory = model.zero_memory(LANES)
     expected = {key: (tensor.shape, tensor.dtype) for key, tensor in named_tensors(memory)}
     for index in range(5):

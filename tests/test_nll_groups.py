@@ -10,14 +10,14 @@ import torch
 from handmade_runs import RATE, make_run
 from tiny import tiny_model
 
-from ct_audio import nll_groups
-from ct_audio.checkpoint import load_run_model
-from ct_audio.codec import Byte, MuLaw
-from ct_audio.corpus import Corpus, CorpusWriter, open_corpus
-from ct_audio.errors import UserError
-from ct_audio.evaluate import evaluate_nll
-from ct_audio.nll_groups import Grouping, GroupSums, count_codes, make_groupings, surrounding_level_dbfs
-from ct_audio.run_evaluation import EvaluationSettings, evaluate_run, run_corpus
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Byte, MuLaw
+from ct_audio.data.corpus import Corpus, CorpusWriter, open_corpus
+from ct_audio.evaluation import groups as nll_groups
+from ct_audio.evaluation.groups import Grouping, GroupSums, count_codes, make_groupings, surrounding_level_dbfs
+from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.stored import EvaluationSettings, evaluate_run
+from ct_audio.runs.open_run import load_run_model, run_corpus
 
 
 @pytest.mark.parametrize("num_lanes", [1, 3])

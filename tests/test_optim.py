@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 from torch import nn
 
-from ct_audio.config import OptimConfig
-from ct_audio.optim import (
-    clip_gradients,
+from ct_audio.models.interface import clip_gradients
+from ct_audio.runs.config import OptimConfig
+from ct_audio.training.schedules import (
     completes_update,
     learning_rate,
     make_optimizer,

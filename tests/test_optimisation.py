@@ -11,12 +11,12 @@ import yaml
 from recordings import load_script
 from tiny_runs import assert_same_checkpoint, checkpoint_state, checkpoint_tensors, tiny_run
 
-from ct_audio.branch import branch_run, require_branch_point
-from ct_audio.config import RunConfig, config_to_yaml
-from ct_audio.errors import UserError
-from ct_audio.metrics import read_metrics
-from ct_audio.optim import learning_rate, update_period
-from ct_audio.train import train
+from ct_audio.common.errors import UserError
+from ct_audio.runs.config import RunConfig, config_to_yaml
+from ct_audio.runs.metrics import read_metrics
+from ct_audio.training.branch import branch_run, require_branch_point
+from ct_audio.training.loop import train
+from ct_audio.training.schedules import learning_rate, update_period
 
 optimisation = load_script("tools/optimisation.py", "optimisation_tool")
 
@@ -149,7 +149,7 @@ def test_branches_of_another_point_are_refused_before_anything_is_trained(
         (tmp_path / "out" / "runs" / "kept" / "branch.json").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     trained: list[RunConfig] = []
-    monkeypatch.setattr("ct_audio.train.train", trained.append)
+    monkeypatch.setattr("ct_audio.training.loop.train", trained.append)
     found = r"got one of base at step 2" if version == "this" else r"there is no branch\.json .*an earlier version"
     with pytest.raises(UserError, match=rf"kept: expected a branch of base at step 4, .*{found}.*choose another --out"):
         run_tool(tmp_path, monkeypatch, "--branches", "rate_0")

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recordings import ROOT, voice, write
 
-from ct_audio import prepare
-from ct_audio.codec import MuLaw
-from ct_audio.corpus import open_corpus
-from ct_audio.errors import UserError
-from ct_audio.files import hold_alone
-from ct_audio.prepare import AudioSettings, Recording, prepare_audio, prepare_waveform, split_by_hash
-from ct_audio.wav import read_wav, resample
+from ct_audio.common.errors import UserError
+from ct_audio.common.files import hold_alone
+from ct_audio.data.audio_files import read_wav, resample
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import open_corpus
+from ct_audio.preparation import recordings as prepare
+from ct_audio.preparation.recordings import AudioSettings, Recording, prepare_audio, prepare_waveform, split_by_hash
 
 
 def make_recordings(folder: Path, num: int = 6) -> list[Recording]:

@@ -8,13 +8,20 @@ import os
 import numpy as np
 import pytest
 
-from ct_audio import prepare_text as module
-from ct_audio.corpus import open_corpus
-from ct_audio.errors import UserError
-from ct_audio.files import hold_alone, write_json
-from ct_audio.prepare_text import TextSettings, prepare_text
-from ct_audio.text import Text, hash_texts, join_hashes, read_blocks, require_decodes_back, whole_file
-from ct_audio.text_statistics import statistics_table, vocabulary_table
+from ct_audio.common.errors import UserError
+from ct_audio.common.files import hold_alone, write_json
+from ct_audio.data.corpus import open_corpus
+from ct_audio.preparation import texts as module
+from ct_audio.preparation.text_blocks import (
+    Text,
+    hash_texts,
+    join_hashes,
+    read_blocks,
+    require_decodes_back,
+    whole_file,
+)
+from ct_audio.preparation.text_tables import statistics_table, vocabulary_table
+from ct_audio.preparation.texts import TextSettings, prepare_text
 
 SETTINGS = {
     "byte": TextSettings("byte"),
@@ -152,7 +159,7 @@ def test_texts_are_hashed_in_parts(tmp_path, monkeypatch):
     expected = join_hashes([hashlib.sha256(part).hexdigest() for part in parts])
     assert hash_texts(texts) == expected
     assert hash_texts(texts[::-1]) != expected
-    monkeypatch.setattr("ct_audio.text._read_parts.__kwdefaults__", {"part_bytes": 7})
+    monkeypatch.setattr("ct_audio.preparation.text_blocks._read_parts.__kwdefaults__", {"part_bytes": 7})
     assert hash_texts(texts) == expected
     with pytest.raises(UserError, match="shorter"):
         hash_texts([Text(tmp_path / "t", "train", "t", 0, 99)])

@@ -10,11 +10,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ct_audio.codec import Byte, MuLaw
-from ct_audio.config import DataConfig, OptimConfig, TrainConfig, config_from_dict, config_to_yaml, load_config
-from ct_audio.corpus import CorpusWriter, open_corpus
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Byte, MuLaw
+from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.models import model_config_class
+from ct_audio.runs.config import DataConfig, OptimConfig, TrainConfig, config_from_dict, config_to_yaml, load_config
 
 BASE = """
 name: run

@@ -9,8 +9,8 @@ import espeakng_loader
 import numpy as np
 from recordings import ROOT, load_script
 
-from ct_audio.cli import run_tool
-from ct_audio.corpus import open_corpus
+from ct_audio.commands.command_line import run_tool
+from ct_audio.data.corpus import open_corpus
 
 tool = load_script("tools/prepare.py", "prepare_tool")
 espeak = load_script("recipes/espeak/prepare.py", "recipe_espeak")

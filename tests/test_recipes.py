@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from tiny import as_module
 
-from ct_audio.config import load_config
 from ct_audio.models import build_model
+from ct_audio.runs.config import load_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 YAMLS = sorted(RECIPES.glob("*/*.yaml"))
@@ -51,7 +50,7 @@ def num_parameters(path: Path, *, without_compression: bool = False) -> int:
     with torch.device("meta"):
         model = build_model(load_config(path))
     left_out = model.gradient_groups().get("compression", []) if without_compression else []
-    return sum(p.numel() for p in as_module(model).parameters()) - sum(p.numel() for p in left_out)
+    return sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in left_out)
 
 
 def test_there_are_recipes() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from recordings import ROOT, load_script, voice, write
 
-from ct_audio.cli import run_tool
-from ct_audio.corpus import open_corpus
+from ct_audio.commands.command_line import run_tool
+from ct_audio.data.corpus import open_corpus
 
 tool = load_script("tools/prepare.py", "prepare_tool")
 kathleen = load_script("recipes/kathleen/prepare.py", "recipe_kathleen")

@@ -11,8 +11,8 @@ import pytest
 from http_mirror import Mirror, serve
 from recordings import ROOT, load_script
 
-from ct_audio.cli import run_tool
-from ct_audio.corpus import open_corpus
+from ct_audio.commands.command_line import run_tool
+from ct_audio.data.corpus import open_corpus
 
 tool = load_script("tools/prepare.py", "prepare_tool")
 describe = load_script("tools/describe.py", "describe_tool")
@@ -228,7 +228,7 @@ def book_mirror(**changes):
 @pytest.fixture
 def quick(monkeypatch):
     """No pause before another attempt."""
-    monkeypatch.setattr("ct_audio.download.Patience.__init__.__defaults__", (2, 0.01, 5.0))
+    monkeypatch.setattr("ct_audio.preparation.download.Patience.__init__.__defaults__", (2, 0.01, 5.0))
 
 
 def prepare_books(monkeypatch, mirror, folder, *options):

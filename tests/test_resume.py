@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_runs import assert_same_checkpoint, checkpoint_state, tiny_run
 
-from ct_audio import train as train_module
-from ct_audio.config import RunConfig
-from ct_audio.metrics import read_metrics
-from ct_audio.train import train
+from ct_audio.runs.config import RunConfig
+from ct_audio.runs.metrics import read_metrics
+from ct_audio.training import loop as train_module
+from ct_audio.training.loop import train
 
 TIMES = {"wall_seconds", "throughput/codes_per_second", "throughput/times_real_time", "throughput/training_seconds"}
 

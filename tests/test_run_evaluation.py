@@ -13,24 +13,24 @@ import torch
 from handmade_runs import make_run, noise_corpus
 from tiny import tiny_model
 
-from ct_audio import run_evaluation
-from ct_audio.checkpoint import load_run_model, save_checkpoint
-from ct_audio.codec import Byte
-from ct_audio.corpus import CorpusWriter
-from ct_audio.distributed import World
-from ct_audio.dynamic_evaluation import DynamicSettings
-from ct_audio.errors import UserError
-from ct_audio.evaluate import Evaluation, evaluate_nll
-from ct_audio.optim import make_optimizer
-from ct_audio.run_evaluation import (
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Byte
+from ct_audio.data.corpus import CorpusWriter
+from ct_audio.evaluation import stored as run_evaluation
+from ct_audio.evaluation.dynamic import DynamicSettings
+from ct_audio.evaluation.nll import Evaluation, evaluate_nll
+from ct_audio.evaluation.stored import (
     BlockSums,
     EvaluationSettings,
     _text_measures,
     evaluate_run,
     find_evaluation,
-    run_corpus,
     store_evaluation,
 )
+from ct_audio.runs.open_run import load_run_model, run_corpus
+from ct_audio.training.checkpoint import save_checkpoint
+from ct_audio.training.parallel import World
+from ct_audio.training.schedules import make_optimizer
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import pytest
 import torch
 from jaxtyping import Float64
 from model_cases import every_model
-from tiny import as_module, tiny_model
+from tiny import tiny_model
 from torch import Tensor
 
-from ct_audio import sample
-from ct_audio.errors import UserError
-from ct_audio.evaluate import evaluate_nll
-from ct_audio.sample import draw_codes, estimate_code_seconds, sample_codes, verify_steps
-from ct_audio.sample_measures import find_faults, measure_sample
+from ct_audio.common.errors import UserError
+from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.sampling import sampler as sample
+from ct_audio.sampling.audio_checks import find_faults, measure_sample
+from ct_audio.sampling.sampler import draw_codes, estimate_code_seconds, sample_codes, verify_steps
 
 START_CODE = 16
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
@@ -23,7 +23,7 @@ PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
 
 def lively_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """Parameters away from zeros and ones, so that every path matters."""
-    model = as_module(tiny_model(name)).to(dtype)
+    model = tiny_model(name).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -201,7 +201,7 @@ def test_ties_keep_exactly_k_codes_and_cold_is_greedy() -> None:
 
 
 def test_model_and_caller_are_left_as_they_were() -> None:
-    model = as_module(tiny_model("compressive_transformer", dropout=0.5)).train()
+    model = tiny_model("compressive_transformer", dropout=0.5).train()
     iterator = sample_codes(model, num_lanes=1, num_codes=5, seed=0, start_code=START_CODE)  # type: ignore[arg-type]
     next(iterator)
     assert not torch.is_inference_mode_enabled()
@@ -220,7 +220,7 @@ def collect_nothing(model: Any) -> list[Any]:
 def test_nan_is_reported_with_its_lane() -> None:
     model = tiny_model("wavenet")
     with torch.no_grad():
-        next(as_module(model).parameters())[:] = math.nan
+        next(model.parameters())[:] = math.nan
     with pytest.raises(UserError, match="not finite at code 0 of lane 0"):
         collect(model)
 

@@ -9,9 +9,7 @@ import pytest
 import scipy.linalg
 from handmade_runs import make_run, read_json, tool
 
-from ct_audio.codec import MuLaw
-from ct_audio.corpus import CorpusWriter
-from ct_audio.sample_measures import (
+from ct_audio.data.acoustics import (
     MEL_BANDS,
     MEL_FLOOR,
     find_pitch,
@@ -21,7 +19,9 @@ from ct_audio.sample_measures import (
     log_mel_frames,
     mel_frame_length,
 )
-from ct_audio.sample_report import make_reference, markdown_report, measure_row, white_noise
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import CorpusWriter
+from ct_audio.sampling.temperature_report import make_reference, markdown_report, measure_row, white_noise
 
 RATE = 8000
 CODEC = MuLaw(sample_rate_hz=RATE)

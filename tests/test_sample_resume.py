@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from model_cases import every_model
-from tiny import as_module, tiny_model
+from tiny import tiny_model
 
-from ct_audio.sample import Sampler
+from ct_audio.sampling.sampler import Sampler
 
 START_CODE = 16
 
@@ -27,7 +27,7 @@ def copied(leaves: dict[str, Any]) -> dict[str, Any]:
 
 @every_model
 def test_a_restored_sampler_goes_on_bit_for_bit(name: str) -> None:
-    model = as_module(tiny_model(name))
+    model = tiny_model(name)
     prime = torch.randint(32, (2, 21))
     first = sampler_of(model, prime=prime)
     pieces, states = [], []

@@ -9,9 +9,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from ct_audio import sample_state
-from ct_audio.errors import UserError
-from ct_audio.sample_state import (
+from ct_audio.common.errors import UserError
+from ct_audio.sampling import resume as sample_state
+from ct_audio.sampling.resume import (
     SavedSampling,
     directory_lock,
     load_sampling,

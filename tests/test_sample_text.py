@@ -15,15 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TINY_MODELS
 
-from ct_audio.checkpoint import load_run_model
-from ct_audio.codec import Byte, Codec
-from ct_audio.config import config_from_dict
-from ct_audio.corpus import CorpusWriter, open_corpus
-from ct_audio.evaluate import evaluate_nll
+from ct_audio.data.codecs import Byte, Codec
+from ct_audio.data.corpus import CorpusWriter, open_corpus
+from ct_audio.data.vocabulary_codecs import Subword, Word
+from ct_audio.evaluation.nll import evaluate_nll
 from ct_audio.models import build_model
-from ct_audio.sample_text import find_text_faults, longest_repeat, measure_text, undecodable_bytes
-from ct_audio.score import run_codec
-from ct_audio.text_codec import Subword, Word
+from ct_audio.runs.config import config_from_dict
+from ct_audio.runs.open_run import load_run_model, run_codec
+from ct_audio.sampling.text_checks import find_text_faults, longest_repeat, measure_text, undecodable_bytes
 
 TEXT = b" = Title = \n \n The cat sat on the mat , the dog sat on the cat . \n" * 5
 CODECS: dict[str, Codec] = {
@@ -113,7 +112,7 @@ def test_text_goes_to_stdout_as_it_is_sampled(
         name = "stdout"
 
     for name in ("byte", "word"):
-        monkeypatch.setattr("ct_audio.sample_session._STREAM_EVERY_SECONDS", 0.0)
+        monkeypatch.setattr("ct_audio.sampling.sample_set._STREAM_EVERY_SECONDS", 0.0)
         pipe = Pipe()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stdout := io.TextIOWrapper(pipe))

@@ -12,13 +12,13 @@ from handmade_runs import RATE, Tool, make_run, noise_corpus, read_json, save, s
 from recordings import write
 from tiny import TINY_MODELS
 
-from ct_audio.checkpoint import load_run_model
-from ct_audio.codec import Byte, MuLaw
-from ct_audio.config import config_from_dict
-from ct_audio.corpus import CorpusWriter, open_corpus
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Byte, MuLaw, read_codes
+from ct_audio.data.corpus import CorpusWriter, open_corpus
+from ct_audio.evaluation.over_time import bins_over_time, most_surprising, score_codes
 from ct_audio.models import build_model
-from ct_audio.score import bins_over_time, most_surprising, read_codes, run_codec, score_codes
+from ct_audio.runs.config import config_from_dict
+from ct_audio.runs.open_run import load_run_model, run_codec
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
-from ct_audio.codec import Byte, codec_from_json
-from ct_audio.errors import UserError
-from ct_audio.text_codec import BYTE_OF_CHARACTER, Subword, Word
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Byte, codec_from_json
+from ct_audio.data.vocabulary_codecs import BYTE_OF_CHARACTER, Subword, Word
 
 ARTICLE = b" \n = A title = \n \n The cat @-@ like <unk> , the hat . \n \n"
 PROSE = (
@@ -113,7 +113,7 @@ def test_sorting_changes_the_codes_and_nothing_else():
 
 def test_training_is_the_same_in_every_process():
     code = (
-        "import sys, hashlib; from ct_audio.text_codec import Subword;"
+        "import sys, hashlib; from ct_audio.data.vocabulary_codecs import Subword;"
         "text = sys.stdin.buffer.read(); print(Subword.train([text], 300).to_json()['sha256'])"
     )
     done = subprocess.run([sys.executable, "-c", code], input=PROSE, capture_output=True, check=True)

@@ -9,11 +9,11 @@ import torch
 from handmade_runs import RATE, Tool, make_run, noise_corpus, read_json, speech_like, tool
 from tiny_runs import tiny_run
 
-from ct_audio.codec import MuLaw
-from ct_audio.evaluate import evaluate_nll
+from ct_audio.data.audio_files import read_wav, write_wav
+from ct_audio.data.codecs import MuLaw
+from ct_audio.evaluation.nll import evaluate_nll
 from ct_audio.models.wavenet import WaveNet
-from ct_audio.train import train
-from ct_audio.wav import read_wav, write_wav
+from ct_audio.training.loop import train
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_sample_writes_wavs_and_sidecars(
 
 
 def nll_of(run: Path, codes: np.ndarray, corpus: Path) -> float:
-    from ct_audio.checkpoint import load_run_model
+    from ct_audio.runs.open_run import load_run_model
 
     return evaluate_nll(load_run_model(run).model, codes, start_code=128, chunk_length=64).nll_nats
 

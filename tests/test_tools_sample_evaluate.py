@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from handmade_runs import RATE, ROOT, Tool, make_run, noise_corpus, speech_like, tool
-from tiny import TINY_MODELS, as_module
+from tiny import TINY_MODELS
 
-from ct_audio.codec import MuLaw
-from ct_audio.config import config_from_dict
-from ct_audio.corpus import CorpusWriter, open_corpus
-from ct_audio.evaluate import evaluate_nll
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import CorpusWriter, open_corpus
+from ct_audio.evaluation.nll import evaluate_nll
 from ct_audio.models import build_model
+from ct_audio.runs.config import config_from_dict
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_evaluate_prints_one_object(
             {"name": "x", "model": TINY_MODELS[name] | {"vocab_size": 256}, "data": {"corpus": "x", "chunk_length": 64}}
         )
     )
-    assert report["num_parameters"] == sum(p.numel() for p in as_module(model).parameters())
+    assert report["num_parameters"] == sum(p.numel() for p in model.parameters())
     if name == "compressive_transformer":
         expected = evaluate_nll(model, split.codes, start_code=128, chunk_length=64).nll_nats
         assert report["nll_nats"] == pytest.approx(expected, abs=1e-6)

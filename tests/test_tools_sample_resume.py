@@ -16,14 +16,14 @@ import soundfile
 import torch
 from handmade_runs import RATE, ROOT, Tool, make_run, noise_corpus, read_json, speech_like, tool
 
-from ct_audio import sample as sample_module
-from ct_audio import sample_session
-from ct_audio.codec import MuLaw
-from ct_audio.corpus import CorpusWriter
-from ct_audio.sample import Sampler
-from ct_audio.sample_session import SampleStream
-from ct_audio.sample_state import directory_lock
-from ct_audio.wav import write_wav
+from ct_audio.data.audio_files import write_wav
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import CorpusWriter
+from ct_audio.sampling import sample_set as sample_session
+from ct_audio.sampling import sampler as sample_module
+from ct_audio.sampling.resume import directory_lock
+from ct_audio.sampling.sample_set import SampleStream
+from ct_audio.sampling.sampler import Sampler
 
 SETTINGS = ("--num", 2, "--seed", 3, "--top-p", 0.95, "--threads", 1)
 OK = (0, 4)  # 4: so short a sample of a made-up model may well be faulty audio

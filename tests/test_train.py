@@ -14,22 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import as_module
 from tiny_runs import checkpoint_state, checkpoint_tensors, tiny_run, write_corpus
 
-from ct_audio import train as train_module
-from ct_audio.checkpoint import load_run_model
-from ct_audio.cli import run_tool
-from ct_audio.config import RunConfig, config_to_yaml
-from ct_audio.corpus import open_corpus
-from ct_audio.errors import UserError
-from ct_audio.evaluate import evaluate_nll
-from ct_audio.metrics import read_metrics
+from ct_audio.commands.command_line import run_tool
+from ct_audio.common.errors import UserError
+from ct_audio.data.corpus import open_corpus
+from ct_audio.evaluation.nll import evaluate_nll
 from ct_audio.models import build_model
-from ct_audio.models.memory import detach_memory
-from ct_audio.optim import learning_rate
-from ct_audio.session import ChunkLoss, run_lock
-from ct_audio.train import NonFiniteLossError, train
+from ct_audio.models.state import detach_memory
+from ct_audio.runs.config import RunConfig, config_to_yaml
+from ct_audio.runs.metrics import read_metrics
+from ct_audio.runs.open_run import load_run_model
+from ct_audio.training import loop as train_module
+from ct_audio.training.loop import NonFiniteLossError, train
+from ct_audio.training.schedules import learning_rate
+from ct_audio.training.session import ChunkLoss, run_lock
 
 QUIET: dict[str, Any] = {"train__valid_every_steps": 0}
 
@@ -47,7 +46,7 @@ def train_by_hand(config: RunConfig, rates: list[float], updates: list[list[int]
     """Two lanes one after the other, Python slices of the corpus, torch's plain Adam, norms computed here."""
     codes = [128, *np.asarray(open_corpus(config.data.corpus).split("train").codes).tolist()]
     torch.manual_seed(config.train.seed)
-    model = as_module(build_model(config)).double()
+    model = build_model(config).double()
     optimizer = torch.optim.Adam(model.parameters(), foreach=False, fused=False)
     memories, segment = [model.zero_memory(1), model.zero_memory(1)], (len(codes) - 1) // 2  # type: ignore[operator]
     for rate, steps in zip(rates, updates, strict=True):
@@ -61,9 +60,10 @@ def train_by_hand(config: RunConfig, rates: list[float], updates: list[list[int]
                 (loss / 2 / len(steps)).backward()
                 memories[lane] = detach_memory(output.memory)
         for group in model.gradient_groups().values():  # type: ignore[operator]
-            norm = math.sqrt(sum(float((p.grad**2).sum()) for p in group))
-            for parameter in group:
-                parameter.grad *= min(1.0, config.optim.max_gradient_norm / (norm + 1e-6))
+            gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+            norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients))
+            for gradient in gradients:
+                gradient *= min(1.0, config.optim.max_gradient_norm / (norm + 1e-6))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()

@@ -5,12 +5,12 @@ import shutil
 import pytest
 from tiny_runs import checkpoint_state, tiny_run
 
-from ct_audio.codec import codec_from_json
-from ct_audio.corpus import open_corpus
-from ct_audio.errors import UserError
-from ct_audio.prepare_text import TextSettings, prepare_text
-from ct_audio.text import whole_file
-from ct_audio.train import train
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import codec_from_json
+from ct_audio.data.corpus import open_corpus
+from ct_audio.preparation.text_blocks import whole_file
+from ct_audio.preparation.texts import TextSettings, prepare_text
+from ct_audio.training.loop import train
 
 
 def test_a_run_keeps_its_vocabulary(tmp_path):

@@ -6,8 +6,8 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ct_audio.errors import UserError
-from ct_audio.wav import read_wav, require_finite, resample, write_wav
+from ct_audio.common.errors import UserError
+from ct_audio.data.audio_files import read_wav, require_finite, resample, write_wav
 
 LOSSLESS = [
     ("wav", "PCM_U8", 2**-7),

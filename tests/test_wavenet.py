@@ -8,19 +8,19 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import Float, Int
-from tiny import as_module, tiny_model
+from tiny import tiny_model
 from torch import Tensor
 
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
 from ct_audio.models import build_model
-from ct_audio.models.memory import detach_memory
+from ct_audio.models.state import detach_memory
 from ct_audio.models.wavenet import Config, WaveNet, WaveNetMemory
 
 VOCAB_SIZE = 32
 
 
 def float64_wavenet(**changes: Any) -> Any:
-    model = as_module(tiny_model("wavenet", **changes)).double()
+    model = tiny_model("wavenet", **changes).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

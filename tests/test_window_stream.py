@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ct_audio.errors import UserError
-from ct_audio.window_stream import Chunk, WindowStream, split_chunk
+from ct_audio.common.errors import UserError
+from ct_audio.data.lanes import Chunk, WindowStream, split_chunk
 
 START = 255
 CODES = np.arange(107, dtype=np.uint8)

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from torch import nn
-
 from ct_audio.models import SequenceModel, build_model, model_config_class
 
 _TRANSFORMER = {
@@ -61,9 +59,3 @@ def tiny_model(name: str, **changes: Any) -> SequenceModel:
     """Build a tiny model; `changes` replace configuration fields."""
     plain = TINY_MODELS[name] | changes
     return build_model(model_config_class(plain["name"])(**plain))
-
-
-def as_module(model: SequenceModel) -> nn.Module:
-    """The same object, typed as a module."""
-    assert isinstance(model, nn.Module)
-    return model

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from tiny import TINY_MODELS
 
-from ct_audio.codec import MuLaw
-from ct_audio.config import RunConfig, config_from_dict
-from ct_audio.corpus import CorpusWriter
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import CorpusWriter
+from ct_audio.runs.config import RunConfig, config_from_dict
 
 
 def write_corpus(path: Path, *, seed: int = 0) -> Path:

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 if TYPE_CHECKING:
-    from ct_audio.config import RunConfig
+    from ct_audio.runs.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,7 +72,7 @@ class Trial(NamedTuple):
 def main() -> int:
     """Parse, train what is missing, write and print the table."""
     arguments = _parse()
-    from ct_audio.config import load_config  # after --help: it takes seconds
+    from ct_audio.runs.config import load_config  # after --help: it takes seconds
 
     base = load_config(arguments.base, arguments.set)
     trials = [Trial(row, rate, seed) for seed in arguments.seeds for rate in arguments.rates for row in arguments.rows]

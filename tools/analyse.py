@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,11 +24,10 @@ def main() -> int:
     """Parse, analyse, write, print, and return the exit status."""
     arguments = _parse()
     # After --help: they take seconds.
-    from ct_audio.analysis import analyse_run
-    from ct_audio.analysis_figures import FIGURES
-    from ct_audio.checkpoint import load_run_model
-    from ct_audio.distributed import set_up_device
-    from ct_audio.run_evaluation import run_corpus
+    from ct_audio.evaluation.memory_analysis import analyse_run
+    from ct_audio.evaluation.memory_figures import FIGURES
+    from ct_audio.runs.device import set_up_device
+    from ct_audio.runs.open_run import load_run_model, run_corpus
 
     device = set_up_device(arguments.device, num_threads=arguments.threads)
     run = load_run_model(arguments.run, which=arguments.checkpoint, device=device)
@@ -86,7 +85,7 @@ def _parse() -> argparse.Namespace:
 
 def write(report: dict[str, Any], figures: "dict[str, Figure]", out: Path) -> None:
     """analysis.json, a CSV for each table that has rows, a PNG for each figure."""
-    from ct_audio.files import write_file, write_json
+    from ct_audio.common.files import write_file, write_json
 
     write_json(out / "analysis.json", report)
     for name in TABLES:
@@ -107,7 +106,7 @@ def log_to_tensorboard(report: dict[str, Any], figures: "dict[str, Figure]", dir
 
     Not among the run's own events: those are cut when the run is resumed.
     """
-    from ct_audio.metrics import MetricsWriter
+    from ct_audio.runs.metrics import MetricsWriter
 
     directory.mkdir(exist_ok=True)
     for path in [*directory.glob("events.out.tfevents.*"), directory / "metrics.jsonl"]:

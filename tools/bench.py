@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ct_audio.config import RunConfig
+    from ct_audio.runs.config import RunConfig
 
 Case = Callable[[], int]
 """Does a fixed amount of work and returns how many codes it was."""
@@ -38,7 +38,7 @@ def main() -> int:
     arguments = _parse()
     import torch  # after --help: it takes seconds
 
-    from ct_audio.config import load_config
+    from ct_audio.runs.config import load_config
 
     torch.set_num_threads(arguments.threads)
     configs = {Path(path).stem: load_config(path, arguments.set) for path in arguments.recipes}
@@ -129,7 +129,7 @@ def measure_attention(configs: "dict[str, RunConfig]", arguments: argparse.Names
     """A training step with each attention backend."""
     import dataclasses
 
-    from ct_audio.models.attention import ATTENTION_BACKENDS
+    from ct_audio.models.compressive.attention import ATTENTION_BACKENDS
 
     rows: list[dict[str, Any]] = []
     for name, config in configs.items():
@@ -167,8 +167,9 @@ def _training_step(config: "RunConfig", num_lanes: int, *, piece_length: int | N
     import torch
 
     from ct_audio.models import build_model
-    from ct_audio.models.memory import detach_memory
-    from ct_audio.optim import clip_gradients, make_optimizer
+    from ct_audio.models.interface import clip_gradients
+    from ct_audio.models.state import detach_memory
+    from ct_audio.training.schedules import make_optimizer
 
     torch.manual_seed(0)
     length = config.data.chunk_length
@@ -196,7 +197,7 @@ def _training_step(config: "RunConfig", num_lanes: int, *, piece_length: int | N
 
 def _sampling(model: Any, num_lanes: int, prime: "Tensor | None") -> Case:
     """From the beginning every time, or going on with one stream whose prime is computed in the first call."""
-    from ct_audio.sample import sample_codes
+    from ct_audio.sampling.sampler import sample_codes
 
     settings: dict[str, Any] = {"num_lanes": num_lanes, "seed": 0, "start_code": 0}
     if prime is None:  # each call starts anew, so that it is always the first codes

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 if TYPE_CHECKING:
-    from ct_audio.checkpoint import LoadedRun
-    from ct_audio.run_evaluation import EvaluationSettings
+    from ct_audio.evaluation.stored import EvaluationSettings
+    from ct_audio.runs.open_run import LoadedRun
 
 MEMORY_LENGTHS = ("memory_length", "compressed_memory_length")
 
@@ -25,7 +25,7 @@ class Run:
     """What is known of a run.
 
     Attributes:
-        curves: see `ct_audio.curves.Curves`.
+        curves: see `ct_audio.evaluation.curves.Curves`.
         valid_codes: length of the stretch that the validation curve is of; 0: the whole split.
         evaluations: by split, as they are stored.
     """
@@ -44,7 +44,7 @@ class Run:
 def main() -> int:
     """Parse, read the runs, score what is not scored yet, write DIR/curves.png, DIR/table.md and DIR/table.csv."""
     arguments = _parse()
-    from ct_audio.curves import draw_curves, read_curves  # after --help: it takes seconds
+    from ct_audio.evaluation.curves import draw_curves, read_curves  # after --help: it takes seconds
 
     runs = {label: Run(path, read_curves(path)) for label, path in label_paths(arguments.runs).items()}
     score_runs(runs, arguments)
@@ -91,10 +91,10 @@ def score_runs(runs: dict[str, Run], arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a checkpoint or split is missing, or the runs were not scored alike.
     """
-    from ct_audio.checkpoint import load_run_model
-    from ct_audio.comparison import require_alike
-    from ct_audio.distributed import set_up_device
-    from ct_audio.run_evaluation import EvaluationSettings, find_evaluation
+    from ct_audio.evaluation.comparison import require_alike
+    from ct_audio.evaluation.stored import EvaluationSettings, find_evaluation
+    from ct_audio.runs.device import set_up_device
+    from ct_audio.runs.open_run import load_run_model
 
     device = set_up_device(arguments.device, num_threads=arguments.threads)
     for label, run in runs.items():
@@ -114,7 +114,8 @@ def score_runs(runs: dict[str, Run], arguments: argparse.Namespace) -> None:
 
 def measure(label: str, path: Path, loaded: "LoadedRun", settings: "EvaluationSettings") -> dict[str, Any]:
     """Score a run, keep the result in it (a warning where that cannot be), and say so."""
-    from ct_audio.run_evaluation import evaluate_run, run_corpus, store_evaluation
+    from ct_audio.evaluation.stored import evaluate_run, store_evaluation
+    from ct_audio.runs.open_run import run_corpus
 
     what = f"{label}, {settings.split}, {loaded.checkpoint_path.name}"
     print(f"{what}: no stored evaluation fits, scoring now", file=sys.stderr, flush=True)
@@ -128,7 +129,7 @@ def measure(label: str, path: Path, loaded: "LoadedRun", settings: "EvaluationSe
 
 def result_rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
     """A row a run: size, steps, speed, and for each split NLL, difference from the first run, interval and speed."""
-    from ct_audio.comparison import paired_difference
+    from ct_audio.evaluation.comparison import paired_difference
 
     rows, first = [], next(iter(runs.values()))
     for label, run in runs.items():
@@ -180,7 +181,7 @@ def markdown_table(rows: list[dict[str, Any]], runs: dict[str, Run]) -> str:
 
 
 def _notes(runs: dict[str, Run]) -> list[str]:
-    from ct_audio.comparison import BOOTSTRAP_CODES, BOOTSTRAP_SECONDS, NUM_RESAMPLES, comparable_protocol
+    from ct_audio.evaluation.comparison import BOOTSTRAP_CODES, BOOTSTRAP_SECONDS, NUM_RESAMPLES, comparable_protocol
 
     first_label, first = next(iter(runs.items()))
     notes = []

@@ -20,8 +20,8 @@ from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("compressive_transformer", "wavenet")

@@ -6,9 +6,9 @@ Documents, words and mean length of each split, as the paper's Tables 1 and 2 ha
 import sys
 from pathlib import Path
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.corpus import open_corpus
-from ct_audio.text_statistics import statistics_table, vocabulary_table
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.data.corpus import open_corpus
+from ct_audio.preparation.text_tables import statistics_table, vocabulary_table
 
 
 def main() -> None:

@@ -8,23 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 if TYPE_CHECKING:
-    from ct_audio.checkpoint import LoadedRun
-    from ct_audio.corpus import Corpus
-    from ct_audio.nll_groups import GroupSums
-    from ct_audio.run_evaluation import EvaluationSettings
+    from ct_audio.data.corpus import Corpus
+    from ct_audio.evaluation.groups import GroupSums
+    from ct_audio.evaluation.stored import EvaluationSettings
+    from ct_audio.runs.open_run import LoadedRun
 
 
 def main() -> int:
     """Parse, evaluate, keep the result in the run, print, and return the exit status."""
     arguments = _parse()
     # After --help: they take seconds.
-    from ct_audio.checkpoint import load_run_model
-    from ct_audio.distributed import set_up_device
-    from ct_audio.run_evaluation import run_corpus
+    from ct_audio.runs.device import set_up_device
+    from ct_audio.runs.open_run import load_run_model, run_corpus
 
     device = set_up_device(arguments.device, num_threads=arguments.threads)
     run = load_run_model(arguments.run, which=arguments.checkpoint, device=device)
@@ -36,8 +35,8 @@ def main() -> int:
 
 def _evaluate(arguments: argparse.Namespace, run: "LoadedRun", corpus: "Corpus") -> int:
     """Score the split once; with --by also by kind of code."""
-    from ct_audio.nll_groups import GroupSums, make_groupings
-    from ct_audio.run_evaluation import evaluate_run, store_evaluation
+    from ct_audio.evaluation.groups import GroupSums, make_groupings
+    from ct_audio.evaluation.stored import evaluate_run, store_evaluation
 
     settings, split = _settings(arguments), corpus.split(arguments.split)
     groups = [
@@ -64,9 +63,10 @@ def _evaluate(arguments: argparse.Namespace, run: "LoadedRun", corpus: "Corpus")
 
 def _sweep(arguments: argparse.Namespace, run: "LoadedRun", corpus: "Corpus") -> int:
     """Score the split at every pair of lengths, then the test split at the best of them."""
-    from ct_audio.evaluation_figures import sweep_figure, write_figure
-    from ct_audio.files import write_csv, write_json
-    from ct_audio.memory_sweep import sweep_memory
+    from ct_audio.common.figures import write_figure
+    from ct_audio.common.files import write_csv, write_json
+    from ct_audio.evaluation.figures import sweep_figure
+    from ct_audio.evaluation.memory_sweep import sweep_memory
 
     alone = ("memory_length", "compressed_memory_length", "dynamic", "by", "warmup_seconds", "max_seconds")
     wrong = [f"--{name.replace('_', '-')}" for name in alone if getattr(arguments, name)]
@@ -105,8 +105,8 @@ def _sweep(arguments: argparse.Namespace, run: "LoadedRun", corpus: "Corpus") ->
 
 
 def _settings(arguments: argparse.Namespace) -> "EvaluationSettings":
-    from ct_audio.dynamic_evaluation import LEARNING_RATES, DynamicSettings
-    from ct_audio.run_evaluation import EvaluationSettings
+    from ct_audio.evaluation.dynamic import LEARNING_RATES, DynamicSettings
+    from ct_audio.evaluation.stored import EvaluationSettings
 
     dynamic, rate = None, arguments.dynamic_learning_rate
     if arguments.dynamic:
@@ -134,8 +134,9 @@ def _directory(arguments: argparse.Namespace) -> Path:
 
 
 def _write_groups(groups: "list[GroupSums]", tables: dict[str, Any], report: dict[str, Any], place: Path) -> None:
-    from ct_audio.evaluation_figures import groups_figure, write_figure
-    from ct_audio.files import write_csv, write_json
+    from ct_audio.common.figures import write_figure
+    from ct_audio.common.files import write_csv, write_json
+    from ct_audio.evaluation.figures import groups_figure
 
     place.parent.mkdir(parents=True, exist_ok=True)
     title = f"{report['name']}, step {report['step']}, {report['split']}: {report['nll_bits']:.3f} bits a code"

@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ct_audio.checkpoint import find_checkpoint, read_state
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.codec import MuLaw
-from ct_audio.corpus import CorpusWriter
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.data.codecs import MuLaw
+from ct_audio.data.corpus import CorpusWriter
+from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
 
 CONFIG = """
 name: {name}

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 if TYPE_CHECKING:
-    from ct_audio.config import RunConfig
+    from ct_audio.runs.config import RunConfig
 
 KEPT = "kept"
 NUM_SMOOTHED = 10
@@ -32,9 +32,9 @@ Curve = list[tuple[int, float]]
 def main() -> int:
     """Parse, train what is missing, draw, print, and return the exit status."""
     arguments = _parse()
-    from ct_audio.branch import branch_run, require_branch_point  # after --help: it takes seconds
-    from ct_audio.config import load_config
-    from ct_audio.train import train
+    from ct_audio.runs.config import load_config
+    from ct_audio.training.branch import branch_run, require_branch_point  # after --help: it takes seconds
+    from ct_audio.training.loop import train
 
     begin, end = arguments.base_steps, arguments.base_steps + arguments.branch_steps
     overrides = [*arguments.set, f"runs_dir={arguments.out / 'runs'}"]
@@ -98,7 +98,7 @@ def settings_of(name: str, base: "RunConfig", step: int) -> list[str]:
     Raises:
         UserError: there is no such branch.
     """
-    from ct_audio.optim import learning_rate
+    from ct_audio.training.schedules import learning_rate
 
     if name == KEPT:
         return []
@@ -115,7 +115,7 @@ def settings_of(name: str, base: "RunConfig", step: int) -> list[str]:
 
 def require_whole_updates(name: str, config: "RunConfig", end: int) -> None:
     """Raise `UserError` where the last step is not the last of its update."""
-    from ct_audio.optim import completes_update, update_steps
+    from ct_audio.training.schedules import completes_update, update_steps
 
     if not completes_update(end - 1, config.optim):
         length = len(update_steps(end - 1, config.optim))
@@ -124,7 +124,7 @@ def require_whole_updates(name: str, config: "RunConfig", end: int) -> None:
 
 def read(config: "RunConfig", begin: int) -> dict[str, Curve]:
     """NLL in nats over steps after `begin`, of training (means since the log before) and of validation."""
-    from ct_audio.metrics import read_metrics
+    from ct_audio.runs.metrics import read_metrics
 
     lines = [line for line in read_metrics(config.run_dir) if line["step"] > begin]
     return {
@@ -143,7 +143,7 @@ def summary(curves: dict[str, dict[str, Curve]], begin: int, end: int) -> tuple[
     """A table of the branches, as Markdown and as rows: training NLL by halves, differences with standard errors."""
     import numpy as np
 
-    from ct_audio.analysis import mean_and_error
+    from ct_audio.evaluation.memory_analysis import mean_and_error
 
     def gap(curve: Curve) -> tuple[float, float]:
         paired = np.array([difference for _, difference in differences(curve, curves[KEPT]["train"])])
@@ -189,7 +189,7 @@ def write(
     title: str,
 ) -> None:
     """table.md, table.csv, curves.csv and optimisation.png."""
-    from ct_audio.files import write_file
+    from ct_audio.common.files import write_file
 
     points = [
         {"run": name, "split": split, "step": step, "nll_nats": value}
@@ -213,7 +213,7 @@ def draw(curves: dict[str, dict[str, Curve]], base: dict[str, Curve], title: str
     """Smoothed training NLL, what separates the branches on the same codes, and validation NLL."""
     from matplotlib.figure import Figure
 
-    from ct_audio.curves import running_mean
+    from ct_audio.evaluation.curves import running_mean
 
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     absolute, relative, validation = figure.subplots(1, 3)

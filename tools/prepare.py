@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
-from ct_audio.prepare import AudioSettings, prepare_audio
-from ct_audio.prepare_text import prepare_text
-from ct_audio.report import summary_lines
-from ct_audio.text import require_decodes_back
-from ct_audio.text_statistics import statistics_table
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
+from ct_audio.preparation.audio_report import summary_lines
+from ct_audio.preparation.recordings import AudioSettings, prepare_audio
+from ct_audio.preparation.text_blocks import require_decodes_back
+from ct_audio.preparation.text_tables import statistics_table
+from ct_audio.preparation.texts import prepare_text
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -62,7 +62,7 @@ def load_recipe(folder: Path) -> ModuleType:
     It defines `add_arguments(parser)` and `list_recordings(source: Path, options: Namespace) -> list[Recording]`, and
     `MAKES_RECORDINGS = True` if it fills `source` itself. A recipe of text defines `list_texts(source, options) ->
     list[Text]` and `settings(options) -> TextSettings` in place of `list_recordings`. One with an option --download
-    (see `ct_audio.download`) defines `download(folder: Path, options)`, which fetches what is missing.
+    (see `ct_audio.preparation.download`) defines `download(folder: Path, options)`, which fetches what is missing.
     """
     file = folder / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ct_audio.checkpoint import LoadedRun
-    from ct_audio.codec import Codec
-    from ct_audio.sample_session import SampleSet, SampleStream
+    from ct_audio.data.codecs import Codec
+    from ct_audio.runs.open_run import LoadedRun
+    from ct_audio.sampling.sample_set import SampleSet, SampleStream
 
 STATUS_VERIFICATION_FAILED = 3
 STATUS_FAULTY_SAMPLE = 4
@@ -35,12 +35,14 @@ def main() -> int:
         stdout = sys.stdout
         if arguments.stdout:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        from ct_audio.checkpoint import load_run_model  # after --help: it takes seconds
-        from ct_audio.distributed import set_up_device
-        from ct_audio.sample_session import SampleStream
-        from ct_audio.sample_state import directory_lock
-        from ct_audio.score import run_codec
-        from ct_audio.session import caught_signals
+        from ct_audio.common.signals import caught_signals
+        from ct_audio.runs.device import set_up_device
+        from ct_audio.runs.open_run import (
+            load_run_model,  # after --help: it takes seconds
+            run_codec,
+        )
+        from ct_audio.sampling.resume import directory_lock
+        from ct_audio.sampling.sample_set import SampleStream
 
         device = set_up_device(arguments.device, num_threads=arguments.threads)
         run = load_run_model(arguments.run, which=arguments.checkpoint, device=device)
@@ -129,7 +131,7 @@ def _require_options_fit(arguments: argparse.Namespace, codec: "Codec", *, to_te
 
 def _open_sets(run: "LoadedRun", codec: "Codec", arguments: argparse.Namespace) -> "list[SampleSet]":
     """The sets of samples to be made, one a temperature; what does not fit is found before any is begun."""
-    from ct_audio.sample_session import Request, SampleSet
+    from ct_audio.sampling.sample_set import Request, SampleSet
 
     if arguments.num < 1:
         raise UserError(f"--num: expected at least 1, got {arguments.num}")
@@ -186,7 +188,7 @@ def _read_prime(arguments: argparse.Namespace, codec: "Codec") -> "np.ndarray | 
         if any(given) or arguments.include_prime:
             raise UserError("--prime-seconds, --prime-length and --include-prime need --prime, an audio or text file")
         return None
-    from ct_audio.score import read_codes
+    from ct_audio.data.codecs import read_codes
 
     codes = read_codes(arguments.prime, codec)
     return (
@@ -207,8 +209,8 @@ def _run(
     """Sample and write all sets and the report on them."""
     corpus = None
     if arguments.temperatures is not None:
-        from ct_audio.run_evaluation import run_corpus
-        from ct_audio.sample_report import require_comparable
+        from ct_audio.runs.open_run import run_corpus
+        from ct_audio.sampling.temperature_report import require_comparable
 
         corpus = run_corpus(sets[0].run, arguments.corpus)
         require_comparable(sets, corpus)
@@ -230,14 +232,14 @@ def _run(
         if one.num_codes:  # else the reader of --stdout has gone at once
             statuses.append(_write(one, arguments))
     if corpus is not None:
-        from ct_audio.sample_report import write_report
+        from ct_audio.sampling.temperature_report import write_report
 
         write_report(arguments.out, sets, corpus)
     return STATUS_VERIFICATION_FAILED if STATUS_VERIFICATION_FAILED in statuses else max(statuses, default=0)
 
 
 def _print_estimate(sets: "list[SampleSet]") -> None:
-    from ct_audio.sample import estimate_code_seconds
+    from ct_audio.sampling.sampler import estimate_code_seconds
 
     num_codes = sum(one.num_left for one in sets)
     if not num_codes:
@@ -265,7 +267,7 @@ def _sample(one: "SampleSet", arguments: argparse.Namespace, signals: list[int],
 
 def _write(one: "SampleSet", arguments: argparse.Namespace) -> int:
     """Verify a set if asked to, write its files, and return its exit status."""
-    from ct_audio.sample_files import write_samples
+    from ct_audio.sampling.output import write_samples
 
     difference = None
     if arguments.verify:

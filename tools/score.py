@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
-from ct_audio.errors import UserError
+from ct_audio.commands.command_line import build_parser, run_tool
+from ct_audio.common.errors import UserError
 
 if TYPE_CHECKING:
-    from ct_audio.checkpoint import LoadedRun
-    from ct_audio.codec import Codec
+    from ct_audio.data.codecs import Codec
+    from ct_audio.runs.open_run import LoadedRun
 
 TEXT_BIN_UNITS = 100
 AUDIO_BIN_SECONDS = 0.1
@@ -24,9 +24,8 @@ def main() -> int:
     """Parse, score each file, write, print, and return the exit status."""
     arguments = _parse()
     # After --help: they take seconds.
-    from ct_audio.checkpoint import load_run_model
-    from ct_audio.distributed import set_up_device
-    from ct_audio.score import run_codec
+    from ct_audio.runs.device import set_up_device
+    from ct_audio.runs.open_run import load_run_model, run_codec
 
     device = set_up_device(arguments.device, num_threads=arguments.threads)
     run = load_run_model(arguments.run, which=arguments.checkpoint, device=device)
@@ -46,9 +45,11 @@ def main() -> int:
 
 def _score(run: "LoadedRun", codec: "Codec", file: Path, target: Path, bin_length: int) -> dict[str, Any]:
     """Score one file; write its CSV, picture and JSON beside each other, and return what the JSON says."""
-    from ct_audio.evaluation_figures import score_figure, write_figure
-    from ct_audio.files import write_csv, write_json
-    from ct_audio.score import bins_over_time, most_surprising, read_codes, score_codes
+    from ct_audio.common.figures import write_figure
+    from ct_audio.common.files import write_csv, write_json
+    from ct_audio.data.codecs import read_codes
+    from ct_audio.evaluation.figures import score_figure
+    from ct_audio.evaluation.over_time import bins_over_time, most_surprising, score_codes
 
     rate = codec.sample_rate_hz
     score = score_codes(run, codec, read_codes(file, codec), progress=file.name)

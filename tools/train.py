@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ct_audio.cli import build_parser, run_tool
+from ct_audio.commands.command_line import build_parser, run_tool
 
 
 def main() -> int:
@@ -18,8 +18,8 @@ def main() -> int:
     parser.add_argument("config", help="YAML of the run")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, as train.num_steps=1000")
     arguments = parser.parse_args()
-    from ct_audio.config import load_config  # after --help: importing torch takes seconds
-    from ct_audio.train import train
+    from ct_audio.runs.config import load_config  # after --help: importing torch takes seconds
+    from ct_audio.training.loop import train
 
     return train(load_config(arguments.config, arguments.overrides))
 

@@ -1,19 +1,20 @@
-"""Models behind one interface (`interface.py`); the name of a model is the name of its module."""
+"""Models behind one interface (`interface.py`), by name in MODELS."""
 
-import importlib
-import pkgutil
 from typing import Any
 
-from ct_audio.errors import UserError
+from ct_audio.common.errors import UserError
+from ct_audio.models import linear_prediction, wavenet
+from ct_audio.models.compressive import transformer
 from ct_audio.models.interface import ModelOutput, SequenceModel
 
-__all__ = ["ModelOutput", "SequenceModel", "build_model", "model_config_class", "model_names"]
+__all__ = ["MODELS", "ModelOutput", "SequenceModel", "build_model", "model_config_class"]
 
-
-def model_names() -> list[str]:
-    """Names of all models: the modules of this package that define `Config` and `build`."""
-    names = [module.name for module in pkgutil.iter_modules(__path__)]
-    return sorted(name for name in names if hasattr(importlib.import_module(f"{__name__}.{name}"), "build"))
+MODELS: dict[str, tuple[type, type[SequenceModel]]] = {
+    "compressive_transformer": (transformer.Config, transformer.CompressiveTransformer),
+    "linear_prediction": (linear_prediction.Config, linear_prediction.LinearPrediction),
+    "wavenet": (wavenet.Config, wavenet.WaveNet),
+}
+"""By `model.name` of a configuration: its frozen dataclass, and the model that is built from it."""
 
 
 def model_config_class(name: str) -> type:
@@ -22,9 +23,9 @@ def model_config_class(name: str) -> type:
     Raises:
         UserError: there is no model of that name.
     """
-    if name not in model_names():
-        raise UserError(f"model.name: there is no model {name!r}; expected one of {', '.join(model_names())}")
-    return importlib.import_module(f"{__name__}.{name}").Config
+    if name not in MODELS:
+        raise UserError(f"model.name: there is no model {name!r}; expected one of {', '.join(MODELS)}")
+    return MODELS[name][0]
 
 
 def build_model(config: Any) -> SequenceModel:
@@ -35,4 +36,4 @@ def build_model(config: Any) -> SequenceModel:
     """
     config = getattr(config, "model", config)
     model_config_class(config.name)
-    return importlib.import_module(f"{__name__}.{config.name}").build(config)
+    return MODELS[config.name][1](config)

@@ -14,18 +14,24 @@ The contract in prose
       back is final: passing it to `forward` again raises.
     * `document_starts[:, t]` is True where `codes[:, t]` is the first code of a document: nothing before t then has any
       influence at t or later. None means that the streams are continuous.
-    * A model may have a method `fit(codes)`, given the train split's codes as one stream before anything else: what it
-      computes it keeps in buffers. A model without parameters is not trained: the trainer calls `fit`, if it is there,
+    * A model without parameters is not trained: the trainer calls `fit` with the train split's codes as one stream,
       writes the checkpoint and stops.
     * `begin_steps` and `step` are the incremental path. `step` consumes its state and may reuse its buffers;
       `clone_state` makes an independent copy first.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import abc
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Float, Int
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
+
+from ct_audio.common.errors import UserError
 
 UNLIMITED_RANGE = 2**40
 """`temporal_range` of a model whose memory fades but never ends: more codes than a stream has."""
@@ -47,35 +53,36 @@ class ModelOutput(NamedTuple):
     auxiliary_losses: dict[str, Float[Tensor, ""]]
 
 
-@runtime_checkable
-class SequenceModel(Protocol):
-    """Structural type of every model in `ct_audio.models`; all of them are `torch.nn.Module` too."""
+class SequenceModel(nn.Module, abc.ABC):
+    """What trainer, evaluator and sampler know of a model.
+
+    Attributes:
+        config: the frozen dataclass that built the model.
+    """
+
+    config: Any
 
     @property
-    def config(self) -> Any:
-        """The frozen dataclass that built the model."""
-        ...
-
-    @property
+    @abc.abstractmethod
     def vocab_size(self) -> int:
         """Number V of codes."""
-        ...
 
     @property
     def window_length(self) -> int:
         """Codes a window; a chunk is a whole number of windows. 1 for models without windows."""
-        ...
+        return 1
 
     @property
+    @abc.abstractmethod
     def temporal_range(self) -> int:
         """Distance in codes to the farthest code that can change a prediction made at the start of a window."""
-        ...
 
     @property
     def attention_cost(self) -> int:
         """Rows that one code attends to, summed over layers (0 for a model without attention)."""
-        ...
+        return 0
 
+    @abc.abstractmethod
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
     ) -> Any:
@@ -84,44 +91,88 @@ class SequenceModel(Protocol):
         Lengths default to the configuration's; evaluation may pass others. A model that has no such memory raises
         `UserError` when a length is passed.
         """
-        ...
 
+    @abc.abstractmethod
     def forward(
         self, codes: Int[Tensor, "B T"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
     ) -> ModelOutput:
         """Features, next memory and auxiliary losses of a chunk."""
-        ...
 
-    def __call__(
-        self, codes: Int[Tensor, "B T"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
-    ) -> ModelOutput: ...
-
+    @abc.abstractmethod
     def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Negative log-likelihood of each target in nats (float32 or wider)."""
-        ...
 
+    @abc.abstractmethod
     def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        """Normalised log-probabilities of every code in nats."""
-        ...
+        """Normalised log-probabilities of every code in nats (float32 or wider)."""
 
+    @abc.abstractmethod
     def begin_steps(self, memory: Any, codes: Int[Tensor, "B R"]) -> Any:
         """State for `step` after R codes of an unfinished window (0 <= R < window_length), computed in parallel."""
-        ...
 
+    @abc.abstractmethod
     def step(self, codes: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
         """Features after one more code a lane, and the next state. Consumes `state`."""
-        ...
 
+    @abc.abstractmethod
     def clone_state(self, state: Any) -> Any:
         """An independent copy of a step state."""
-        ...
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by clipping group: "model", and "compression" for f_c where it has parameters."""
-        ...
+        """Trained parameters by clipping group: "model", and "compression" for f_c where it has parameters."""
+        return {"model": [parameter for _, parameter in self.trained_parameters()]}
 
     def after_update(self) -> None:
         """Bring parameters that have a range back into it; to be called after each update of the weights."""
-        ...
+        return
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
+        """Compute what a model without trained parameters keeps in buffers from the training split, as one stream."""
+        return
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters or buffers; the CPU for a model that has none."""
+        return next(itertools.chain(self.parameters(), self.buffers()), torch.empty(0)).device
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether there is anything to train."""
+        return next(self.parameters(), None) is not None
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer updates: f_c stays as it was drawn with `compression_loss: none`."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """Dropout off inside, the mode of before put back after."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+
+def refuse_lengths(model_name: str, **lengths: int | None) -> None:
+    """Raise `UserError` where a length of memory is passed to a model that has no such memory."""
+    for name, length in lengths.items():
+        if length is not None:
+            raise UserError(f"{model_name}: the {name.replace('_', ' ')} cannot be set (got {length}); leave it out")
+
+
+def clip_gradients(groups: Mapping[str, Sequence[nn.Parameter]], max_norm: float) -> dict[str, float]:
+    """Scale each group's gradients, in place, to a global norm of at most `max_norm`.
+
+    f_c's group apart from the model's: one norm over both would couple the two losses again.
+
+    Args:
+        groups: parameters by group (`model.gradient_groups()`).
+        max_norm: above 0.
+    Returns:
+        Each group's norm before clipping; not finite where a gradient is not.
+    """
+    return {
+        name: float(nn.utils.clip_grad_norm_(parameters, max_norm)) for name, parameters in groups.items() if parameters
+    }

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int, Integer
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ct_audio.errors import UserError
-from ct_audio.models.interface import UNLIMITED_RANGE, ModelOutput
+from ct_audio.common.errors import UserError
+from ct_audio.models.interface import UNLIMITED_RANGE, ModelOutput, SequenceModel, refuse_lengths
 
 _FIRST_RESIDUAL = 0.01  # mean size of the residuals before any has been seen
 _SMALLEST_SCALE = 1e-5  # a tenth of the narrowest cell: digital silence still costs next to nothing
@@ -91,7 +91,7 @@ class StepState:
     memory: LinearPredictionMemory
 
 
-class LinearPrediction(nn.Module):
+class LinearPrediction(SequenceModel):
     """Linear prediction with a discretised logistic residual.
 
         mean = clip(w . (x[t], x[t-1], ...), -1, 1)        scale = E|residual| / (2 ln 2)
@@ -130,20 +130,10 @@ class LinearPrediction(nn.Module):
         return self.config.vocab_size
 
     @property
-    def window_length(self) -> int:
-        """1: there are no windows."""
-        return 1
-
-    @property
     def temporal_range(self) -> int:
         """Distance in codes to the farthest code that can change a prediction; averages never forget altogether."""
         fixed = self.config.adaptation == "none" and self.config.scale_decay == 1
         return self.config.order - 1 if fixed else UNLIMITED_RANGE
-
-    @property
-    def attention_cost(self) -> int:
-        """0: there is no attention."""
-        return 0
 
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
@@ -153,9 +143,9 @@ class LinearPrediction(nn.Module):
         Raises:
             UserError: a length was passed; the order alone decides.
         """
-        for name, length in (("memory", memory_length), ("compressed memory", compressed_memory_length)):
-            if length is not None:
-                raise UserError(f"linear_prediction: the {name} length cannot be set (got {length}); leave it out")
+        refuse_lengths(
+            "linear_prediction", memory_length=memory_length, compressed_memory_length=compressed_memory_length
+        )
         order = self.config.order
         rows = order if self.config.adaptation == "recursive_least_squares" else 0
         zeros = functools.partial(self.lower_edges.new_zeros, dtype=torch.float64)
@@ -201,13 +191,6 @@ class LinearPrediction(nn.Module):
     def clone_state(self, state: StepState) -> StepState:
         """An independent copy of a step state."""
         return StepState(LinearPredictionMemory(*(tensor.clone() for tensor in state.memory)))
-
-    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """One group without a parameter."""
-        return {"model": []}
-
-    def after_update(self) -> None:
-        """Nothing: there is no parameter."""
 
     def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
         """Compute the fixed weights and their mean residual by the autocorrelation method; deterministic.
@@ -289,11 +272,6 @@ class LinearPrediction(nn.Module):
             if getattr(self, name).dtype != buffer.dtype:
                 setattr(self, name, buffer.to(getattr(self, name).device))
         return self
-
-
-def build(config: Config) -> LinearPrediction:
-    """A new model; its weights are zeros until it adapts or is fitted."""
-    return LinearPrediction(config)
 
 
 def mu_law_cells(

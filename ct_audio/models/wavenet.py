@@ -18,8 +18,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ct_audio.errors import UserError
-from ct_audio.models.interface import ModelOutput
+from ct_audio.common.errors import UserError
+from ct_audio.models.interface import ModelOutput, SequenceModel, refuse_lengths
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class StepState:
         return WaveNetMemory(tuple(rearrange(ring.roll(-(count % len(ring)), 0), "q b c -> b q c") for ring in rings))
 
 
-class WaveNet(nn.Module):
+class WaveNet(SequenceModel):
     """Gated dilated layers with residual and skip connections over embedded codes.
 
         z_l = tanh(P_l x_l[t - d_l] + N_l x_l[t] + b_l) * sigmoid(P'_l x_l[t - d_l] + N'_l x_l[t] + b'_l)
@@ -134,19 +134,9 @@ class WaveNet(nn.Module):
         return self.config.vocab_size
 
     @property
-    def window_length(self) -> int:
-        """1: there are no windows; every chunk is a whole number of them, and gradients cross the whole chunk."""
-        return 1
-
-    @property
     def temporal_range(self) -> int:
         """Distance in codes to the farthest code that can change a prediction: the sum of the dilations."""
         return sum(self.dilations)
-
-    @property
-    def attention_cost(self) -> int:
-        """0: there is no attention."""
-        return 0
 
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
@@ -156,9 +146,7 @@ class WaveNet(nn.Module):
         Raises:
             UserError: a length was passed; the dilations alone decide how much this model remembers.
         """
-        for name, length in (("memory", memory_length), ("compressed memory", compressed_memory_length)):
-            if length is not None:
-                raise UserError(f"wavenet: the {name} length cannot be set (got {length}); leave it out")
+        refuse_lengths("wavenet", memory_length=memory_length, compressed_memory_length=compressed_memory_length)
         weight = self.embedding.weight
         return WaveNetMemory(
             tuple(weight.new_zeros(num_lanes, dilation, self.config.width) for dilation in self.dilations)
@@ -240,13 +228,6 @@ class WaveNet(nn.Module):
         """An independent copy of a step state."""
         return self._step_state(state.rings.clone(), state.count.clone())
 
-    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters in one clipping group."""
-        return {"model": list(self.parameters())}
-
-    def after_update(self) -> None:
-        """Nothing: all parameters may have any value."""
-
     def _step_state(self, rings: Float[Tensor, "Q B C"], count: Int[Tensor, ""]) -> StepState:
         dilations = torch.tensor(self.dilations, device=rings.device)
         shape = (len(self.dilations), *rings.shape[1:])
@@ -276,11 +257,6 @@ class WaveNet(nn.Module):
                 f"wavenet: expected queues of shapes {expected[0]}, ..., {expected[-1]}, got {got}; "
                 f"pass zero_memory({num_lanes}) or the memory of the chunk before"
             )
-
-
-def build(config: Config) -> WaveNet:
-    """A freshly initialised model."""
-    return WaveNet(config)
 
 
 def _age(document_starts: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ct_audio.download import (
+from ct_audio.common.errors import UserError
+from ct_audio.preparation.download import (
     RemoteFile,
     add_download_arguments,
     download_files,
@@ -11,9 +12,8 @@ from ct_audio.download import (
     require_checksum,
     unpack,
 )
-from ct_audio.errors import UserError
-from ct_audio.prepare_text import TextSettings
-from ct_audio.text import Text
+from ct_audio.preparation.text_blocks import Text
+from ct_audio.preparation.texts import TextSettings
 
 MIRRORS = (
     "https://mattmahoney.net/dc",

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ct_audio.errors import UserError
-from ct_audio.prepare import Recording, split_by_hash
+from ct_audio.common.errors import UserError
+from ct_audio.preparation.recordings import Recording, split_by_hash
 
 MAKES_RECORDINGS = True
 """Tells tools/prepare.py that --source is where the recordings are made, and may be left out."""

@@ -10,10 +10,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ct_audio.errors import UserError
-from ct_audio.prepare import Recording, split_by_hash
-from ct_audio.report import printable
-from ct_audio.wav import AUDIO_SUFFIXES
+from ct_audio.common.errors import UserError
+from ct_audio.common.text import printable
+from ct_audio.data.audio_files import AUDIO_SUFFIXES
+from ct_audio.preparation.recordings import Recording, split_by_hash
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

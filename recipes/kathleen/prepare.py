@@ -7,8 +7,8 @@ import argparse
 import csv
 from pathlib import Path
 
-from ct_audio.errors import UserError
-from ct_audio.prepare import Recording
+from ct_audio.common.errors import UserError
+from ct_audio.preparation.recordings import Recording
 
 HELD_OUT_PROMPTS = Path(__file__).with_name("held_out_prompts.tsv")
 SPLITS = ("train", "valid", "test")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ct_audio.download import RemoteFile, add_download_arguments, download_files, mirror_urls, read_url
-from ct_audio.errors import UserError
-from ct_audio.prepare_text import TextSettings
-from ct_audio.report import printable
-from ct_audio.text import Text, whole_file
+from ct_audio.common.errors import UserError
+from ct_audio.common.text import printable
+from ct_audio.preparation.download import RemoteFile, add_download_arguments, download_files, mirror_urls, read_url
+from ct_audio.preparation.text_blocks import Text, whole_file
+from ct_audio.preparation.texts import TextSettings
 
 MIRRORS = (
     "https://storage.googleapis.com/deepmind-gutenberg",

@@ -4,11 +4,11 @@ import argparse
 import re
 from pathlib import Path
 
-from ct_audio.download import RemoteFile, add_download_arguments, download_files, mirror_urls, unpack
-from ct_audio.errors import UserError
-from ct_audio.prepare_text import TextSettings
-from ct_audio.report import printable
-from ct_audio.text import Text
+from ct_audio.common.errors import UserError
+from ct_audio.common.text import printable
+from ct_audio.preparation.download import RemoteFile, add_download_arguments, download_files, mirror_urls, unpack
+from ct_audio.preparation.text_blocks import Text
+from ct_audio.preparation.texts import TextSettings
 
 MIRRORS = (
     "https://wikitext.smerity.com",

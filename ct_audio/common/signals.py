@@ -1,0 +1,24 @@
+"""Signals that save and end whatever runs."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""They save and end a run; SIGKILL does no harm either."""
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """A list to which SIGINT, SIGTERM and SIGUSR1 append themselves instead of ending the process."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, lambda came, _frame: caught.append(came)) for number in SIGNALS}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

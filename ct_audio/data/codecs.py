@@ -1,0 +1,204 @@
+"""Codecs: what turns a waveform or a text into integer codes and back, and what a code means.
+
+Shape letters: N samples, codes or bytes. To add a codec, write a frozen dataclass with the members of `Codec` and name
+it in `CODECS` at the foot. Those with a vocabulary are in `vocabulary_codecs.py`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torchaudio
+from jaxtyping import Float, Integer, UInt8
+
+from ct_audio.common.errors import UserError
+from ct_audio.common.files import write_file
+from ct_audio.data.audio_files import read_wav, require_finite, resample
+from ct_audio.data.vocabulary_codecs import Subword, Word, read_vocabulary, require_codes
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Structural type of every codec.
+
+    Attributes:
+        name: its key in `CODECS`.
+        vocab_size: number of codes; codes are 0..vocab_size - 1.
+        unit: what one code is: "sample", "byte", ...
+        start_code: the code that precedes every stream.
+        sample_rate_hz: codes a second; None for text.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def start_code(self) -> int: ...
+    @property
+    def sample_rate_hz(self) -> int | None: ...
+
+    def encode(self, source: Any, /) -> Integer[np.ndarray, "N"]:
+        """Codes of a waveform or text; uint8 where they fit, else int32."""
+        ...
+
+    def decode(self, codes: Integer[np.ndarray, "N"], /) -> Any:
+        """What the codes stand for, a waveform or bytes; `encode(decode(codes))` is `codes` (but see `Subword`)."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain description; with `files` the inverse of `codec_from_json`."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """Files that must lie beside the description, by name; none where the description says all."""
+        ...
+
+
+@dataclass(frozen=True)
+class MuLaw:
+    """mu-law companding of a waveform to 256 codes, exactly torchaudio's in float32.
+
+    code = floor((sign(x) log(1 + mu |x|) / log(1 + mu) + 1) / 2 * mu + 0.5) with mu = 255; silence is code 128.
+
+    Attributes:
+        sample_rate_hz: of the waveforms, in 1..2^20.
+    Source: ITU-T G.711's curve as continuous function; torchaudio.functional.mu_law_encoding.
+    """
+
+    sample_rate_hz: int = 24_000
+
+    name: str = field(default="mu_law", init=False)
+    vocab_size: int = field(default=256, init=False)
+    unit: str = field(default="sample", init=False)
+    start_code: int = field(default=128, init=False)
+
+    def __post_init__(self) -> None:
+        rate = self.sample_rate_hz
+        if not isinstance(rate, int) or isinstance(rate, bool) or not 1 <= rate <= 2**20:
+            raise UserError(f"codec mu_law: expected sample_rate_hz as a whole number in 1..{2**20}, got {rate!r}")
+
+    def encode(self, waveform: Float[np.ndarray, "*shape"], /) -> UInt8[np.ndarray, "*shape"]:
+        """Codes of a waveform in [-1, 1], computed in float32; what lies outside is clipped to it first.
+
+        Raises:
+            UserError: the waveform holds NaN or infinities.
+        """
+        clipped = np.clip(waveform.astype(np.float32), -1.0, 1.0)
+        if not np.isfinite(waveform).all():
+            raise UserError("mu-law: expected finite samples, got NaN or infinity; repair the audio")
+        codes = torchaudio.functional.mu_law_encoding(torch.from_numpy(clipped), self.vocab_size)
+        return codes.to(torch.uint8).numpy()
+
+    def decode(self, codes: Integer[np.ndarray, "*shape"], /) -> Float[np.ndarray, "*shape"]:
+        """Waveform in [-1, 1], float32.
+
+        Raises:
+            UserError: a code is not in 0..255.
+        """
+        require_codes(codes, self.vocab_size, self.name)
+        wide = torch.from_numpy(codes.astype(np.int64))
+        return torchaudio.functional.mu_law_decoding(wide, self.vocab_size).numpy()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain description; the inverse of `codec_from_json`."""
+        return {"name": self.name, "sample_rate_hz": self.sample_rate_hz}
+
+    def files(self) -> dict[str, bytes]:
+        """None."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Byte:
+    """The bytes of a text; the start code is the line feed."""
+
+    name: str = field(default="byte", init=False)
+    vocab_size: int = field(default=256, init=False)
+    unit: str = field(default="byte", init=False)
+    start_code: int = field(default=10, init=False)
+    sample_rate_hz: int | None = field(default=None, init=False)
+
+    def encode(self, text: str | bytes, /) -> UInt8[np.ndarray, "N"]:
+        """Bytes of a text (a str in UTF-8)."""
+        raw = text.encode("utf-8") if isinstance(text, str) else text
+        return np.frombuffer(raw, dtype=np.uint8).copy()
+
+    def decode(self, codes: Integer[np.ndarray, "N"], /) -> bytes:
+        """The bytes themselves.
+
+        Raises:
+            UserError: a code is not in 0..255.
+        """
+        require_codes(codes, self.vocab_size, self.name)
+        return codes.astype(np.uint8).tobytes()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain description; the inverse of `codec_from_json`."""
+        return {"name": self.name}
+
+    def files(self) -> dict[str, bytes]:
+        """None."""
+        return {}
+
+
+def codec_from_json(description: Any, directory: Path | None = None) -> Codec:
+    """Build a codec from its plain description, as `{"name": "mu_law", "sample_rate_hz": 24000}`.
+
+    Args:
+        directory: where its files are (of a corpus or a run); None: for codecs that have none.
+    Raises:
+        UserError: the name or a field is unknown, or a value or a file does not fit.
+    """
+    name = description.get("name") if isinstance(description, dict) else None
+    if not isinstance(description, dict) or not isinstance(name, str) or name not in CODECS:
+        raise UserError(f"codec: expected a name out of {', '.join(sorted(CODECS))}, got {description!r}")
+    if name in VOCABULARY_CODECS:
+        if directory is None:
+            raise UserError(f"codec {name}: expected the directory of its vocabulary, of the corpus or the run")
+        return read_vocabulary(description, directory)
+    fields = {key: value for key, value in description.items() if key != "name"}
+    try:
+        return CODECS[name](**fields)
+    except TypeError as error:
+        raise UserError(f"codec {description['name']}: {error}; got {description!r}") from error
+
+
+def write_codec_files(codec: Codec, directory: Path) -> None:
+    """Write the files of a codec, each whole or not at all."""
+    for name, content in codec.files().items():
+        write_file(directory / name, content)
+
+
+CODECS: dict[str, type[MuLaw] | type[Byte] | type[Word] | type[Subword]] = {
+    "mu_law": MuLaw,
+    "byte": Byte,
+    "word": Word,
+    "subword": Subword,
+}
+VOCABULARY_CODECS = ("word", "subword")
+"""Codecs that are made from a training split and read back from a file."""
+
+
+def read_codes(path: Path, codec: Codec) -> Integer[np.ndarray, "N"]:
+    """Codes of a recording (any format, mixed down and resampled to the codec's rate) or of a text.
+
+    Raises:
+        UserError: the file cannot be read, holds nothing, or is of the other kind.
+    """
+    if codec.sample_rate_hz:
+        waveform, sample_rate_hz = read_wav(path)
+        require_finite(waveform, str(path))
+        codes = codec.encode(resample(waveform, sample_rate_hz, codec.sample_rate_hz))
+    else:
+        try:
+            codes = codec.encode(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if not len(codes):
+        raise UserError(f"{path} is empty; expected at least one {codec.unit}")
+    return codes

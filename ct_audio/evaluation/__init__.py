@@ -1,0 +1,1 @@
+"""NLL of a split, and everything that is measured with it."""

@@ -1,0 +1,130 @@
+"""NLL curves of runs in one picture: over steps, over audio seen and over wall time."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ct_audio.common.errors import UserError
+from ct_audio.runs.metrics import read_metrics, read_scalars
+
+Points = list[tuple[float, float]]
+AXES = ("steps", "audio seen", "wall time")
+_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+_MARKERS = "os^Dv<>Ph*"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run has logged.
+
+    Attributes:
+        nll: by axis and "train" or "valid" the points (step or seconds, nats a code); none over audio seen for text.
+        throughput: codes a second in training, one value a log.
+    """
+
+    nll: dict[str, dict[str, Points]]
+    throughput: list[float]
+
+    def last(self, axis: str) -> float | None:
+        """How far the run has come on an axis; None where nothing was logged over it."""
+        return max((x for points in self.nll[axis].values() for x, _ in points), default=None)
+
+    @property
+    def median_throughput(self) -> float | None:
+        """Codes a second; None where nothing was trained."""
+        return statistics.median(self.throughput) if self.throughput else None
+
+
+def read_curves(run_dir: Path) -> Curves:
+    """Curves out of a run's event files; those over wall time out of metrics.jsonl, where pauses do not count.
+
+    Raises:
+        UserError: there is no run, or none that has logged an NLL.
+    """
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: no such run; expected a directory that tools/train.py made")
+    try:
+        scalars, lines = read_scalars(run_dir), read_metrics(run_dir)
+    except ValueError as error:
+        raise UserError(f"cannot read the metrics.jsonl of {run_dir}: {error}") from error
+    nll: dict[str, dict[str, Points]] = {axis: {} for axis in AXES}
+    for name in ("train", "valid"):
+        tag = f"nll/{name}_nats"
+        nll["steps"][name] = [(float(x), y) for x, y in scalars.get(tag, [])]
+        nll["audio seen"][name] = [(float(x), y) for x, y in scalars.get(f"nll_by_audio/{name}_nats", [])]
+        nll["wall time"][name] = [(line["wall_seconds"], line[tag]) for line in lines if tag in line]
+    if not any(nll["steps"].values()):
+        raise UserError(f"{run_dir} has no event file with an NLL curve; train the run first")
+    return Curves(nll, [value for _, value in scalars.get("throughput/codes_per_second", [])])
+
+
+def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | frozenset[str] = frozenset()) -> None:
+    """Draw a panel for each axis: validation NLL as marked lines, training NLL faint, as means over a tenth of the run.
+
+    Args:
+        runs: by label.
+        path: the PNG.
+        levels: labels of runs that have nothing to train; their last validation NLL is a level line.
+    """
+    figure = Figure(figsize=(15, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [axis for axis in AXES if any(curves.last(axis) is not None for curves in runs.values())]
+    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    for panel, axis in zip(panels, axes, strict=True):
+        unit, divisor = _unit(axis, max(curves.last(axis) or 0.0 for curves in runs.values()))
+        for index, (label, curves) in enumerate(runs.items()):
+            _draw_run(panel, curves.nll[axis], divisor, index=index, label=label, is_level=label in levels)
+        panel.set(xlabel=axis + unit, xlim=(0, None), ylim=nll_range(runs))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("NLL (nats a code)")
+    bits = panels[-1].secondary_yaxis("right", functions=(lambda y: y / math.log(2), lambda y: y * math.log(2)))
+    bits.set_ylabel("bits a code")
+    title = "Validation NLL, marked, with its last value; faint: training, smoothed; dashed: nothing to train"
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=2, frameon=False)
+    beside = path.with_name(path.name + ".tmp")
+    figure.savefig(beside, dpi=110, format="png")
+    beside.replace(path)
+
+
+def nll_range(runs: dict[str, Curves]) -> tuple[float, float]:
+    """Lowest to highest validation NLL after the first fifth of each curve: the fall from the start hides the rest."""
+    shown: list[float] = []
+    for curves in runs.values():
+        points = curves.nll["steps"]["valid"] or curves.nll["steps"]["train"]
+        shown += [y for _, y in points[math.ceil(len(points) / 5) if len(points) > 2 else 0 :]]
+    margin = 0.06 * (max(shown) - min(shown)) or 0.1
+    return min(shown) - margin, max(shown) + margin
+
+
+def running_mean(points: Points, length: int) -> Points:
+    """Means of `length` points in a row, each at the last of them."""
+    if not points:
+        return []
+    means = [statistics.fmean(y for _, y in points[i - length : i]) for i in range(length, len(points) + 1)]
+    return [(x, mean) for (x, _), mean in zip(points[length - 1 :], means, strict=True)]
+
+
+def _draw_run(panel: Any, nll: dict[str, Points], divisor: float, *, index: int, label: str, is_level: bool) -> None:
+    color, train, valid = f"C{index % 10}", nll["train"], nll["valid"]
+    label = f"{label}: {valid[-1][1]:.3f}" if valid else label
+    if is_level and valid:
+        panel.axhline(valid[-1][1], color=color, linestyle="--", linewidth=1.8, label=label)
+        return
+    smooth = running_mean(train, math.ceil(len(train) / 10))
+    panel.plot([x / divisor for x, _ in smooth], [y for _, y in smooth], color=color, alpha=0.35, linewidth=1)
+    x, y = [x / divisor for x, _ in valid], [y for _, y in valid]
+    panel.plot(x, y, color=color, marker=_MARKERS[index % 10], markersize=4.5, linewidth=1.6, label=label)
+
+
+def _unit(axis: str, longest: float) -> tuple[str, float]:
+    """What stands behind the label of an axis, and what its values are divided by."""
+    if axis == "steps":
+        return "", 1.0
+    name, seconds = next(unit for unit in _UNITS if longest >= 2 * unit[1] or unit[1] == 1)
+    return f" ({name})", seconds

@@ -1,0 +1,168 @@
+"""Texts as parts of files, read in blocks of whole lines, hashed; and the proof that a corpus decodes back to them."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Integer
+from tqdm import tqdm
+
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Codec
+from ct_audio.data.corpus import Corpus, Split
+from ct_audio.data.vocabulary_codecs import LINE_END, UNKNOWN, Word
+
+BLOCK_BYTES = 1 << 20
+_BLOCK_CODES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Text:
+    """One document: bytes `begin` to `end` of a file.
+
+    Attributes:
+        path: of the file, UTF-8 unless the codec is of bytes.
+        split: where it goes, as "train".
+        name: printable; need not be unique.
+        begin, end: in bytes.
+    """
+
+    path: Path
+    split: str
+    name: str
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Its length."""
+        return self.end - self.begin
+
+
+def whole_file(path: Path, split: str, name: str) -> Text:
+    """A file as one text."""
+    return Text(path, split, name, 0, path.stat().st_size)
+
+
+def read_blocks(text: Text, *, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """A text in blocks, each but the last one ending with a line feed (a longer line is held as a whole).
+
+    Raises:
+        UserError: the file ends before the text does.
+    """
+    rest, left = b"", text.num_bytes
+    for part in _read_parts(text, part_bytes=block_bytes):
+        left -= len(part)
+        block = rest + part
+        cut = block.rfind(b"\n") + 1 if left else len(block)
+        rest = block[cut:]
+        if cut:
+            yield block[:cut]
+
+
+def _read_parts(text: Text, *, part_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """A text in parts that end anywhere, at most as long."""
+    left = text.num_bytes
+    with text.path.open("rb") as handle:
+        handle.seek(text.begin)
+        while left:
+            part = handle.read(min(left, part_bytes))
+            if not part:
+                raise UserError(f"{text.path}: expected {text.end} bytes, it has become shorter; run the command again")
+            left -= len(part)
+            yield part
+
+
+def hash_texts(texts: Sequence[Text]) -> str:
+    """Hash of what texts hold, all of which is read (about 6 s a GB), a block at a time.
+
+    Raises:
+        UserError: a file ends before its text does, or cannot be read.
+    """
+    hashes = []
+    with tqdm(total=sum(t.num_bytes for t in texts), unit="B", unit_scale=True, desc="hash", disable=None) as bar:
+        for text in texts:
+            try:
+                digest = hashlib.sha256()
+                for block in _read_parts(text):
+                    digest.update(block)
+                    bar.update(len(block))
+            except OSError as error:
+                raise UserError(f"cannot read {text.path}: {error.strerror}") from error
+            hashes.append(digest.hexdigest())
+    return join_hashes(hashes)
+
+
+def join_hashes(hashes: Sequence[str]) -> str:
+    """What `hash_texts` says of texts whose SHA-256 are known."""
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def as_words(text: bytes) -> list[bytes]:
+    """Words as the word codec sees them, `<eos>` for each line feed."""
+    return text.replace(b"\n", f" {LINE_END} ".encode()).split()
+
+
+def require_decodes_back(corpus: Corpus, texts: Sequence[Text]) -> int:
+    """Compare what a corpus decodes to with its texts: byte by byte, or word by word where the codec is of words.
+
+    Args:
+        texts: in the order in which they were prepared, within each split.
+    Returns:
+        bytes of the texts.
+    Raises:
+        UserError: they differ; the message says where.
+    """
+    is_words = isinstance(corpus.codec, Word)
+    compare = _compare_words if is_words else _compare_bytes
+    documents = {name: _documents(split) for name, split in corpus.splits.items()}
+    with tqdm(total=sum(t.num_bytes for t in texts), unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        for text in texts:
+            if not any(map(as_words, read_blocks(text)) if is_words else [text.num_bytes]):
+                continue  # nothing in it
+            name, codes = next(documents[text.split], ("nothing", np.zeros(0, np.uint8)))
+            if name != text.name:
+                raise UserError(f"{corpus.path}, {text.split}: expected the document {text.name!r}, got {name!r}")
+            compare(corpus.codec, codes, text)
+            bar.update(text.num_bytes)
+    for name, left in documents.items():
+        if next(left, None) is not None:
+            raise UserError(f"{corpus.path}, {name}: it has more documents than there are texts")
+    return sum(text.num_bytes for text in texts)
+
+
+def _documents(split: Split) -> Iterator[tuple[str, Integer[np.ndarray, "N"]]]:
+    ends = [*split.document_offsets[1:].tolist(), split.num_codes]
+    for name, begin, end in zip(split.document_names, split.document_offsets.tolist(), ends, strict=True):
+        yield name, split.codes[begin:end]
+
+
+def _compare_bytes(codec: Codec, codes: Integer[np.ndarray, "N"], text: Text) -> None:
+    num_bytes = 0
+    with text.path.open("rb") as handle:
+        handle.seek(text.begin)
+        for begin in range(0, len(codes), _BLOCK_CODES):
+            decoded = codec.decode(np.asarray(codes[begin : begin + _BLOCK_CODES]))
+            if decoded != handle.read(len(decoded)):
+                raise UserError(f"{text.path}, {text.name!r}: differs from what was decoded after byte {num_bytes}")
+            num_bytes += len(decoded)
+    if num_bytes != text.num_bytes:
+        raise UserError(f"{text.path}, {text.name!r}: expected {text.num_bytes} bytes, decoded {num_bytes}")
+
+
+def _compare_words(codec: Codec, codes: Integer[np.ndarray, "N"], text: Text) -> None:
+    assert isinstance(codec, Word)
+    known, num_codes, unknown = set(codec.words), 0, UNKNOWN.encode()
+    for block in read_blocks(text):
+        words = as_words(block)
+        decoded = as_words(codec.decode(np.asarray(codes[num_codes : num_codes + len(words)])))
+        decoded += [b""] * (len(words) - len(decoded))
+        for index, (word, found) in enumerate(zip(words, decoded, strict=True)):
+            if word != found and (found != unknown or word.decode("utf-8", "replace") in known):
+                place = num_codes + index
+                raise UserError(f"{text.path}, {text.name!r}, word {place}: expected {word!r}, decoded {found!r}")
+        num_codes += len(words)
+    if num_codes != len(codes):
+        raise UserError(f"{text.path}, {text.name!r}: expected {num_codes} words, the corpus has {len(codes)}")

@@ -1,0 +1,147 @@
+"""Where a run's checkpoints lie, and whether one is whole: what is checked before a tensor is read.
+
+Whatever is read here anybody may have written or damaged; nothing of it is run. Layout: `checkpoint.py`.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ct_audio.common.errors import UserError
+from ct_audio.common.files import read_json
+from ct_audio.models import SequenceModel
+
+FORMAT = "ct_audio checkpoint"
+FORMAT_VERSION = 1
+_ADVICE = "use another checkpoint or start a new run"
+
+
+def find_checkpoint(run_dir: Path, which: str) -> Path | None:
+    """Directory of the run's checkpoint `which` ("last" or "best"), links resolved; None where there is none.
+
+    Raises:
+        UserError: there is one, but not whole, or its link is missing or leads elsewhere; such a run is never taken for
+            a new one.
+    """
+    link = run_dir / "checkpoints" / which
+    if (link / "state.json").is_file():
+        if link.resolve().parent != link.parent.resolve():
+            raise UserError(f"checkpoint {link} leads out of its directory, to {link.resolve()}; copy that here")
+        return link.resolve()
+    if link.is_symlink() or link.exists():
+        raise UserError(f"checkpoint {link}: state.json is missing; bring it back, or choose another name")
+    written = sorted(path.name for path in link.parent.glob("step_*") if not path.name.startswith("step_00000000"))
+    if which == "last" and written:
+        raise UserError(
+            f"{link.parent} holds {', '.join(written)}, but no link named last (lost in a copy?); "
+            "make it with ln -s, or choose another name"
+        )
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, after checking that all of its files are whole.
+
+    Raises:
+        UserError: a file is missing, of another size or content than when it was written, or of another format.
+    """
+    try:
+        state = read_json(checkpoint / "state.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {checkpoint}: cannot read state.json: {error}") from error
+    if not isinstance(state, dict) or (state.get("format"), state.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise UserError(f"checkpoint {checkpoint}: expected state.json of {FORMAT}, version {FORMAT_VERSION}")
+    _check_state(checkpoint, state)
+    for file in sorted({"config.yaml", *state["files"]}):
+        path = checkpoint / file
+        if not path.is_file() or path.is_symlink():
+            raise UserError(f"checkpoint {checkpoint}: {file} is missing or no plain file; {_ADVICE}")
+        # config.yaml has had no entry before version 0.2
+        expected = state["files"].get(file)
+        found = digest(path) if expected else None
+        if found and found != expected:
+            raise UserError(
+                f"checkpoint {checkpoint}: {file} is damaged: expected {expected['bytes']} bytes with sha256 "
+                f"{expected['sha256'][:12]}, got {found['bytes']} with {found['sha256'][:12]}; "
+                f"{_ADVICE}"
+            )
+    return state
+
+
+def _check_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Raise `UserError` where state.json does not say what every checkpoint's says."""
+    rules: dict[str, Callable[[Any], bool]] = {
+        "step": lambda step: type(step) is int and 0 <= step < 2**63,
+        "world_size": lambda size: type(size) is int and 0 < size <= 2**20,
+        "files": lambda files: isinstance(files, dict) and all(map(_is_digest, files.values())),
+        "progress": lambda progress: (
+            isinstance(progress, dict) and isinstance(progress.get("best_valid_nll_nats"), float | None)
+        ),
+        "stream": lambda stream: isinstance(stream, dict),
+        "codec": lambda codec: isinstance(codec, dict),
+        "corpus_fingerprint": lambda fingerprint: isinstance(fingerprint, str),
+    }
+    for key, holds in rules.items():
+        if (key in state or key in ("step", "world_size", "files")) and not holds(state.get(key)):
+            raise UserError(
+                f"checkpoint {checkpoint}: state.json does not fit: {key} is {str(state.get(key))[:80]}; {_ADVICE}"
+            )
+    memories = {f"memory-rank{rank}.safetensors" for rank in range(state["world_size"])}
+    expected = {"model.safetensors", "training.safetensors"} | memories
+    if state["files"].keys() - {"config.yaml"} != expected:
+        raise UserError(
+            f"checkpoint {checkpoint}: state.json does not fit: expected files {sorted(expected)[:4]}, "
+            f"got {sorted(state['files'])[:8]}; {_ADVICE}"
+        )
+
+
+def _is_digest(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+        return False
+    return type(entry["bytes"]) is int and isinstance(entry["sha256"], str)
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, as state.json states them."""
+    with path.open("rb") as handle:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+
+
+def model_tensors(model: SequenceModel) -> dict[str, Tensor]:
+    """Live parameters (tied ones once) and persistent buffers by name."""
+    module = model
+    kept = module.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    return {**{name: parameter.detach() for name, parameter in module.named_parameters()}, **buffers}
+
+
+def load_model(checkpoint: Path, model: SequenceModel) -> None:
+    path = checkpoint / "model.safetensors"
+    expected, found = model_tensors(model), read_tensors(path)
+    if expected.keys() != found.keys():
+        difference = sorted(expected.keys() ^ found.keys())
+        raise UserError(f"{path} does not fit the model: missing or left over: {', '.join(difference)}")
+    for name, tensor in expected.items():
+        require_like(path, name, tensor, found[name])
+    for name, tensor in expected.items():
+        tensor.copy_(found[name])
+
+
+def require_like(path: Path, name: str, expected: Tensor, found: Tensor) -> None:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        raise UserError(
+            f"{path}: {name}: expected {tuple(expected.shape)} {expected.dtype}, "
+            f"got {tuple(found.shape)} {found.dtype}; use the configuration that the run was started with"
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}; use another checkpoint or start a new run") from error

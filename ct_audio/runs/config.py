@@ -1,0 +1,342 @@
+"""Run configuration: frozen dataclasses, one complete YAML a run, overrides `a.b=c`.
+
+The only importer of omegaconf. `model.name` is read first and puts that model's dataclass in the `model` slot.
+Every rule that one dataclass can check stands in its `__post_init__`; what needs two of them stands in `RunConfig`.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ct_audio.common.errors import UserError
+from ct_audio.models import model_config_class
+
+_MAX_CHARACTERS = 1 << 20
+_MAX_LAYERS = 1000
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the codes come from and how they are dealt out to lanes.
+
+    Attributes:
+        corpus: directory of a prepared corpus (it holds corpus.json).
+        chunk_length: codes a lane consumes in one training step.
+        num_lanes: contiguous streams of the (global) batch.
+        reset_memory_at_document: memory ends where a document (recording) begins; False: one continuous stream.
+    """
+
+    corpus: str = "???"
+    chunk_length: int = 3840
+    num_lanes: int = 32
+    reset_memory_at_document: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "data", "chunk_length", "num_lanes")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam and its schedules (paper, section 4.1): linear warmup, then cosine decay, both counted in steps.
+
+    Attributes:
+        peak_learning_rate: reached at the end of warmup.
+        initial_learning_rate: at step 0.
+        final_learning_rate: reached `decay_steps` steps after warmup, and kept.
+        warmup_steps: steps of linear warmup (0: none).
+        decay_steps: steps of cosine decay (0: none, the peak is kept).
+        max_gradient_norm: gradients are clipped to this global norm, a group at a time (f_c is a group of its own).
+        update_period: {first step: steps an optimizer update}; must start at step 0.
+        beta1, beta2, epsilon: Adam's.
+    """
+
+    peak_learning_rate: float = 3e-4
+    initial_learning_rate: float = 1e-6
+    final_learning_rate: float = 1e-6
+    warmup_steps: int = 4000
+    decay_steps: int = 100_000
+    max_gradient_norm: float = 0.1
+    update_period: dict[int, int] = field(default_factory=lambda: {0: 1})
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "optim", "peak_learning_rate", "max_gradient_norm", "epsilon")
+        _require_not_negative(
+            self, "optim", "initial_learning_rate", "final_learning_rate", "warmup_steps", "decay_steps"
+        )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optim.{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        periods = self.update_period
+        if 0 not in periods or min(periods) < 0 or min(periods.values()) < 1:
+            raise UserError(
+                f"optim.update_period: expected {{first step: period}} with step 0 and periods of at least 1, "
+                f"got {dict(periods)}; write for example {{0: 1, 60000: 4}}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop.
+
+    When a run is resumed num_steps may grow; num_micro_batches, device, num_threads, the `*_every_steps`,
+    sample_seconds and validate_whole_split may change; seed, precision and valid_codes may not, nor may any key of
+    model, data or optim.
+
+    Attributes:
+        num_steps: chunks a lane to train on.
+        num_micro_batches: parts into which a rank's lanes are split to save memory; the result is the same.
+        seed: of initialisation and dropout.
+        device: "auto" takes CUDA where there is one.
+        precision: "bfloat16" runs the forward pass under autocast, weights stay float32.
+        num_threads: CPU threads a process (0: torch's default).
+        valid_codes: codes of the fixed stretch at the start of the validation split that is scored on the way
+            (0: all of it).
+        validate_whole_split: score all of the validation split once, at the end; False for searches over many short
+            runs, which are compared on the stretch.
+        log_every_steps, valid_every_steps, checkpoint_every_steps, sample_every_steps: periods in steps (0: never;
+            a final validation, checkpoint and sample are made all the same where the period is not 0).
+        sample_seconds: audio that is sampled at each sampling (of text nothing is sampled).
+    """
+
+    num_steps: int = 100_000
+    num_micro_batches: int = 1
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    num_threads: int = 0
+    valid_codes: int = 480_000
+    validate_whole_split: bool = True
+    log_every_steps: int = 100
+    valid_every_steps: int = 1000
+    checkpoint_every_steps: int = 1000
+    sample_every_steps: int = 0
+    sample_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "train", "num_steps", "num_micro_batches", "log_every_steps", "sample_seconds")
+        _require_not_negative(
+            self,
+            "train",
+            "seed",
+            "num_threads",
+            "valid_codes",
+            "valid_every_steps",
+            "checkpoint_every_steps",
+            "sample_every_steps",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run does.
+
+    Attributes:
+        name: the run's directory under `runs_dir`.
+        model: the configuration dataclass of the model that `model.name` names.
+    """
+
+    name: str
+    model: Any
+    data: DataConfig
+    runs_dir: str = "runs"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name.startswith(".") or any(c in self.name for c in "/\\\0\n"):
+            raise UserError(f"name: expected a plain directory name, got {self.name!r}")
+        if self.data.num_lanes % self.train.num_micro_batches:
+            raise UserError(
+                f"data.num_lanes = {self.data.num_lanes} is not divisible by "
+                f"train.num_micro_batches = {self.train.num_micro_batches}; change one of them"
+            )
+        window_length = getattr(self.model, "window_length", 1)
+        if self.data.chunk_length % window_length:
+            raise UserError(
+                f"data.chunk_length = {self.data.chunk_length} is not a whole number of windows of "
+                f"model.window_length = {window_length}; change one of them"
+            )
+        min_chunk_length = getattr(self.model, "min_chunk_windows", 1) * window_length
+        if self.data.chunk_length < min_chunk_length:
+            raise UserError(
+                f"data.chunk_length = {self.data.chunk_length}: with model.compression_loss = bptt the task loss "
+                f"reaches f_c only in chunks of at least {min_chunk_length} codes (ceil(n_m / n_s) + 2 windows)"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of the run."""
+        return Path(self.runs_dir) / self.name
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML and apply overrides of the form `a.b=c`.
+
+    Args:
+        path: the run's YAML.
+        overrides: each `key=value`, the value in YAML syntax; lists and `optim.update_period` replace, never merge.
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or does not fit; the
+            message names the allowed ones.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {error}") from error
+    plain = _parse_yaml(text, str(path)) if text.strip() else {}
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: expected a mapping of keys at the top level, got {type(plain).__name__}")
+    for override in overrides:
+        _apply_override(plain, override)
+    return config_from_dict(plain, source=str(path))
+
+
+def config_from_dict(plain: dict[str, Any], *, source: str = "configuration") -> RunConfig:
+    """Build and check a `RunConfig` from nested plain dictionaries (as `config_to_dict` makes them)."""
+    _require_plain(plain, source)
+    model_section = plain.get("model")
+    if not isinstance(model_section, dict) or not isinstance(model_section.get("name"), str):
+        raise UserError(f"{source}: expected model.name, a string naming the model")
+    num_layers = model_section.get("num_layers")
+    if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:  # a loop over them comes before any check of memory
+        raise UserError(f"{source}: model.num_layers: expected at most {_MAX_LAYERS}, got {num_layers}")
+    sections = {
+        "data": DataConfig,
+        "model": model_config_class(model_section["name"]),
+        "optim": OptimConfig,
+        "train": TrainConfig,
+    }
+    top_level = [f.name for f in dataclasses.fields(RunConfig)]
+    for key in plain:
+        if key not in top_level:
+            raise UserError(f"{source}: unknown key {key!r}{_suggest(str(key), top_level)}")
+    built = {name: _build_section(cls, plain.get(name, {}), name, source) for name, cls in sections.items()}
+    scalars = {name: plain[name] for name in ("name", "runs_dir") if name in plain}
+    if "name" not in scalars:
+        raise UserError(f"{source}: expected name, the run's directory under runs_dir")
+    for name, value in scalars.items():
+        if not isinstance(value, str):
+            raise UserError(f"{source}: {name}: expected a string, got {value!r}")
+    return RunConfig(**scalars, **built)
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain dictionaries; the inverse of `config_from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The complete configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+
+
+def _build_section(cls: type, values: Any, name: str, source: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {name}: expected a mapping of keys, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{source}: unknown key {name}.{key}{_suggest(str(key), list(fields))}")
+    merged: dict[str, Any] = {}
+    schema = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, False)  # a frozen dataclass makes a read-only schema
+    for key, value in values.items():
+        if fields[key].type is float and type(value) is int:
+            value = float(value)
+        try:
+            OmegaConf.update(schema, key, value, merge=False)  # mappings and lists replace the default
+            merged[key] = OmegaConf.to_container(schema)[key]  # type: ignore[index,call-overload]
+        except OmegaConfBaseException as error:
+            raise UserError(
+                f"{source}: {name}.{key}: {_one_line(error)} (expected {_type_name(fields[key].type)}, got {value!r})"
+            ) from error
+        if isinstance(value, bool) and fields[key].type in (int, float):
+            raise UserError(f"{source}: {name}.{key}: expected {_type_name(fields[key].type)}, got {value!r}")
+    for key, item in fields.items():
+        no_default = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if key not in merged and (no_default or item.default == "???"):
+            raise UserError(f"{source}: {name}.{key} is missing; expected {_type_name(item.type)}")
+    return cls(**merged)
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    """Plain values out of a YAML that anybody may have written; no tag, anchor or interpolation is obeyed.
+
+    Raises:
+        UserError: it is no such YAML; the message begins with `what`.
+    """
+    if len(text) > _MAX_CHARACTERS:
+        raise UserError(f"{what}: expected a configuration of at most {_MAX_CHARACTERS} characters, got {len(text)}")
+    if "${" in text:
+        raise UserError(f"{what}: interpolation (`${{`) is not supported; write the value itself")
+    try:
+        if any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(text)):
+            raise UserError(f"{what}: anchors (`&`) and aliases (`*`) are not supported; write the value itself")
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:  # ValueError: as !!int "many"
+        raise UserError(f"{what} is not valid YAML: {_one_line(error)}") from error
+    return plain
+
+
+def _require_plain(value: Any, what: str) -> None:
+    """Raise where a number is beyond 64 bits, a text cannot be written down, or a value is left open (`???`)."""
+    if isinstance(value, dict | list):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        for part in parts:
+            _require_plain(part, what)
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise UserError(f"{what}: a number has {value.bit_length()} bits; expected at most 63")
+    elif isinstance(value, str) and (value.encode("utf-8", "replace").decode() != value or "\0" in value):
+        raise UserError(f"{what}: {value!r} is no text; write it without \\0 and \\ud800 to \\udfff")
+    elif value == "???":
+        raise UserError(f"{what}: `???` stands for a value that is missing; write the value")
+
+
+def _apply_override(plain: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"override {override!r}: expected key=value, as train.num_steps=100")
+    value = _parse_yaml(f"value: {text}", f"override {override!r}: the value")["value"]
+    node = plain
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is not a group of keys")
+    node[last] = value
+
+
+def _require_positive(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{section}.{name}: expected a number above 0, got {getattr(config, name)}")
+
+
+def _require_not_negative(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise UserError(f"{section}.{name}: expected a number of at least 0, got {getattr(config, name)}")
+
+
+def _suggest(key: str, allowed: list[str]) -> str:
+    close = difflib.get_close_matches(key, allowed, n=1)
+    return (f"; did you mean {close[0]}?" if close else "") + f" Allowed: {', '.join(sorted(allowed))}"
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())

@@ -1,0 +1,53 @@
+"""What may change when a run is resumed, and what may not."""
+
+from typing import Any
+
+from ct_audio.common.errors import UserError
+from ct_audio.runs.config import RunConfig, config_to_dict
+
+
+
+_MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay as they were
+    "name",
+    "runs_dir",
+    "train.num_steps",
+    "train.num_micro_batches",
+    "train.device",
+    "train.num_threads",
+    "train.validate_whole_split",
+    "train.log_every_steps",
+    "train.valid_every_steps",
+    "train.checkpoint_every_steps",
+    "train.sample_every_steps",
+    "train.sample_seconds",
+}
+
+
+def require_same_run(old: RunConfig, new: RunConfig) -> None:
+    """Check that a resumed run keeps what decides what is learnt.
+
+    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, num_micro_batches, device and num_threads may
+    change.
+
+    Raises:
+        UserError: another key has changed; the message names all of them.
+    """
+    before, after = flat_config(old), flat_config(new)
+    changed = [
+        f"{key} (was {before.get(key)}, now {after.get(key)})"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in _MAY_CHANGE
+    ]
+    if changed:
+        raise UserError(
+            f"run {new.run_dir} was started with another configuration: {', '.join(changed)}; "
+            "put it back, or choose another name"
+        )
+
+
+def flat_config(config: RunConfig) -> dict[str, Any]:
+    """Plain values by key, as {"data.num_lanes": 8}; `optim.update_period` is one value."""
+    flat: dict[str, Any] = {}
+    for key, value in config_to_dict(config).items():
+        flat |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

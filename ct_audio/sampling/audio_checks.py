@@ -1,0 +1,105 @@
+"""What a sampled waveform is like, in plain numbers, what is wrong with it as audio, and how far it is from recordings.
+
+Shape letters: N samples of a waveform, F frames, D dimensions (mel bands).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+from ct_audio.common.errors import UserError
+from ct_audio.data.acoustics import SILENT_RMS_DBFS, level_dbfs
+
+CLIPPED_SHARE = 0.01
+"""Share of samples at either end of the scale; recorded speech has none or single ones."""
+STUCK_RUN_SECONDS = 0.1
+"""One code for so long; in recorded speech, pauses included, the longest runs last 2 ms."""
+STUCK_DISTINCT_CODES = 8
+"""Fewer codes in a whole sample; recorded speech has at least 15 in every tenth of a second, pauses included."""
+RUNAWAY_RMS_DBFS = -12.0
+"""Louder is noise: the loudest tenth of a second of recorded speech has -17 dBFS, codes drawn evenly have -10.5."""
+RUNAWAY_DC = 0.1
+"""Mean of the waveform; recordings have below 0.001."""
+RUNAWAY_NLL_SHARE = 0.95
+"""Mean NLL as a share of ln V, that of even odds: above it the model finds no structure in its own output."""
+DRIFT_NATS = 1.0
+"""Mean NLL above that of the validation split; recordings of one speaker differ by 0.7 from one second to another."""
+DRIFT_SECONDS = 1.0
+"""Shorter samples may be one loud sound, and are not judged so."""
+
+
+def measure_sample(
+    codes: Integer[np.ndarray, "N"],
+    log_probabilities: Float[np.ndarray, "N"],
+    waveform: Float[np.ndarray, "N"],
+    *,
+    vocab_size: int,
+    sample_rate_hz: int,
+) -> dict[str, Any]:
+    """What a sampled waveform is like, in plain numbers ready for JSON.
+
+    Args:
+        codes: of one lane.
+        log_probabilities: of these codes under the model, in nats.
+        waveform: the decoded codes, in [-1, 1].
+    Returns:
+        seconds, num_samples, nll_nats (mean), nll_bits, nll_nats_per_second (of each second, the last may be shorter),
+        rms_dbfs, peak, dc (mean), clipped_share (at the lowest or highest code), distinct_codes,
+        distinct_codes_share (of the vocabulary), longest_run_seconds (of one code).
+    """
+    if not len(codes):
+        raise UserError("expected a sample of at least one code, got none; sample more seconds")
+    wide = waveform.astype(np.float64)
+    nll = -log_probabilities.astype(np.float64)
+    starts = np.r_[0, np.flatnonzero(np.diff(codes.astype(np.int64))) + 1, len(codes)]
+    distinct = len(np.unique(codes))
+    return {
+        "seconds": len(codes) / sample_rate_hz,
+        "num_samples": len(codes),
+        "nll_nats": float(nll.mean()),
+        "nll_bits": float(nll.mean()) / math.log(2),
+        "nll_nats_per_second": [
+            float(nll[begin : begin + sample_rate_hz].mean()) for begin in range(0, len(nll), sample_rate_hz)
+        ],
+        "rms_dbfs": level_dbfs(waveform),
+        "peak": float(np.abs(wide).max()),
+        "dc": float(wide.mean()),
+        "clipped_share": float(np.mean((codes == 0) | (codes == vocab_size - 1))),
+        "distinct_codes": distinct,
+        "distinct_codes_share": distinct / vocab_size,
+        "longest_run_seconds": int(np.diff(starts).max()) / sample_rate_hz,
+    }
+
+
+def find_faults(measures: dict[str, Any], *, vocab_size: int, valid_nll_nats: float | None = None) -> list[str]:
+    """What is wrong with a sample as audio: silent, clipped, stuck or runaway; empty where nothing is.
+
+    Args:
+        measures: of `measure_sample`.
+        valid_nll_nats: the model's NLL on recordings, against which that of the sample is held; None where it has none.
+    """
+    seconds, rms_dbfs, dc = measures["seconds"], measures["rms_dbfs"], measures["dc"]
+    run_seconds, distinct = measures["longest_run_seconds"], measures["distinct_codes"]
+    faults = []
+    if rms_dbfs < SILENT_RMS_DBFS:
+        faults.append(f"silent: RMS {rms_dbfs:.1f} dBFS, below {SILENT_RMS_DBFS:.0f}")
+    if measures["clipped_share"] > CLIPPED_SHARE:
+        faults.append(f"clipped: {measures['clipped_share']:.1%} of the samples at full scale")
+    if run_seconds > min(STUCK_RUN_SECONDS, seconds / 2):
+        faults.append(f"stuck: one code for {run_seconds:.3f} s")
+    if seconds >= STUCK_RUN_SECONDS and distinct < STUCK_DISTINCT_CODES:
+        faults.append(f"stuck: only {distinct} distinct codes")
+    if rms_dbfs > RUNAWAY_RMS_DBFS:
+        faults.append(f"runaway: RMS {rms_dbfs:.1f} dBFS, above {RUNAWAY_RMS_DBFS:.0f}")
+    if seconds >= STUCK_RUN_SECONDS and abs(dc) > RUNAWAY_DC:
+        faults.append(f"runaway: mean {dc:.2f} instead of about 0")
+    if measures["nll_nats"] > RUNAWAY_NLL_SHARE * math.log(vocab_size):
+        faults.append(f"runaway: {measures['nll_nats']:.2f} nats a sample, even odds are {math.log(vocab_size):.2f}")
+    elif valid_nll_nats is not None and seconds >= DRIFT_SECONDS and measures["nll_nats"] > valid_nll_nats + DRIFT_NATS:
+        faults.append(
+            f"runaway: {measures['nll_nats']:.2f} nats a sample, recordings have {valid_nll_nats:.2f} under this "
+            "model: it has drifted into noise; lower --temperature, or train longer"
+        )
+    return faults

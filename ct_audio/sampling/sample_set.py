@@ -1,0 +1,285 @@
+"""A set of samples: begun or taken up, sampled side by side, saved while it grows.
+
+Shape letters: B lanes, P codes of a prime, T sampled codes, N samples.
+"""
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from einops import repeat
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+from tqdm import tqdm
+
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Codec
+from ct_audio.runs.open_run import LoadedRun
+from ct_audio.sampling.resume import (
+    SavedSampling,
+    load_sampling,
+    require_no_unfinished,
+    require_same_settings,
+    save_sampling,
+)
+from ct_audio.sampling.sampler import Sampler, verify_steps
+
+SAVE_EVERY_SECONDS = 60.0
+_SAVING_SHARE = 0.1  # of the time at most goes into saving, however large a state is
+_STREAM_EVERY_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be sampled; the arguments of `sample_codes` are explained there.
+
+    Attributes:
+        num_codes: of each lane.
+        prime: [P] codes that all lanes continue.
+        prime_name: file name of the prime, for the sidecars.
+        include_prime: the wav files begin with the prime.
+    """
+
+    num_codes: int
+    num_lanes: int = 1
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    prime: Integer[np.ndarray, "P"] | None = None
+    prime_name: str | None = None
+    include_prime: bool = False
+
+
+class SampleStream:
+    """What is sampled, to a pipe: raw mono PCM16, little-endian, or text.
+
+    Attributes:
+        is_open: False once the reader has gone.
+    """
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle, self.is_open = handle, True
+
+    def write(self, piece: Float[np.ndarray, "N"] | bytes) -> None:
+        """Write text or samples in [-1, 1], rounded as in a wav file, at once; nothing where the reader has gone."""
+        if isinstance(piece, np.ndarray):
+            levels = np.clip(np.rint(piece.astype(np.float64) * 32768.0), -32768, 32767)
+            piece = levels.astype("<i2").tobytes()
+        try:
+            if self.is_open:
+                self._handle.write(piece)
+                self._handle.flush()
+        except BrokenPipeError:
+            self.is_open = False
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._handle.fileno())  # or the flush at the end would fail again
+            os.close(nowhere)
+
+
+class SampleSet:
+    """Samples of one run side by side, and where they are written.
+
+    Args:
+        directory: for the files; None: nothing is written.
+        resume: go on with what is saved there, where there is something; else anything unfinished is refused.
+    Attributes:
+        num_resumed: codes of each lane that were there already.
+        stopped_by: number of the signal that ended `sample`, else 0.
+    Raises:
+        UserError: an argument is out of its range, or what is saved does not fit the request or is damaged.
+    """
+
+    def __init__(
+        self, run: LoadedRun, codec: Codec, request: Request, directory: Path | None, *, resume: bool = False
+    ) -> None:
+        self.run, self.codec, self.request, self.directory = run, codec, request, directory
+        device = run.model.device
+        self._prime: Tensor | None = None
+        if request.prime is not None:
+            prime = torch.from_numpy(request.prime.astype(np.int64)).to(device)
+            self._prime = repeat(prime, "p -> b p", b=request.num_lanes)
+        self._sampler = Sampler(
+            run.model,
+            num_lanes=request.num_lanes,
+            seed=request.seed,
+            start_code=codec.start_code,
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            prime=self._prime,
+        )
+        self._codes: list[Tensor] = []  # each [B, T]
+        self._log_probabilities: list[Tensor] = []
+        self._num_saved = self.num_resumed = self.stopped_by = 0
+        if directory is not None and not resume:
+            require_no_unfinished(directory)  # also where there is no such directory yet
+        elif directory is not None:
+            self._resume(directory)
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of each lane so far."""
+        return self._sampler.num_codes
+
+    @property
+    def num_left(self) -> int:
+        """Codes of each lane that are still to be sampled."""
+        return self.request.num_codes - self.num_codes
+
+    @property
+    def codes(self) -> Int[Tensor, "B T"]:
+        """What was sampled so far."""
+        return self._joined(self._codes)
+
+    @property
+    def log_probabilities(self) -> Float[Tensor, "B T"]:
+        """Of the codes, in nats."""
+        return self._joined(self._log_probabilities)
+
+    def sample(
+        self,
+        *,
+        signals: list[int],
+        stream: SampleStream | None = None,
+        save_every_seconds: float = SAVE_EVERY_SECONDS,
+        label: str = "sample",
+    ) -> None:
+        """Sample what is left and save it, in between too; a signal or the end of the stream's reader ends it early.
+
+        Args:
+            signals: a list to which signals are appended (see `session.caught_signals`).
+            stream: gets lane 0 as it is sampled.
+            save_every_seconds: wall time between two saves (longer where saving itself takes long).
+            label: of the progress bar.
+        """
+        pairs: list[tuple[Tensor, Tensor]] = []
+        saved = streamed = time.perf_counter()
+        pause = save_every_seconds
+        steps = self._sampler.run(self.num_left)
+        for pair in tqdm(steps, total=self.num_left, desc=label, unit="code", leave=False, disable=None):
+            pairs.append(pair)
+            now = time.perf_counter()
+            if stream is not None and now - streamed >= _STREAM_EVERY_SECONDS:
+                self._take(pairs, stream)
+                streamed = now
+                if not stream.is_open:
+                    break
+            if now - saved >= pause and self.directory is not None:
+                self._take(pairs, stream)
+                self._save(self.directory)
+                saved = time.perf_counter()
+                pause = max(save_every_seconds, (saved - now) / _SAVING_SHARE)
+            if signals:
+                self.stopped_by = signals[0]
+                break
+        steps.close()
+        self._take(pairs, stream)
+        if self.directory is not None:
+            self._save(self.directory)
+
+    def verify(self) -> float:
+        """Largest difference of the log-probabilities from those of forward passes, in nats."""
+        codes = self.codes
+        start_code = self.codec.start_code
+        return verify_steps(self.run.model, codes, self.log_probabilities, start_code=start_code, prime=self._prime)
+
+    def decoded(self) -> list[Any]:
+        """The sampled part of each lane, waveforms or texts."""
+        return [self.codec.decode(row) for row in self.codes.cpu().numpy()]
+
+    def decoded_prime(self) -> Any:
+        """What the files begin with: the prime where it is to be included, else nothing."""
+        prime = self.request.prime if self.request.include_prime else None
+        return self.codec.decode(np.zeros(0, np.int64) if prime is None else prime)
+
+    def in_words(self, num_codes: int) -> str:
+        """A length for a message, as "0.5 s" or "500 bytes"."""
+        rate = self.codec.sample_rate_hz
+        return f"{num_codes / rate:g} s" if rate else f"{num_codes} {self.codec.unit}s"
+
+    def settings(self) -> dict[str, Any]:
+        """The part of a sidecar that all lanes share: enough to make the samples again."""
+        run, request = self.run, self.request
+        rate, prime_length = self.codec.sample_rate_hz, 0 if request.prime is None else len(request.prime)
+        return {
+            "name": run.config.name,
+            "model": run.config.model.name,
+            "checkpoint": run.checkpoint_path.name,
+            "step": run.step,
+            "codec": self.codec.to_json(),
+            "seed": request.seed,
+            "num_lanes": request.num_lanes,
+            "temperature": request.temperature,
+            "top_k": request.top_k,
+            "top_p": request.top_p,
+            "prime": request.prime_name,
+            "prime_included": request.include_prime,
+            "device": run.model.device.type,
+            "version": _version(),
+        } | ({"sample_rate_hz": rate, "prime_seconds": prime_length / rate} if rate else {"prime_units": prime_length})
+
+    def _resume_settings(self) -> dict[str, Any]:
+        """What must be the same for the sampling to go on bit for bit."""
+        settings = self.settings()
+        del settings["prime_included"], settings["version"]
+        raw = b"" if self.request.prime is None else self.request.prime.astype("<i4").tobytes()
+        return settings | {
+            "weights": self.run.state["files"]["model.safetensors"]["sha256"],
+            "prime_codes": hashlib.sha256(raw).hexdigest(),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+
+    def _resume(self, directory: Path) -> None:
+        saved = load_sampling(directory)
+        if saved is None:
+            print(f"{directory} holds no sampling to go on with: it begins at the beginning")
+            return
+        require_same_settings(directory, saved, self._resume_settings())
+        num_codes = saved.codes.shape[1]
+        if num_codes > self.request.num_codes:
+            raise UserError(
+                f"{directory} holds {self.in_words(num_codes)} already, got {self.in_words(self.request.num_codes)} to "
+                "resume to; ask for at least as much"
+            )
+        device = self.run.model.device
+        self._sampler.restore(saved.leaves)
+        self._codes, self._log_probabilities = [saved.codes.to(device)], [saved.log_probabilities.to(device)]
+        self._num_saved = self.num_resumed = num_codes
+
+    def _save(self, directory: Path) -> None:
+        if self.num_codes == self._num_saved:
+            return
+        directory.mkdir(exist_ok=True)
+        state = self._resume_settings(), False, self.codes, self.log_probabilities, self._sampler.leaves()
+        save_sampling(directory, SavedSampling(*state))
+        self._num_saved = self.num_codes
+
+    def _take(self, pairs: list[tuple[Tensor, Tensor]], stream: SampleStream | None) -> None:
+        """Move the newest codes to the ones of before, and to the stream."""
+        if not pairs:
+            return
+        self._codes.append(torch.stack([codes for codes, _ in pairs], dim=1))
+        self._log_probabilities.append(torch.stack([log_probability for _, log_probability in pairs], dim=1))
+        pairs.clear()
+        if stream is not None:
+            stream.write(self.codec.decode(self._codes[-1][0].cpu().numpy()))
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) != 1:
+            parts[:] = [torch.cat(parts, dim=1) if parts else torch.zeros(self.request.num_lanes, 0)]
+        return parts[0]
+
+
+def _version() -> str:
+    try:
+        return version("ct_audio")
+    except PackageNotFoundError:
+        return "not installed"

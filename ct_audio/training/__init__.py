@@ -1,0 +1,1 @@
+"""Training: schedules, processes, checkpoints, one flat loop."""

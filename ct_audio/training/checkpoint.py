@@ -1,0 +1,241 @@
+"""Checkpoints of a run: atomic save, exact load, and what may change between two sessions of one run.
+
+    runs/<name>/checkpoints/step_00001000/  model.safetensors           parameters and buffers
+                                            training.safetensors        optimizer: parameter_name/exp_avg, ...
+                                            memory-rankK.safetensors    memory/... of the rank's lanes, rng/... as uint8
+                                            config.yaml, state.json     state.json holds size and sha256 of the others
+    runs/<name>/checkpoints/{last,best}     links to one of these
+
+A checkpoint is written to a fresh directory, synced and renamed; then the link is replaced in one instant, and what no
+link points at is deleted. So `last` is loadable whenever the process is killed. safetensors and JSON only, never
+pickle.
+"""
+
+import itertools
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ct_audio.common.errors import UserError
+from ct_audio.common.files import write_file, write_json
+from ct_audio.models import SequenceModel
+from ct_audio.models.state import map_memory, memory_from_tensors, named_tensors
+from ct_audio.runs.checkpoint_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    digest,
+    load_model,
+    model_tensors,
+    read_state,
+    read_tensors,
+    require_like,
+)
+from ct_audio.runs.config import RunConfig, config_to_yaml
+from ct_audio.training.parallel import World, all_gather, barrier
+
+
+def save_checkpoint(
+    run_dir: Path,
+    *,
+    config: RunConfig,
+    model: SequenceModel,
+    optimizer: torch.optim.Optimizer | None,
+    memories: list[Any],
+    state: dict[str, Any],
+    world: World,
+    is_best: bool = False,
+) -> None:
+    """Write a checkpoint and switch `last` (and `best`) to it; all ranks call it together.
+
+    Args:
+        run_dir: the run's directory.
+        optimizer: None for a model without parameters.
+        memories: of this rank's lanes, one a micro-batch, in the order of the lanes.
+        state: JSON-able; must hold "step", the steps completed. Only rank 0's is written.
+        is_best: the checkpoint is the best one so far by validation NLL.
+    Raises:
+        OSError: it cannot be written; the checkpoints of before are untouched.
+    """
+    root = run_dir / "checkpoints"
+    name = f"step_{state['step']:08d}"
+    beside = root / f"writing-{name}"
+    files = {f"memory-rank{world.rank}.safetensors": _lane_tensors(memories)}
+    if world.is_first:
+        for stale in root.glob("writing-*"):
+            shutil.rmtree(stale)
+        beside.mkdir(parents=True)
+        files["model.safetensors"] = model_tensors(model)
+        files["training.safetensors"] = _optimizer_tensors(model, optimizer)
+    barrier()
+    try:
+        digests = {file: _write_tensors(beside / file, tensors) for file, tensors in files.items()}
+        digests = {file: digest for part in all_gather(digests) for file, digest in part.items()}
+        if world.is_first:
+            write_file(beside / "config.yaml", config_to_yaml(config).encode())
+            digests["config.yaml"] = digest(beside / "config.yaml")
+            header = {"format": FORMAT, "format_version": FORMAT_VERSION, "world_size": world.world_size}
+            write_json(beside / "state.json", header | state | {"files": digests})
+            _sync_directory(beside)
+            place = _unused(root / name)  # a step may be saved twice, and `last` must never be touched
+            beside.rename(place)
+            _sync_directory(root)
+            for link in ("last", "best")[: 1 + is_best]:
+                _switch(root / link, place.name)
+            _delete_unreferenced(root)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)  # it may be what fills the disk
+        raise
+    barrier()
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    *,
+    model: SequenceModel,
+    optimizer: torch.optim.Optimizer | None,
+    num_lanes: int,
+    num_micro_batches: int,
+    world: World,
+) -> tuple[list[Any], dict[str, Any]]:
+    """Put a training session back where it was: weights, optimizer and torch's random generators, in place.
+
+    Args:
+        checkpoint: its directory.
+        num_lanes: lanes of this rank.
+        num_micro_batches: parts into which this rank's lanes are split now.
+    Returns:
+        the memories, one a micro-batch, and state.json.
+    Raises:
+        UserError: the checkpoint is damaged, does not fit the model, or is of another number of processes.
+    """
+    state = read_state(checkpoint)
+    if state["world_size"] != world.world_size:
+        raise UserError(
+            f"checkpoint {checkpoint} is of {state['world_size']} processes, this session has {world.world_size}; "
+            "start as many as before"
+        )
+    load_model(checkpoint, model)
+    _load_optimizer(checkpoint, model, optimizer)
+    tensors = read_tensors(checkpoint / f"memory-rank{world.rank}.safetensors")
+    prefix = "memory/"
+    lanes = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    memory = memory_from_tensors(model.zero_memory(num_lanes), lanes)
+    try:
+        _set_rng_state({name.removeprefix("rng/"): t for name, t in tensors.items() if name.startswith("rng/")})
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint}: memory-rank{world.rank}.safetensors: expected rng/cpu, a state of torch's "
+            f"random generator: {error}; use another checkpoint or start a new run"
+        ) from error
+    return split_memory(memory, num_lanes, num_micro_batches), state
+
+
+def split_memory(memory: Any, num_lanes: int, num_parts: int) -> list[Any]:
+    """Cut a memory of `num_lanes` lanes into equal parts of consecutive lanes."""
+    size = num_lanes // num_parts
+    return [
+        map_memory(lambda tensor, first=part * size: tensor[first : first + size].clone(), memory)
+        for part in range(num_parts)
+    ]
+
+
+def _optimizer_tensors(model: SequenceModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    if optimizer is None:
+        return {}
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.trained_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(checkpoint: Path, model: SequenceModel, optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    path = checkpoint / "training.safetensors"
+    found = read_tensors(path)
+    if not found:  # written before the first update
+        optimizer.state.clear()
+        return
+    parameters = dict(model.trained_parameters())
+    expected = {f"{name}/{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
+    if expected != found.keys():
+        difference = sorted(expected ^ found.keys())
+        raise UserError(f"{path} does not fit the model: missing or left over: {', '.join(difference)}")
+    for name, parameter in parameters.items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            require_like(path, f"{name}/{key}", parameter, found[f"{name}/{key}"])
+        require_like(path, f"{name}/step", torch.zeros((), dtype=torch.float32), found[f"{name}/step"])
+        optimizer.state[parameter] = {
+            key: found[f"{name}/{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+
+
+def _lane_tensors(memories: list[Any]) -> dict[str, Tensor]:
+    """Memory of this rank's lanes, micro-batches joined, and the state of torch's generators."""
+    parts = [dict(named_tensors(memory)) for memory in memories]
+    tensors = {f"memory/{name}": torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors["rng/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _set_rng_state(states: dict[str, UInt8[Tensor, "_"]]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write, sync, and return size and sha256."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        reason = (
+            (int(number[1]), os.strerror(int(number[1])), str(path)) if number else (f"cannot write {path}: {error}",)
+        )
+        raise OSError(*reason) from error
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    return digest(path)
+
+
+def _switch(link: Path, target: str) -> None:
+    """Make `link` point at its sibling `target`, in one instant."""
+    beside = link.with_name(f"{link.name}.tmp")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target, target_is_directory=True)
+    if link.is_dir() and not link.is_symlink():  # a copy of a run in which links became directories
+        link.rename(link.with_name(f"step_of_{link.name}"))
+    beside.replace(link)
+    _sync_directory(link.parent)
+
+
+def _unused(path: Path) -> Path:
+    others = (path.with_name(f"{path.name}-{count}") for count in itertools.count(2))
+    return path if not path.exists() else next(other for other in others if not other.exists())
+
+
+def _delete_unreferenced(root: Path) -> None:
+    referenced = {(root / link).resolve() for link in ("last", "best")}
+    for directory in root.glob("step_*"):
+        if directory.resolve() not in referenced:
+            shutil.rmtree(directory)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,359 @@
+"""Training: one flat loop, from chunk to checkpoint. It knows models by their interface only.
+
+The same configuration again resumes the run from its last checkpoint, bit for bit on a CPU. Checkpoints, validations
+and samples wait for the step that completes an update; so does a signal.
+
+Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from ct_audio.common.errors import UserError
+from ct_audio.common.figures import spectrogram_figure
+from ct_audio.common.signals import SIGNALS, caught_signals
+from ct_audio.common.units import nats_to_bits
+from ct_audio.data.audio_files import write_wav
+from ct_audio.data.lanes import Chunk, split_chunk
+from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.models.interface import clip_gradients
+from ct_audio.models.state import detach_memory
+from ct_audio.runs.checkpoint_files import find_checkpoint
+from ct_audio.runs.config import RunConfig
+from ct_audio.runs.metrics import memory_use_mib
+from ct_audio.sampling.sampler import sample_codes
+from ct_audio.training.checkpoint import save_checkpoint
+from ct_audio.training.parallel import all_gather, all_reduce_sum, distributed_world, no_synchronisation, on_first_rank
+from ct_audio.training.schedules import completes_update, learning_rate, set_learning_rate, update_steps
+from ct_audio.training.session import Session, enter_run, say, set_up
+
+
+class NonFiniteLossError(UserError):
+    """The loss, or a gradient, is NaN or infinite; the weights have not been touched by it."""
+
+
+def train(config: RunConfig) -> int:
+    """Train a model, or go on with it, until `train.num_steps` are completed.
+
+    Returns:
+        exit status: 0 when the run is complete; 128 + the signal's number when SIGINT, SIGTERM or SIGUSR1 stopped it,
+        after it was saved.
+    Raises:
+        UserError: configuration, corpus and run directory do not fit, or another process trains the run.
+        NonFiniteLossError: the loss is NaN or infinite.
+    """
+    with distributed_world() as world, contextlib.ExitStack() as stack:
+        if on_first_rank(lambda: enter_run(stack, config)):
+            if world.is_first:
+                print(f"{config.run_dir} is finished: {config.train.num_steps} steps; nothing to do", flush=True)
+            return 0
+        session = set_up(config, world, stack.enter_context(caught_signals()))
+        stack.callback(session.metrics.close)
+        if session.optimizer is None:
+            return _without_steps(session) or _validate_whole_split(session)
+        if not session.resumed and config.train.checkpoint_every_steps:
+            _save(session, is_best=False)  # so that from here on there is always one to go on from
+        return _loop(session) or _validate_whole_split(session)
+
+
+def _loop(session: Session) -> int:
+    """Steps until the run is complete (returns 0) or a signal has come (128 + its number)."""
+    config, progress, optimizer = session.config, session.progress, session.optimizer
+    assert optimizer is not None
+    num_steps = config.train.num_steps
+    _when_due(session, stop=0)  # what a signal has put off in the session before
+    hidden = None if session.world.is_first else True
+    with tqdm(total=num_steps, initial=progress.step, unit="step", disable=hidden, leave=False) as bar:
+        for step in range(progress.step, num_steps):
+            step_began, stop = time.perf_counter(), 0
+            progress.add(_forward_and_backward(session, step))
+            if completes_update(step, config.optim):
+                stop = _agree(session)
+                norms = clip_gradients(session.model.gradient_groups(), config.optim.max_gradient_norm)
+                _require_finite_gradients(session, norms, step)
+                set_learning_rate(optimizer, learning_rate(step, config.optim))
+                optimizer.step()
+                session.model.after_update()
+                optimizer.zero_grad()
+                progress.add({"updates": 1.0, **{f"gradient_norm/{group}": norm for group, norm in norms.items()}})
+            progress.step = step + 1
+            seconds = time.perf_counter() - step_began
+            progress.training_seconds += seconds
+            progress.add({"steps": 1.0, "seconds": seconds})
+            bar.update()
+            if progress.is_due("log", config.train.log_every_steps, num_steps):
+                _log(session, bar)
+            if completes_update(step, config.optim):
+                _when_due(session, stop=stop)
+            if stop:
+                say(session, f"stopped by {signal.Signals(stop).name} and saved at step {progress.step}")
+                return 128 + stop
+    return 0
+
+
+def _without_steps(session: Session) -> int:
+    """A run of a model without parameters: fit it, if it has `fit`, score it and save it as complete.
+
+    Its validation NLL is written at the first and at the last step: a level line beside other models' curves.
+
+    Returns:
+        0; or 128 + the number of the signal that came before it was saved (the same command then starts afresh).
+    """
+    settings, progress = session.config.train, session.progress
+    fit = getattr(session.model, "fit", None)
+    if fit is not None and not session.resumed:
+        fit(session.corpus.split("train").codes)
+    for step in (1, settings.num_steps):
+        if step > progress.step:
+            progress.step = step
+            if settings.valid_every_steps:
+                _validate(session)
+    if progress.is_due("sample", settings.sample_every_steps, settings.num_steps):
+        _sample(session)
+    stop = _agree(session)
+    if stop:
+        return 128 + stop
+    if progress.is_due("checkpoint", settings.checkpoint_every_steps, settings.num_steps):
+        _save(session, is_best=True)
+    return 0
+
+
+def _forward_and_backward(session: Session, step: int) -> dict[str, float]:
+    """Add a step's gradients, weighted so that an update's are means over its period; returns mean losses by tag."""
+    period, parts = (
+        update_steps(step, session.config.optim),
+        split_chunk(session.stream.next_chunk(), len(session.memories)),
+    )
+    means: dict[str, float] = {}
+    for index, part in enumerate(parts):
+        synchronises = step + 1 == period.stop and index + 1 == len(parts)
+        inputs, targets, document_starts = (
+            None if tensor is None else tensor.to(session.device) for tensor in part[:3]
+        )
+        with contextlib.nullcontext() if synchronises else no_synchronisation(session.loss):
+            nll, memory, auxiliary = session.loss(inputs, targets, session.memories[index], document_starts)
+            losses = {"nll/train_nats": nll.mean(), **auxiliary}
+            (torch.stack(list(losses.values())).sum() / (len(parts) * len(period))).backward()
+        session.memories[index] = detach_memory(memory)
+        values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
+        if not all(map(math.isfinite, values)):
+            session.failures.append(
+                _describe_failure(session, step, index, part, nll.detach(), dict(zip(losses, values, strict=True)))
+            )
+        for tag, value in zip(losses, values, strict=True):
+            means[tag] = means.get(tag, 0.0) + value / len(parts)
+    return means
+
+
+def _when_due(session: Session, *, stop: int) -> None:
+    """After an update: validate, sample, save, each if it is due; a signal (`stop`) puts off all but the saving."""
+    settings, progress, improved = session.config.train, session.progress, False
+    if not stop and progress.is_due("valid", settings.valid_every_steps, settings.num_steps):
+        improved = _validate(session) and settings.checkpoint_every_steps > 0
+    if not stop and progress.is_due("sample", settings.sample_every_steps, settings.num_steps):
+        _sample(session)
+    if stop or improved or progress.is_due("checkpoint", settings.checkpoint_every_steps, settings.num_steps):
+        _save(session, is_best=improved)
+
+
+def _agree(session: Session) -> int:
+    """What has come on any rank since the last update, before it reaches the weights: a signal's number, or 0.
+
+    Raises:
+        NonFiniteLossError: on every rank, with what the rank concerned has to say.
+    """
+    flags = torch.tensor([float(bool(session.failures))] + [float(number in session.signals) for number in SIGNALS])
+    flags = all_reduce_sum(flags).tolist()
+    if flags[0]:
+        failures = [failure for part in all_gather(session.failures) for failure in part]
+        raise NonFiniteLossError(failures[0] + _last_good(session))
+    return next((int(number) for number, flag in zip(SIGNALS, flags[1:], strict=True) if flag), 0)
+
+
+def _describe_failure(
+    session: Session, step: int, index: int, part: Chunk, nll: Float[Tensor, "B T"], values: dict[str, float]
+) -> str:
+    bad = (~torch.isfinite(nll)).nonzero()
+    if not len(bad):
+        name = next(tag for tag, value in values.items() if not math.isfinite(value))
+        return f"step {step + 1}: the loss {name} is {values[name]}"
+    lane, offset = (int(place) for place in bad[0])
+    first_lane = session.world.rank * len(session.memories) + index
+    position = (int(part.positions[lane]) + offset) % session.stream.num_codes_used
+    return (
+        f"step {step + 1}: the loss is {nll[lane, offset].item()} in lane {first_lane * len(part.inputs) + lane}, "
+        f"corpus position {position} of the train split"
+    )
+
+
+def _require_finite_gradients(session: Session, norms: dict[str, float], step: int) -> None:
+    for group, norm in norms.items():
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(f"step {step + 1}: the gradient norm of {group} is {norm}" + _last_good(session))
+
+
+def _last_good(session: Session) -> str:
+    checkpoint = find_checkpoint(session.config.run_dir, "last")
+    kept = f"the last good checkpoint, {checkpoint.name}, is kept" if checkpoint else "nothing was saved yet"
+    return f"; {kept}; lower optim.peak_learning_rate or lengthen optim.warmup_steps, and choose another name"
+
+
+def _log(session: Session, bar: tqdm) -> None:
+    """Means since the last log, over all ranks."""
+    progress, config = session.progress, session.config
+    means = _mean_sums(session)
+    steps, updates, seconds = means.pop("steps"), means.pop("updates", 0), means.pop("seconds")
+    values = {tag: total / (updates if tag.startswith("gradient_norm/") else steps) for tag, total in means.items()}
+    values["nll/train_bits"] = nats_to_bits(values["nll/train_nats"])
+    values["optim/learning_rate"] = learning_rate(progress.step - 1, config.optim)
+    values["optim/update_period"] = len(update_steps(progress.step - 1, config.optim))
+    rate = steps * session.codes_per_step / seconds
+    values["throughput/codes_per_second"] = rate
+    if session.corpus.codec.sample_rate_hz:
+        values["throughput/times_real_time"] = rate / session.corpus.codec.sample_rate_hz
+    values["throughput/training_seconds"] = progress.training_seconds
+    _write_scalars(session, values | memory_use_mib())
+    progress.last["log"], progress.sums = progress.step, {}
+    bar.set_postfix_str(f"{values['nll/train_nats']:.4f} nats", refresh=False)
+    if bar.disable:  # not a terminal
+        left = (config.train.num_steps - progress.step) * seconds / steps
+        say(
+            session,
+            f"step {progress.step}/{config.train.num_steps}  nll {values['nll/train_nats']:.4f} nats "
+            f"{values['nll/train_bits']:.4f} bits  {rate:.0f} codes/s  {left / 60:.1f} min left",
+        )
+
+
+def _mean_sums(session: Session) -> dict[str, float]:
+    """`progress.sums`, the mean over all ranks."""
+    sums = session.progress.sums
+    total = all_reduce_sum(torch.tensor([sums[tag] for tag in sorted(sums)], dtype=torch.float64))
+    return dict(zip(sorted(sums), (total / session.world.world_size).tolist(), strict=True))
+
+
+def _validate(session: Session) -> bool:
+    """Score the fixed stretch; returns whether it is the best so far. A signal breaks it off and puts it off."""
+    progress, nll_nats = session.progress, _valid_nll(session, max_codes=session.config.train.valid_codes or None)
+    if nll_nats is None:
+        return False
+    if not math.isfinite(nll_nats):
+        raise NonFiniteLossError(f"step {progress.step}: the validation NLL is {nll_nats}" + _last_good(session))
+    progress.last["valid"] = progress.step
+    _write_scalars(session, {"nll/valid_nats": nll_nats, "nll/valid_bits": nats_to_bits(nll_nats)})
+    say(session, f"step {progress.step}  valid nll {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits")
+    if progress.best_valid_nll_nats is not None and nll_nats >= progress.best_valid_nll_nats:
+        return False
+    progress.best_valid_nll_nats = nll_nats
+    return True
+
+
+def _validate_whole_split(session: Session) -> int:
+    """At the end of a run: score all of the validation split, unless that is off; returns the exit status."""
+    if session.config.train.valid_every_steps == 0 or not session.config.train.validate_whole_split:
+        return 0
+    nll_nats = _valid_nll(session, max_codes=None)
+    if nll_nats is None:
+        return 128 + on_first_rank(lambda: session.signals[0])
+    _write_scalars(session, {"nll/valid_full_nats": nll_nats, "nll/valid_full_bits": nats_to_bits(nll_nats)})
+    session.metrics.flush()
+    say(session, f"whole validation split: {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits a code")
+    return 0
+
+
+class _Interrupted(Exception):  # noqa: N818
+    """Breaks off a validation."""
+
+
+def _valid_nll(session: Session, *, max_codes: int | None) -> float | None:
+    """Mean NLL in nats over the beginning of the validation split, on rank 0; None if a signal broke it off."""
+    config, codec, split = session.config, session.corpus.codec, session.corpus.split("valid")
+
+    def stop_at_signal(_positions: Any, _nll: Any) -> None:
+        if session.signals:
+            raise _Interrupted
+
+    def score() -> float | None:
+        autocast = config.train.precision == "bfloat16"
+        try:
+            with torch.autocast(session.device.type, torch.bfloat16, enabled=autocast):
+                return evaluate_nll(
+                    session.model,
+                    split.codes,
+                    start_code=codec.start_code,
+                    chunk_length=config.data.chunk_length,
+                    document_offsets=split.document_offsets,
+                    reset_memory_at_document=config.data.reset_memory_at_document,
+                    max_codes=max_codes,
+                    on_nll=stop_at_signal,
+                    progress="validate",
+                ).nll_nats
+        except _Interrupted:
+            return None
+
+    return on_first_rank(score)
+
+
+def _sample(session: Session) -> None:
+    """Sample some audio on rank 0, to samples/ and to TensorBoard; the seed is the same every time."""
+    progress, codec, settings = session.progress, session.corpus.codec, session.config.train
+    progress.last["sample"] = progress.step
+    rate = codec.sample_rate_hz
+    if rate is None or not session.world.is_first:
+        return
+    num_codes, codes = max(1, round(settings.sample_seconds * rate)), []
+    steps = sample_codes(
+        session.model, num_lanes=1, num_codes=num_codes, seed=settings.seed, start_code=codec.start_code
+    )
+    for code, _ in tqdm(steps, total=num_codes, desc="sample", unit="code", leave=False, disable=None):
+        codes.append(int(code))
+        if session.signals:
+            steps.close()
+            return
+    waveform = codec.decode(np.array(codes, dtype=np.uint8))
+    directory = session.config.run_dir / "samples"
+    directory.mkdir(exist_ok=True)
+    write_wav(directory / f"step_{progress.step:08d}_0.wav", waveform, rate)
+    session.metrics.audio("sample/0", waveform, step=progress.step, sample_rate_hz=rate)
+    session.metrics.figure("sample_spectrogram/0", spectrogram_figure(waveform, rate), step=progress.step)
+
+
+def _save(session: Session, *, is_best: bool) -> None:
+    progress = session.progress
+    progress.last["checkpoint"] = progress.step
+    progress.sums = _mean_sums(session)  # state.json is rank 0's, and every rank goes on from it
+    progress.wall_seconds = time.perf_counter() - session.began
+    session.metrics.flush()
+    save_checkpoint(
+        session.config.run_dir,
+        config=session.config,
+        model=session.model,
+        optimizer=session.optimizer,
+        memories=session.memories,
+        state={
+            "step": progress.step,
+            "progress": dataclasses.asdict(progress),
+            "stream": session.stream.state_dict(),
+            "corpus_fingerprint": session.corpus.fingerprint,
+            "codec": session.corpus.codec.to_json(),
+        },
+        world=session.world,
+        is_best=is_best,
+    )
+
+
+def _write_scalars(session: Session, values: dict[str, float]) -> None:
+    progress = session.progress
+    progress.wall_seconds = time.perf_counter() - session.began
+    session.metrics.scalars(
+        values, step=progress.step, wall_seconds=progress.wall_seconds, audio_seconds=session.audio_seconds
+    )

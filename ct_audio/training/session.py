@@ -1,0 +1,296 @@
+"""A training session: the run's directory, set-up or resume of everything that the loop works with, and signals.
+
+Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import write_codec_files
+from ct_audio.data.corpus import Corpus, open_corpus
+from ct_audio.data.lanes import WindowStream
+from ct_audio.models import SequenceModel, build_model
+from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
+from ct_audio.runs.config import RunConfig, config_to_yaml, load_config
+from ct_audio.runs.device import choose_device
+from ct_audio.runs.metrics import MetricsWriter, read_metrics
+from ct_audio.runs.same_run import flat_config, require_same_run
+from ct_audio.training.checkpoint import load_checkpoint, split_memory
+from ct_audio.training.parallel import World, data_parallel, on_first_rank
+from ct_audio.training.schedules import completes_update, make_optimizer, update_steps
+
+
+class ChunkLoss(nn.Module):
+    """Forward pass and losses of a chunk as one module, so that data parallelism wraps all of it."""
+
+    def __init__(self, model: SequenceModel, *, device_type: str, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self._device_type = device_type
+        self._autocast = precision == "bfloat16"
+
+    def forward(
+        self,
+        inputs: Int[Tensor, "B T"],
+        targets: Int[Tensor, "B T"],
+        memory: Any,
+        document_starts: Bool[Tensor, "B T"] | None,
+    ) -> tuple[Float[Tensor, "B T"], Any, dict[str, Float[Tensor, ""]]]:
+        """NLL of each target in nats, next memory, auxiliary losses."""
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
+            output = self.model(inputs, memory, document_starts=document_starts)
+            nll = self.model.nll(output.features, targets)  # type: ignore[operator]
+        return nll, output.memory, output.auxiliary_losses
+
+
+@dataclass
+class Progress:
+    """How far a run is; stands in state.json, so that a resumed run reports as if it had never stopped.
+
+    Attributes:
+        step: steps completed.
+        wall_seconds: since the run began, over all sessions.
+        training_seconds: the part of it that went into steps (no validation, sampling, checkpoints).
+        best_valid_nll_nats: of all validations.
+        last: the step of the last log, validation, sample and checkpoint.
+        sums: sums since the last log, by tag, and the "steps", "updates" and "seconds" that they are of.
+    """
+
+    step: int = 0
+    wall_seconds: float = 0.0
+    training_seconds: float = 0.0
+    best_valid_nll_nats: float | None = None
+    last: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def is_due(self, what: str, every_steps: int, num_steps: int) -> bool:
+        """Whether a multiple of the period, or the end of the run, was reached since the last time."""
+        last = self.last.get(what, 0)
+        if every_steps == 0 or self.step == last:
+            return False
+        return self.step == num_steps or self.step // every_steps > last // every_steps
+
+    def add(self, values: dict[str, float]) -> None:
+        """Add to the sums."""
+        for tag, value in values.items():
+            self.sums[tag] = self.sums.get(tag, 0.0) + value
+
+
+@dataclass
+class Session:
+    """What one call of the training command works with; signals that come and losses that are NaN are noted here.
+
+    `optimizer` is None for a model without parameters.
+    """
+
+    config: RunConfig
+    world: World
+    device: torch.device
+    corpus: Corpus
+    model: SequenceModel
+    loss: nn.Module
+    optimizer: torch.optim.Adam | None
+    stream: WindowStream
+    memories: list[Any]
+    progress: Progress
+    metrics: MetricsWriter
+    signals: list[int]
+    began: float
+    resumed: bool
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def codes_per_step(self) -> int:
+        """Codes that all ranks together consume in a step."""
+        return self.config.data.num_lanes * self.config.data.chunk_length
+
+    @property
+    def audio_seconds(self) -> float | None:
+        """Seconds of audio seen; None for text."""
+        rate = self.corpus.codec.sample_rate_hz
+        return self.progress.step * self.codes_per_step / rate if rate else None
+
+
+def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
+    """On rank 0: lock the run's directory and check that it is this configuration's; returns whether it is finished."""
+    stack.enter_context(run_lock(config.run_dir))
+    checkpoint = find_checkpoint(config.run_dir, "last")
+    if checkpoint is not None:
+        require_same_run(load_config(checkpoint / "config.yaml"), config)
+        step = read_state(checkpoint)["step"]
+        if step > config.train.num_steps:
+            raise UserError(
+                f"train.num_steps = {config.train.num_steps}, but {config.run_dir} has completed {step} already; "
+                "num_steps may only grow"
+            )
+        if step == config.train.num_steps:
+            done = [line for line in read_metrics(config.run_dir) if line["step"] == step]
+            scored = config.train.valid_every_steps == 0 or not config.train.validate_whole_split
+            if scored or any("nll/valid_full_nats" in line for line in done):
+                return True
+    _write_config(config.run_dir, config)
+    return False
+
+
+def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
+    """Open, build and, where there is a checkpoint, load everything."""
+    settings, data = config.train, config.data
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    device = choose_device(settings.device, local_rank=world.local_rank)
+    corpus = open_corpus(data.corpus)
+    stream = WindowStream(
+        corpus.split("train").codes,
+        corpus.split("train").document_offsets,
+        start_code=corpus.codec.start_code,
+        chunk_length=data.chunk_length,
+        num_lanes=data.num_lanes,
+        reset_memory_at_document=data.reset_memory_at_document,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+    num_lanes = data.num_lanes // world.world_size
+    _check(config, corpus, num_lanes)
+    torch.manual_seed(settings.seed)
+    model = build_model(config)
+    model.to(device, torch.float64 if settings.precision == "float64" else None)
+    torch.manual_seed(settings.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
+    optimizer = make_optimizer(model, config.optim) if model.has_parameters else None
+    memories = split_memory(model.zero_memory(num_lanes), num_lanes, settings.num_micro_batches)
+    checkpoint, progress = on_first_rank(lambda: find_checkpoint(config.run_dir, "last")), Progress()
+    if checkpoint is not None:
+        lanes = {"num_lanes": num_lanes, "num_micro_batches": settings.num_micro_batches}
+        memories, state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world, **lanes)
+        if state.get("corpus_fingerprint") != corpus.fingerprint:
+            raise UserError(
+                f"data.corpus = {data.corpus} holds other codes than when {config.run_dir} was started; "
+                "bring that corpus back, or choose another name"
+            )
+        stream.load_state_dict(state.get("stream", {}))
+        progress = _progress_from_json(state.get("progress", {}), step=state["step"])
+    if world.is_first:
+        write_codec_files(corpus.codec, config.run_dir)  # so that the run alone can be sampled
+    loss = ChunkLoss(model, device_type=device.type, precision=settings.precision)
+    rate = corpus.codec.sample_rate_hz or math.inf
+    codes = progress.step * data.num_lanes * data.chunk_length
+    session = Session(
+        config=config,
+        world=world,
+        device=device,
+        corpus=corpus,
+        model=model,
+        loss=data_parallel(loss, world) if optimizer else loss,
+        optimizer=optimizer,
+        stream=stream,
+        memories=memories,
+        progress=progress,
+        metrics=MetricsWriter(config.run_dir, step=progress.step, audio_seconds=codes / rate, enabled=world.is_first),
+        signals=signals,
+        began=time.perf_counter() - progress.wall_seconds,
+        resumed=checkpoint is not None,
+    )
+    _announce(session)
+    return session
+
+
+def _progress_from_json(fields: dict[str, Any], *, step: int) -> Progress:
+    """What state.json says; raises `UserError` where that is no progress of a run."""
+    last, sums = fields.get("last", {}), fields.get("sums", {})
+    seconds = [fields.get(key, 0.0) for key in ("wall_seconds", "training_seconds")]
+    fits = (
+        fields.keys() <= {field.name for field in dataclasses.fields(Progress)}
+        and fields.get("step") == step
+        and isinstance(last, dict)
+        and isinstance(sums, dict)
+        and all(type(at) is int and 0 <= at <= step for at in last.values())
+        and all(isinstance(value, float) for value in [*seconds, *sums.values()])
+    )
+    if not fits:
+        raise UserError(f"state.json: progress does not fit step {step}; use another checkpoint or start a new run")
+    return Progress(**fields)
+
+
+def _check(config: RunConfig, corpus: Corpus, num_lanes: int) -> None:
+    """What only corpus, processes and schedule together can tell."""
+    settings = config.train
+    if corpus.codec.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size}, but the corpus {config.data.corpus} has a codec of "
+            f"{corpus.codec.vocab_size} codes; write model.vocab_size={corpus.codec.vocab_size}"
+        )
+    if num_lanes % settings.num_micro_batches:
+        raise UserError(
+            f"train.num_micro_batches = {settings.num_micro_batches} does not divide the {num_lanes} lanes of a "
+            "process; change it or data.num_lanes"
+        )
+    if not completes_update(settings.num_steps - 1, config.optim):
+        period = update_steps(settings.num_steps - 1, config.optim)
+        raise UserError(
+            f"train.num_steps = {settings.num_steps} ends within an update of {len(period)} steps; "
+            f"write train.num_steps={period.stop}"
+        )
+    if settings.valid_every_steps:
+        corpus.split("valid")
+
+
+def _announce(session: Session) -> None:
+    config, model = session.config, session.model
+    counts = {group: sum(p.numel() for p in parameters) for group, parameters in model.gradient_groups().items()}
+    what = ", ".join(f"{count:,} parameters of {group}" for group, count in counts.items())
+    beginning = f"resumed at step {session.progress.step}" if session.resumed else "new run"
+    say(session, f"{config.run_dir}: {beginning}; {config.model.name} with {what}; {session.device}")
+    steps, optim = config.train.num_steps, config.optim
+    if session.optimizer and optim.decay_steps and steps > (end := optim.warmup_steps + optim.decay_steps):
+        say(
+            session,
+            f"the learning rate stays at optim.final_learning_rate = {optim.final_learning_rate} from step {end} "
+            f"on; a longer run needs a longer decay, as optim.decay_steps={steps - optim.warmup_steps}",
+        )
+    session.metrics.text("config", config_to_yaml(config), step=session.progress.step)
+    if not session.resumed:
+        session.metrics.hyperparameters(
+            flat_config(config) | {f"parameters.{group}": count for group, count in counts.items()},
+            ["nll/valid_nats", "nll/valid_bits", "nll/train_nats"],
+        )
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run's directory for this process; the lock ends with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "train.lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training {run_dir}; wait for it, or choose another name") from None
+        yield
+
+
+def _write_config(run_dir: Path, config: RunConfig) -> None:
+    """Write the run's config.yaml, whole or not at all."""
+    beside = run_dir / "config.yaml.tmp"
+    beside.write_text(config_to_yaml(config), encoding="utf-8")
+    beside.replace(run_dir / "config.yaml")
+
+
+def say(session: Session, text: str) -> None:
+    if session.world.is_first:
+        with tqdm.external_write_mode():
+            print(text, flush=True)
