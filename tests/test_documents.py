@@ -94,12 +94,16 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert target.startswith("https://") or (document.parent / target).exists(), target
 
 
-def test_the_library_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/stack.md"])
+def test_the_library_examples_run(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (block,) = [block for block in code_blocks(ROOT / "README.md") if "import" in block]
+    (block,) = [block for block in code_blocks(ROOT / document) if "import" in block]
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, document, "exec"), names)
     assert names["loss"].item() > 0
+    if document == "docs/stack.md":
+        memory_valid = names["memory"].memory_valid[0].tolist()
+        assert memory_valid == [32, 64 - 40]  # lane 1 remembers its new recording only
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,10 @@
 """The contract that every sequence model keeps: state goes in and comes out, modules keep none.
 
-Shape letters: B lanes, T codes of a chunk, R codes of an unfinished window, D features, V codes of the vocabulary.
+Shape letters: B lanes, T codes of a chunk, R codes of an unfinished window, N rows of any batch, D width of a row or of
+features, V codes of the vocabulary.
+
+A model is front end, stack, head (`composition.py` puts them together): the front end makes a row of each code, the
+stack makes features of rows, the head makes probabilities of features. Linear prediction is a model as a whole.
 
 The contract in prose
     * A *lane* is one contiguous stream of the batch. `codes[:, t]` are integers in [0, vocab_size).
@@ -53,7 +57,134 @@ class ModelOutput(NamedTuple):
     auxiliary_losses: dict[str, Float[Tensor, ""]]
 
 
-class SequenceModel(nn.Module, abc.ABC):
+class FrontEnd(nn.Module, abc.ABC):
+    """What a code becomes: codes in, rows out; and a memory of its own, where it has one.
+
+    Attributes:
+        width: D, of its rows.
+    """
+
+    width: int
+
+    @property
+    def temporal_range(self) -> int:
+        """Distance in codes to the farthest earlier code that can change a row."""
+        return 0
+
+    def zero_memory(self, num_lanes: int) -> Any:
+        """Memory of a stream that has not begun, the lane first in every tensor; () where there is none."""
+        return ()
+
+    @abc.abstractmethod
+    def forward(
+        self, codes: Int[Tensor, "B T"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Any]:
+        """Rows of any number of codes (0 too), and the next memory."""
+
+    def step(self, codes: Int[Tensor, "B"], memory: Any) -> tuple[Float[Tensor, "B D"], Any]:
+        """The row of one more code a lane, and the next memory. Consumes `memory`."""
+        rows, memory = self(codes[:, None], memory)
+        return rows[:, 0], memory
+
+
+class StackOutput(NamedTuple):
+    """What a stack makes of the rows of a chunk.
+
+    Attributes:
+        rows: [B, T, D'], features where the stack is part of a model.
+        memory: after the chunk.
+        auxiliary_losses: as those of `ModelOutput`.
+    """
+
+    rows: Float[Tensor, "B T D"]
+    memory: Any
+    auxiliary_losses: dict[str, Float[Tensor, ""]]
+
+
+class Trainable(nn.Module):
+    """What stacks and models have in common for those who train them."""
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer updates: f_c stays as it was drawn with `compression_loss: none`."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by clipping group: "model", and "compression" for f_c where it has parameters."""
+        return {"model": [parameter for _, parameter in self.trained_parameters()]}
+
+    def after_update(self) -> None:
+        """Bring parameters that have a range back into it; to be called after each update of the weights."""
+        return
+
+
+class Stack(Trainable, abc.ABC):
+    """Rows in, rows out, memory in and out: the part of a model that remembers. Usable without the other parts.
+
+    Attributes:
+        width: D, of the rows that come in.
+        output_width: D', of the rows that go out.
+    """
+
+    width: int
+    output_width: int
+
+    @property
+    def window_length(self) -> int:
+        """As a model's."""
+        return 1
+
+    @property
+    @abc.abstractmethod
+    def temporal_range(self) -> int:
+        """As a model's."""
+
+    @property
+    def attention_cost(self) -> int:
+        """As a model's."""
+        return 0
+
+    @abc.abstractmethod
+    def zero_memory(
+        self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
+    ) -> Any:
+        """As a model's."""
+
+    @abc.abstractmethod
+    def forward(
+        self, rows: Float[Tensor, "B T D"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
+    ) -> StackOutput:
+        """Outputs, next memory and auxiliary losses of a chunk.
+
+        Args:
+            document_starts: True where nothing before has any influence from there on (a document, an episode).
+        """
+
+    @abc.abstractmethod
+    def begin_steps(self, memory: Any, rows: Float[Tensor, "B R D"]) -> Any:
+        """State for `step` after R rows of an unfinished window; its `memory` is that of the last whole window."""
+
+    @abc.abstractmethod
+    def step(self, rows: Float[Tensor, "B D"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
+        """Output for one more row a lane, and the next state. Consumes `state`."""
+
+    @abc.abstractmethod
+    def clone_state(self, state: Any) -> Any:
+        """An independent copy of a step state."""
+
+
+class Head(nn.Module, abc.ABC):
+    """Features in, probabilities of the next code out: always in float32 or wider, under autocast too."""
+
+    @abc.abstractmethod
+    def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """As a model's."""
+
+    @abc.abstractmethod
+    def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """As a model's."""
+
+
+class SequenceModel(Trainable, abc.ABC):
     """What trainer, evaluator and sampler know of a model.
 
     Attributes:
@@ -118,14 +249,6 @@ class SequenceModel(nn.Module, abc.ABC):
     def clone_state(self, state: Any) -> Any:
         """An independent copy of a step state."""
 
-    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trained parameters by clipping group: "model", and "compression" for f_c where it has parameters."""
-        return {"model": [parameter for _, parameter in self.trained_parameters()]}
-
-    def after_update(self) -> None:
-        """Bring parameters that have a range back into it; to be called after each update of the weights."""
-        return
-
     def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
         """Compute what a model without trained parameters keeps in buffers from the training split, as one stream."""
         return
@@ -139,10 +262,6 @@ class SequenceModel(nn.Module, abc.ABC):
     def has_parameters(self) -> bool:
         """Whether there is anything to train."""
         return next(self.parameters(), None) is not None
-
-    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters that the optimizer updates: f_c stays as it was drawn with `compression_loss: none`."""
-        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
