@@ -59,10 +59,6 @@ class ComposedModel(SequenceModel):
     def temporal_range(self) -> int:
         return self.front_end.temporal_range + self.stack.temporal_range
 
-    @property
-    def attention_cost(self) -> int:
-        return self.stack.attention_cost
-
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
     ) -> ModelMemory:

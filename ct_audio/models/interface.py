@@ -101,8 +101,43 @@ class StackOutput(NamedTuple):
     auxiliary_losses: dict[str, Float[Tensor, ""]]
 
 
-class Trainable(nn.Module):
-    """What stacks and models have in common for those who train them."""
+class StatefulModule(nn.Module, abc.ABC):
+    """What stacks and models have in common: a memory, and parameters that somebody trains.
+
+    Attributes:
+        config: the frozen dataclass that built it; it knows `temporal_range` and `attention_cost`.
+    """
+
+    config: Any
+
+    @property
+    def window_length(self) -> int:
+        """Codes (rows) a window; a chunk is a whole number of windows. 1 where there are no windows."""
+        return 1
+
+    @property
+    def temporal_range(self) -> int:
+        """Distance in codes to the farthest code that can change a prediction made at the start of a window."""
+        return self.config.temporal_range
+
+    @property
+    def attention_cost(self) -> int:
+        """Rows that one code attends to, summed over layers (0 without attention)."""
+        return self.config.attention_cost
+
+    @abc.abstractmethod
+    def zero_memory(
+        self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
+    ) -> Any:
+        """Memory of a stream that has not begun, on the module's device and in its dtype.
+
+        Lengths default to the configuration's; evaluation may pass others. Without such a memory, a length that is
+        passed raises `UserError`.
+        """
+
+    @abc.abstractmethod
+    def clone_state(self, state: Any) -> Any:
+        """An independent copy of a step state."""
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer updates: f_c stays as it was drawn with `compression_loss: none`."""
@@ -117,7 +152,7 @@ class Trainable(nn.Module):
         return
 
 
-class Stack(Trainable, abc.ABC):
+class Stack(StatefulModule):
     """Rows in, rows out, memory in and out: the part of a model that remembers. Usable without the other parts.
 
     Attributes:
@@ -127,27 +162,6 @@ class Stack(Trainable, abc.ABC):
 
     width: int
     output_width: int
-
-    @property
-    def window_length(self) -> int:
-        """As a model's."""
-        return 1
-
-    @property
-    @abc.abstractmethod
-    def temporal_range(self) -> int:
-        """As a model's."""
-
-    @property
-    def attention_cost(self) -> int:
-        """As a model's."""
-        return 0
-
-    @abc.abstractmethod
-    def zero_memory(
-        self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
-    ) -> Any:
-        """As a model's."""
 
     @abc.abstractmethod
     def forward(
@@ -167,10 +181,6 @@ class Stack(Trainable, abc.ABC):
     def step(self, rows: Float[Tensor, "B D"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
         """Output for one more row a lane, and the next state. Consumes `state`."""
 
-    @abc.abstractmethod
-    def clone_state(self, state: Any) -> Any:
-        """An independent copy of a step state."""
-
 
 class Head(nn.Module, abc.ABC):
     """Features in, probabilities of the next code out: always in float32 or wider, under autocast too."""
@@ -184,44 +194,13 @@ class Head(nn.Module, abc.ABC):
         """As a model's."""
 
 
-class SequenceModel(Trainable, abc.ABC):
-    """What trainer, evaluator and sampler know of a model.
-
-    Attributes:
-        config: the frozen dataclass that built the model.
-    """
-
-    config: Any
+class SequenceModel(StatefulModule):
+    """What trainer, evaluator and sampler know of a model."""
 
     @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
         """Number V of codes."""
-
-    @property
-    def window_length(self) -> int:
-        """Codes a window; a chunk is a whole number of windows. 1 for models without windows."""
-        return 1
-
-    @property
-    @abc.abstractmethod
-    def temporal_range(self) -> int:
-        """Distance in codes to the farthest code that can change a prediction made at the start of a window."""
-
-    @property
-    def attention_cost(self) -> int:
-        """Rows that one code attends to, summed over layers (0 for a model without attention)."""
-        return 0
-
-    @abc.abstractmethod
-    def zero_memory(
-        self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
-    ) -> Any:
-        """Memory of a stream that has not begun, on the model's device and in its dtype.
-
-        Lengths default to the configuration's; evaluation may pass others. A model that has no such memory raises
-        `UserError` when a length is passed.
-        """
 
     @abc.abstractmethod
     def forward(
@@ -244,10 +223,6 @@ class SequenceModel(Trainable, abc.ABC):
     @abc.abstractmethod
     def step(self, codes: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
         """Features after one more code a lane, and the next state. Consumes `state`."""
-
-    @abc.abstractmethod
-    def clone_state(self, state: Any) -> Any:
-        """An independent copy of a step state."""
 
     def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
         """Compute what a model without trained parameters keeps in buffers from the training split, as one stream."""

@@ -140,10 +140,6 @@ class LinearPrediction(SequenceModel):
         """Number V of codes."""
         return self.config.vocab_size
 
-    @property
-    def temporal_range(self) -> int:
-        return self.config.temporal_range
-
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
     ) -> LinearPredictionMemory:

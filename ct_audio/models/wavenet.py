@@ -161,10 +161,6 @@ class WaveNetStack(Stack):
         self.skip_bias = nn.Parameter(torch.zeros(skip_width))
         self.hidden = nn.Linear(skip_width, skip_width)
 
-    @property
-    def temporal_range(self) -> int:
-        return self.config.temporal_range
-
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
     ) -> WaveNetMemory:

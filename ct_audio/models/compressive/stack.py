@@ -55,14 +55,6 @@ class CompressiveStack(Stack):
     def window_length(self) -> int:
         return self.config.window_length
 
-    @property
-    def temporal_range(self) -> int:
-        return self.config.temporal_range
-
-    @property
-    def attention_cost(self) -> int:
-        return self.config.attention_cost
-
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
     ) -> Memory:
