@@ -92,6 +92,10 @@ class AdaptiveSoftmax(RowHead):
         self.bias = nn.Parameter(torch.zeros(vocab_size + num_further))
         self.num_logits = self.edges[0][1] + num_further
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.bands.dtype
+
     def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         """Only rows of a further band meet its codes: the largest tensor is [N, C], never [N, V]."""
         num_first = self.edges[0][1]

@@ -5,6 +5,7 @@ Shape letters: B lanes, T codes of a chunk, D width.
 
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ class CodeEmbedding(FrontEnd):
 
     Args:
         scale: what the rows are multiplied by; a table that is tied to the head's has the scale of output weights.
-        dropout: of the rows.
+        dropout: of the rows of a chunk, in training.
     """
 
     def __init__(self, table: nn.Embedding, *, scale: float | None = None, dropout: float = 0.0) -> None:
@@ -29,5 +30,11 @@ class CodeEmbedding(FrontEnd):
     def forward(
         self, codes: Int[Tensor, "B T"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], Any]:
-        rows = self.table(codes)
-        return self.dropout(rows if self.scale is None else rows * self.scale), memory
+        return self.dropout(self._rows(codes)), memory
+
+    def step(self, codes: Int[Tensor, "B"], memory: Any) -> tuple[Float[Tensor, "B D"], Any]:
+        return self._rows(codes), memory
+
+    def _rows(self, codes: Tensor) -> Tensor:
+        rows = F.embedding(codes, self.table.weight)
+        return rows if self.scale is None else rows * self.scale

@@ -4,6 +4,7 @@ Shape letters: N rows of any batch, D features, V codes of the vocabulary.
 """
 
 import abc
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,11 @@ class RowHead(Head):
 
     num_logits: int
 
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
     @abc.abstractmethod
     def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         """Negative log-likelihood of each target in nats; no random numbers in it."""
@@ -38,16 +44,14 @@ class RowHead(Head):
         """Log-probabilities of all codes in nats."""
 
     def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        with torch.autocast(features.device.type, enabled=False):
-            nll = nll_in_blocks(self.nll_of_rows, self._rows(features), targets.flatten(), self.num_logits)
-        return nll.view(targets.shape)
+        with _without_autocast(features.device.type):
+            rows = features.flatten(0, -2).to(self.dtype)
+            return nll_in_blocks(self.nll_of_rows, rows, targets.flatten(), self.num_logits).view(targets.shape)
 
     def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        with torch.autocast(features.device.type, enabled=False):
-            return self.log_probabilities_of_rows(self._rows(features)).unflatten(0, features.shape[:-1])
-
-    def _rows(self, features: Tensor) -> Float[Tensor, "N D"]:
-        return features.flatten(0, -2).to(next(self.parameters()).dtype)
+        with _without_autocast(features.device.type):
+            rows = features.flatten(0, -2).to(self.dtype)
+            return self.log_probabilities_of_rows(rows).view(*features.shape[:-1], -1)
 
 
 class Categorical(RowHead):
@@ -62,11 +66,21 @@ class Categorical(RowHead):
         self.num_logits = projection.out_features
         self.projection = projection
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.projection.weight.dtype
+
     def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
         return F.cross_entropy(at_least_float32(self.projection(rows)), targets, reduction="none")
 
     def log_probabilities_of_rows(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         return torch.log_softmax(at_least_float32(self.projection(rows)), dim=-1)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """Costs nothing where there is none: a sampler comes here for every code."""
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def nll_in_blocks(
