@@ -23,7 +23,7 @@ RUN_IN_ORDER = sorted(
     [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md"), ROOT / "samples" / "README.md"]
 )
 """Documents whose commands, one after another, work in a fresh copy of the project."""
-DOCUMENTS = sorted([*RUN_IN_ORDER, ROOT / "ARCHITECTURE.md", *ROOT.glob("recipes/*/optimisation.md")])
+DOCUMENTS = sorted({*RUN_IN_ORDER, ROOT / "ARCHITECTURE.md", *ROOT.glob("recipes/*/*.md")})
 ASSUMED_RUNS = {"samples/README.md": ["kathleen/wavenet_small.yaml", "enwik8/compressive_transformer_small.yaml"]}
 """Runs that a document uses and another one, the README of the recipe, prepares and trains."""
 WITHOUT_COMMANDS = {"docs/results.md", "docs/stack.md", "docs/troubleshooting.md"}
