@@ -339,7 +339,7 @@ def context_tables(model: CompressiveTransformer, stretch: Stretch, shares: tupl
         gain, error = _gain(blocks_of[0, 0], blocks, counts)
         row = {
             **lengths,
-            "temporal_range_codes": dataclasses.replace(model.config, **lengths).temporal_range,
+            "temporal_range_codes": dataclasses.replace(model.config, **lengths).paper_temporal_range,
             "nll_nats": nll_nats,
             "nll_bits": nats_to_bits(nll_nats),
             "gain_nats": gain,
