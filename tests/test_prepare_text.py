@@ -149,6 +149,11 @@ def test_texts_that_have_changed_at_the_same_size_are_noticed(tmp_path, codec):
     assert require_decodes_back(corpus, texts)
     assert corpus.fingerprint != made.fingerprint
     assert run(texts, tmp_path / "out", codec)[1]
+    description = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    del description["source"]["content_sha256"]
+    write_json(tmp_path / "out" / "corpus.json", description)
+    with pytest.raises(UserError, match=r"\(content_sha256: None there, .* now\); pass --overwrite"):
+        run(texts, tmp_path / "out", codec)
 
 
 def test_texts_are_hashed_in_parts(tmp_path, monkeypatch):
@@ -165,46 +170,6 @@ def test_texts_are_hashed_in_parts(tmp_path, monkeypatch):
         hash_texts([Text(tmp_path / "t", "train", "t", 0, 99)])
     with pytest.raises(UserError, match="cannot read"):
         hash_texts([Text(tmp_path / "gone", "train", "t", 0, 9)])
-
-
-def forget_content(out):
-    """Make a corpus as earlier versions did, which recorded names and sizes only; returns its corpus.json."""
-    description = json.loads((out / "corpus.json").read_text())
-    del description["source"]["content_sha256"]
-    write_json(out / "corpus.json", description)
-    return (out / "corpus.json").read_bytes()
-
-
-@pytest.mark.parametrize("codec", sorted(SETTINGS))
-def test_a_corpus_of_an_earlier_version_is_compared_with_its_texts(tmp_path, codec, monkeypatch):
-    texts, said = make_texts(tmp_path / "in"), []
-    made, _ = run(texts, tmp_path / "out", codec)
-    before = contents(tmp_path / "out")
-    earlier = forget_content(tmp_path / "out")
-    assert open_corpus(tmp_path / "out", verify=True).fingerprint == made.fingerprint  # for training it is the same
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", refuse_to_write)
-        assert run(texts, tmp_path / "out", codec)[1]
-    assert (tmp_path / "out" / "corpus.json").read_bytes() == earlier
-    assert run(texts, tmp_path / "out", codec, say=said.append)[1]
-    assert len(said) == 1
-    assert said[0].startswith(f"{made.path} was prepared by an earlier version, which did not record what the texts")
-    assert contents(tmp_path / "out") == before
-    assert run(texts, tmp_path / "out", codec, say=said.append)[1]
-    assert len(said) == 1  # it is recorded now
-    earlier = forget_content(tmp_path / "out")
-    exchange(texts[2], b"cat", b"dog")
-    with pytest.raises(UserError, match=r"by an earlier version, and it does not decode back .*2\.txt.*--overwrite"):
-        run(texts, tmp_path / "out", codec)
-    assert (tmp_path / "out" / "corpus.json").read_bytes() == earlier
-    corpus, was_there = run(texts, tmp_path / "out", codec, overwrite=True)
-    assert not was_there
-    assert require_decodes_back(corpus, texts)
-
-
-def refuse_to_write(*_arguments):
-    """As in a folder that is for reading only."""
-    raise PermissionError(13, "Permission denied")
 
 
 def count_work(monkeypatch, stop_after: int | None = None) -> list[str]:
