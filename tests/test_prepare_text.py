@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from recordings import count_calls
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import hold_alone, write_json
@@ -172,44 +173,32 @@ def test_texts_are_hashed_in_parts(tmp_path, monkeypatch):
         hash_texts([Text(tmp_path / "gone", "train", "t", 0, 9)])
 
 
-def count_work(monkeypatch, stop_after: int | None = None) -> list[str]:
-    """Note which shards are worked on, and break off after some of them."""
-    worked: list[str] = []
-    original = module._encode_shard
-
-    def noting(shard):
-        if stop_after is not None and len(worked) == stop_after:
-            raise KeyboardInterrupt
-        worked.append(shard.target.name)
-        return original(shard)
-
-    monkeypatch.setattr(module, "_encode_shard", noting)
+def interrupt(texts, out) -> list[str]:
+    """Break off after two shards; returns which."""
+    with pytest.MonkeyPatch.context() as patch:
+        worked = count_calls(patch, module, "_encode_shard", lambda shard: shard.target.name, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(texts, out)
     return worked
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, small_parts):
     texts = make_texts(tmp_path / "in")
     run(texts, tmp_path / "whole" / "out")
-    with monkeypatch.context() as patch:
-        before = count_work(patch, stop_after=2)
-        with pytest.raises(KeyboardInterrupt):
-            run(texts, tmp_path / "out")
+    before = interrupt(texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     trained = []
     monkeypatch.setattr(module.Subword, "train", lambda *arguments: trained.append(arguments))
-    after = count_work(monkeypatch)
+    after = count_calls(monkeypatch, module, "_encode_shard", lambda shard: shard.target.name, stop_after=None)
     run(texts, tmp_path / "out")
     assert not trained  # the vocabulary was kept
     assert not set(before) & set(after)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
-def test_changed_texts_and_damaged_shards_are_noticed(tmp_path, monkeypatch, small_parts):
+def test_changed_texts_and_damaged_shards_are_noticed(tmp_path, small_parts):
     texts = make_texts(tmp_path / "in")
-    with monkeypatch.context() as patch:
-        count_work(patch, stop_after=2)
-        with pytest.raises(KeyboardInterrupt):
-            run(texts, tmp_path / "out")
+    interrupt(texts, tmp_path / "out")
     first, *_ = sorted((tmp_path / "out.partial" / "shards").glob("*.codes"))
     first.write_bytes(bytes(first.stat().st_size))
     with pytest.raises(UserError, match="damaged since it was written; run the same command again"):

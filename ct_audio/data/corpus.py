@@ -58,7 +58,7 @@ class Split:
 
     @property
     def num_codes(self) -> int:
-        """N."""
+        """Length in codes."""
         return len(self.codes)
 
     @property

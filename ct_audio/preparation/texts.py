@@ -16,7 +16,6 @@ Shape letters: N codes, V codes of the vocabulary.
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,12 +29,12 @@ from jaxtyping import Int32, Integer
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import hold_alone, read_json, write_file, write_json
+from ct_audio.common.files import read_json, write_file, write_json
 from ct_audio.data.codecs import VOCABULARY_CODECS, Codec, codec_from_json, write_codec_files
-from ct_audio.data.corpus import Corpus, CorpusWriter, code_dtype, open_corpus
+from ct_audio.data.corpus import Corpus, CorpusWriter, code_dtype
 from ct_audio.data.vocabulary_codecs import Subword, Word
 from ct_audio.preparation.text_blocks import Text, as_words, hash_texts, join_hashes, read_blocks
-from ct_audio.preparation.workers import existing_corpus, run_tasks
+from ct_audio.preparation.workers import existing_corpus, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
 CONTENT_KEY = "content_sha256"
@@ -97,7 +96,6 @@ def prepare_text(
         raise UserError("there is nothing to prepare: the recipe found no text")
     listed.sort(key=lambda text: text.split)  # stable
     source = source | {"num_texts": len(listed), "listing_sha256": _hash_listing(listed)}
-    partial = out.with_name(out.name + ".partial")
     content_hash = cache(lambda: hash_texts(listed))
 
     def find_current() -> Corpus | None:
@@ -105,17 +103,10 @@ def prepare_text(
         is_current = found is not None and _holds_texts(found, content_hash, overwrite=overwrite)
         return found if is_current else None
 
-    there = find_current()
-    if there is not None and not partial.exists():
-        return there, True
-    partial.mkdir(parents=True, exist_ok=True)
-    busy = f"another process is preparing into {partial}; wait for it, or choose another --out"
-    with hold_alone(partial / "lock", busy):
-        there = find_current()
-        if there is None:
-            _make_corpus(listed, out, partial, settings, source, num_processes)  # in place of what `find_current` saw
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_corpus(out), there is not None
+    def make(partial: Path) -> None:  # in place of what `find_current` saw
+        _make_corpus(listed, out, partial, settings, source, num_processes)
+
+    return prepare_once(out, find_current, make)
 
 
 def _make_corpus(
