@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from ct_audio.data.codecs import Codec, codec_from_json, write_codec_files
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_json
+from ct_audio.data.codecs import Codec, codec_from_json, write_codec_files
 
 FORMAT = "ct_audio corpus"
 FORMAT_VERSION = 1

@@ -91,7 +91,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"peak {total['peak_dbfs']} dBFS (median of files {total['median_peak_dbfs']}), "
         f"RMS {total['rms_dbfs']} dBFS (median of files {total['median_rms_dbfs']}), "
         f"clipped {total['clipped_percent']}% of samples",
-        f"the codes' own entropy: {entropy_nats(report['histogram']):.3f} nats a sample",
+        f"the codes' own entropy: {entropy_nats(report['histogram']):.3f} nats per sample",
     ]
     for name, split in report["splits"].items():
         lines.append(f"{name}: {split['num_files']} files, {60 * split['hours']:.2f} min")
@@ -159,7 +159,7 @@ def _markdown(report: dict[str, Any], title: str) -> str:
         markdown_table(rows),
         "",
         f"Levels are of what was encoded; 0 dBFS is full scale. Source rates: {rates}.",
-        f"Entropy of the codes' own frequencies: {entropy_nats(report['histogram']):.4f} nats a code.",
+        f"Entropy of the codes' own frequencies: {entropy_nats(report['histogram']):.4f} nats per code.",
         "",
         "![histogram of codes](histogram.png)",
         "",

@@ -1,8 +1,8 @@
 """Downloads of data sets: pooch fetches and checks a file; here are several mirrors, retries and many files at a time.
 
 A file is fetched under a temporary name in its folder and gets its own name when it is whole and its checksum right.
-The same command again fetches what is missing. Differs from a download tool: a file that broke off starts again from
-its beginning (pooch asks for no ranges); the largest file of a recipe has 190 MB.
+The same command again fetches what is missing. A file that broke off starts again from its beginning, since pooch does
+not ask for ranges; the largest file of a recipe has 190 MB.
 """
 
 import argparse
