@@ -61,11 +61,6 @@ class Split:
         """Length in codes."""
         return len(self.codes)
 
-    @property
-    def duration_seconds(self) -> float | None:
-        """Length of the audio; None for text."""
-        return self.num_codes / self.sample_rate_hz if self.sample_rate_hz else None
-
 
 @dataclass(frozen=True)
 class Corpus:
