@@ -127,14 +127,9 @@ def require_checksum(path: Path, checksum: str) -> None:
 
 def add_download_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a recipe whose data can be downloaded; their names begin with "download"."""
-    parser.add_argument("--download", action="store_true", help="fetch what is missing into --source (or OUT_source)")
-    parser.add_argument(
-        "--download-mirror",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="try this folder of files before all others",
-    )
+    fetch, first = "fetch what is missing into --source (default OUT_source)", "try this folder of files first"
+    parser.add_argument("--download", action="store_true", help=fetch)
+    parser.add_argument("--download-mirror", action="append", default=[], metavar="URL", help=first)
 
 
 def mirror_urls(name: str, mirrors: Sequence[str]) -> tuple[str, ...]:
@@ -160,6 +155,7 @@ def _read_blocks(session: requests.Session, url: str) -> Iterator[bytes]:
 
 
 def _try_mirrors(name: str, urls: Sequence[str], fetch: Callable[[str], Result]) -> Result:
+    """What the first mirror gives that has it; one whose answer breaks off is asked again."""
     problems = {}
     for url in urls:
         for _ in range(NUM_ATTEMPTS):
