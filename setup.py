@@ -28,6 +28,9 @@ setup(
         "tensorboard==2.21.0",
         "jaxtyping==0.3.11",
         "tqdm==4.70.1",
+        "pooch==1.9.0",  # downloads of preparation/download.py
+        "requests==2.34.2",
+        "urllib3==2.8.0",
         "matplotlib==3.10.9",
         "espeakng-loader==0.2.4",  # recipes/espeak: speech for the demo (GPL-3.0, only run, never linked)
     ],

@@ -5,7 +5,6 @@ Recordings or texts, as the recipe has it. One that makes its own recordings, as
 
 import argparse
 import importlib.util
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import ModuleType
 
 from ct_audio.commands.command_line import build_parser, run_tool
 from ct_audio.common.errors import UserError
+from ct_audio.common.machine import usable_cpus
 from ct_audio.preparation.audio_report import summary_lines
 from ct_audio.preparation.recordings import AudioSettings, prepare_audio
 from ct_audio.preparation.text_blocks import require_decodes_back
@@ -45,9 +45,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         help="cut start and end of a recording where it is quieter than its loudest frame by more than this, in dB",
     )
     parser.add_argument("--min-seconds", type=float, default=0.1, help="drop recordings shorter than this")
-    parser.add_argument(
-        "--num-processes", type=int, default=len(os.sched_getaffinity(0)), help="worker processes of one thread each"
-    )
+    parser.add_argument("--num-processes", type=int, default=usable_cpus(), help="worker processes of one thread each")
     parser.add_argument("--allow-dropped", action="store_true", help="go on though over 5%% of the files are unusable")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a corpus that was made otherwise, or of texts before a change"
@@ -148,7 +146,6 @@ def prepare_texts(
         source=source,
         num_processes=options.num_processes,
         overwrite=options.overwrite,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if was_there:
         print(f"{options.out} is complete already: the same texts and settings ({corpus.fingerprint[:16]})")
