@@ -5,8 +5,6 @@ import torch
 from ct_audio.common.errors import UserError
 
 
-
-
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     """The device of this process.
 

@@ -131,8 +131,6 @@ def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-
-
 def memory_use_mib() -> dict[str, float]:
     """Scalars: resident memory of this process and, with CUDA, the most that it has allocated there, in MiB."""
     try:
