@@ -13,6 +13,7 @@ import pytest
 import torch
 from handmade_runs import make_run, noise_corpus, read_json, tool
 from recordings import load_script
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TINY_MODELS, tiny_model
 
 from ct_audio.common.errors import UserError
@@ -35,7 +36,6 @@ from ct_audio.models.compressive import attention as attention_module
 from ct_audio.models.compressive.transformer import CompressiveTransformer
 from ct_audio.models.compressive.windows import Geometry
 from ct_audio.models.state import detach_memory
-from ct_audio.runs.metrics import read_scalars
 from ct_audio.runs.open_run import load_run_model, run_corpus
 
 QUICK = ("compressive_transformer_bptt", "compressive_transformer_most_used", "transformer_xl")
@@ -277,9 +277,10 @@ def test_the_tool_writes_tables_pictures_and_tensorboard(
     assert pictures == ["attention.png", "compression_loss.png"]
     assert all((run / "analysis" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     load_script("tools/analyse.py", "analyse_tool").log_to_tensorboard(report, {}, run / "analysis")  # in its place
-    scalars = read_scalars(run / "analysis")
-    assert scalars["compression_loss/layer_01"] == [(7, pytest.approx(report["compression_loss"][1]["loss"], rel=1e-5))]
-    assert len(scalars["attention_memory/all"]) == 1
+    events = EventAccumulator(str(run / "analysis")).Reload()
+    [loss] = events.Scalars("compression_loss/layer_01")
+    assert (loss.step, loss.value) == (7, pytest.approx(report["compression_loss"][1]["loss"], rel=1e-5))
+    assert len(events.Scalars("attention_memory/all")) == 1
 
 
 def test_transformer_xl_has_no_tables_of_compression(tmp_path: Path) -> None:

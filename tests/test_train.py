@@ -111,8 +111,6 @@ def test_curves_have_the_tags_that_all_models_share(tmp_path: Path):
         "nll/train_bits",
         "nll/valid_nats",
         "nll/valid_bits",
-        "nll_by_audio/train_nats",
-        "nll_by_audio/valid_nats",
         "gradient_norm/model",
         "optim/learning_rate",
         "throughput/codes_per_second",

@@ -6,7 +6,6 @@ Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
 import contextlib
 import dataclasses
 import fcntl
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -184,8 +183,6 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     if world.is_first:
         write_codec_files(corpus.codec, config.run_dir)  # so that the run alone can be sampled
     loss = ChunkLoss(model, device_type=device.type, precision=settings.precision)
-    rate = corpus.codec.sample_rate_hz or math.inf
-    codes = progress.step * data.num_lanes * data.chunk_length
     session = Session(
         config=config,
         world=world,
@@ -197,7 +194,7 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
         stream=stream,
         memories=memories,
         progress=progress,
-        metrics=MetricsWriter(config.run_dir, step=progress.step, audio_seconds=codes / rate, enabled=world.is_first),
+        metrics=MetricsWriter(config.run_dir, step=progress.step, enabled=world.is_first),
         signals=signals,
         began=time.perf_counter() - progress.wall_seconds,
         resumed=checkpoint is not None,
