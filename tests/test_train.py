@@ -18,6 +18,7 @@ from tiny_runs import checkpoint_state, checkpoint_tensors, tiny_run, write_corp
 
 from ct_audio.commands.command_line import run_tool
 from ct_audio.common.errors import UserError
+from ct_audio.common.files import hold_alone
 from ct_audio.data.corpus import open_corpus
 from ct_audio.evaluation.nll import evaluate_nll
 from ct_audio.models import build_model
@@ -28,7 +29,7 @@ from ct_audio.runs.open_run import load_run_model
 from ct_audio.training import loop as train_module
 from ct_audio.training.loop import NonFiniteLossError, train
 from ct_audio.training.schedules import learning_rate
-from ct_audio.training.session import ChunkLoss, run_lock
+from ct_audio.training.session import ChunkLoss
 
 QUIET: dict[str, Any] = {"train__valid_every_steps": 0}
 
@@ -237,7 +238,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path)
 
 def test_a_second_trainer_of_one_run_is_refused(tmp_path: Path):
     config = tiny_run(tmp_path)
-    with run_lock(config.run_dir), pytest.raises(UserError, match="another process is training"):
+    config.run_dir.mkdir(parents=True)
+    with hold_alone(config.run_dir / "train.lock", "x"), pytest.raises(UserError, match="another process is training"):
         train(config)
     assert train(config) == 0
 

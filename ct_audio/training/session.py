@@ -5,11 +5,8 @@ Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
 
 import contextlib
 import dataclasses
-import fcntl
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.files import hold_alone, write_file
 from ct_audio.data.codecs import write_codec_files
 from ct_audio.data.corpus import Corpus, open_corpus
 from ct_audio.data.lanes import WindowStream
@@ -125,7 +123,9 @@ class Session:
 
 def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
     """On rank 0: lock the run's directory and check that it is this configuration's; returns whether it is finished."""
-    stack.enter_context(run_lock(config.run_dir))
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    busy = f"another process is training {config.run_dir}; wait for it, or choose another name"
+    stack.enter_context(hold_alone(config.run_dir / "train.lock", busy))
     checkpoint = find_checkpoint(config.run_dir, "last")
     if checkpoint is not None:
         require_same_run(load_config(checkpoint / "config.yaml"), config)
@@ -140,7 +140,7 @@ def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
             scored = config.train.valid_every_steps == 0 or not config.train.validate_whole_split
             if scored or any("nll/valid_full_nats" in line for line in done):
                 return True
-    _write_config(config.run_dir, config)
+    write_file(config.run_dir / "config.yaml", config_to_yaml(config).encode())
     return False
 
 
@@ -262,29 +262,6 @@ def _announce(session: Session) -> None:
             flat_config(config) | {f"parameters.{group}": count for group, count in counts.items()},
             ["nll/valid_nats", "nll/valid_bits", "nll/train_nats"],
         )
-
-
-@contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run's directory for this process; the lock ends with the process, however that ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "train.lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training {run_dir}; wait for it, or choose another name") from None
-        yield
-
-
-def _write_config(run_dir: Path, config: RunConfig) -> None:
-    """Write the run's config.yaml, whole or not at all."""
-    beside = run_dir / "config.yaml.tmp"
-    beside.write_text(config_to_yaml(config), encoding="utf-8")
-    beside.replace(run_dir / "config.yaml")
 
 
 def say(session: Session, text: str) -> None:
