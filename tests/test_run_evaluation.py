@@ -121,18 +121,6 @@ def test_text_has_perplexities_by_exact_counts(tmp_path: Path) -> None:
     assert _text_measures(evaluation, split, "word") == {"perplexity": pytest.approx(2.0)}
 
 
-def test_no_bits_a_byte_of_words_from_an_earlier_version(run_dir: Path) -> None:
-    path, result, settings = evaluate_and_store(run_dir)
-    for unit, is_kept in (("subword", True), ("word", False)):
-        stored = json.loads(path.read_text(encoding="utf-8")) | {"nll_bits_a_byte": 2.0}
-        stored["protocol"]["unit"] = unit
-        path.write_text(json.dumps(stored), encoding="utf-8")
-        found = find_evaluation(run_dir, load_run_model(run_dir), settings)
-        assert found is not None
-        assert ("nll_bits_a_byte" in found) == is_kept
-        assert found["nll_nats"] == result["nll_nats"]
-
-
 @pytest.mark.parametrize(
     ("settings", "name"),
     [

@@ -241,8 +241,6 @@ def find_evaluation(
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if fits and found["protocol"].get("unit") == "word":
-        found.pop("nll_bits_a_byte", None)  # earlier versions kept it, see `_text_measures`
     return found if fits else None
 
 
