@@ -18,7 +18,7 @@ from ct_audio.data.codecs import Byte
 from ct_audio.data.corpus import CorpusWriter
 from ct_audio.evaluation import stored as run_evaluation
 from ct_audio.evaluation.dynamic import DynamicSettings
-from ct_audio.evaluation.nll import Evaluation, evaluate_nll
+from ct_audio.evaluation.nll import Evaluation, Stretch, evaluate_nll
 from ct_audio.evaluation.stored import (
     BlockSums,
     EvaluationSettings,
@@ -55,8 +55,8 @@ def test_blocks_are_sums_of_the_nll_of_each_code(num_lanes: int, monkeypatch: py
         for first, row in zip(positions.tolist(), nll.tolist(), strict=True):
             by_code[first : first + len(row)] = row
 
-    settings = {"start_code": 16, "chunk_length": 16, "num_lanes": num_lanes, "on_nll": collect}
-    evaluate_nll(tiny_model("compressive_transformer"), codes, **settings)
+    stretch = Stretch(codes, start_code=16, chunk_length=16, num_lanes=num_lanes)
+    evaluate_nll(tiny_model("compressive_transformer"), stretch, on_nll=collect)
     found = blocks.to_json()
     assert found["length"] == 10
     assert found["counts"] == [10] * 19 + [7]

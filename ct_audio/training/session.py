@@ -21,7 +21,7 @@ from ct_audio.data.corpus import Corpus, open_corpus
 from ct_audio.data.lanes import WindowStream
 from ct_audio.models import SequenceModel, build_model
 from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
-from ct_audio.runs.config import RunConfig, config_to_yaml, load_config
+from ct_audio.runs.config import DataConfig, RunConfig, TrainConfig, config_to_yaml, load_config
 from ct_audio.runs.device import choose_device
 from ct_audio.runs.metrics import MetricsWriter, read_metrics
 from ct_audio.runs.same_run import flat_config, require_same_run
@@ -146,43 +146,21 @@ def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
 
 def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     """Open, build and, where there is a checkpoint, load everything."""
-    settings, data = config.train, config.data
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
-    device = choose_device(settings.device, local_rank=world.local_rank)
-    corpus = open_corpus(data.corpus)
-    stream = WindowStream(
-        corpus.split("train").codes,
-        corpus.split("train").document_offsets,
-        start_code=corpus.codec.start_code,
-        chunk_length=data.chunk_length,
-        num_lanes=data.num_lanes,
-        reset_memory_at_document=data.reset_memory_at_document,
-        rank=world.rank,
-        world_size=world.world_size,
-    )
-    num_lanes = data.num_lanes // world.world_size
+    device = _claim_device(config.train, world)
+    corpus = open_corpus(config.data.corpus)
+    stream = _open_stream(config.data, corpus, world)
+    num_lanes = config.data.num_lanes // world.world_size
     _check(config, corpus, num_lanes)
-    torch.manual_seed(settings.seed)
-    model = build_model(config)
-    model.to(device, torch.float64 if settings.precision == "float64" else None)
-    torch.manual_seed(settings.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
-    optimizer = make_optimizer(model, config.optim) if model.has_parameters else None
-    memories = split_memory(model.zero_memory(num_lanes), num_lanes, settings.num_micro_batches)
+    model, optimizer = _build(config, device, world)
+    memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
+    loss = ChunkLoss(model, device_type=device.type, precision=config.train.precision)
     checkpoint, progress = on_first_rank(lambda: find_checkpoint(config.run_dir, "last")), Progress()
     if checkpoint is not None:
-        lanes = {"num_lanes": num_lanes, "num_micro_batches": settings.num_micro_batches}
+        lanes = {"num_lanes": num_lanes, "num_micro_batches": config.train.num_micro_batches}
         memories, state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world, **lanes)
-        if state.get("corpus_fingerprint") != corpus.fingerprint:
-            raise UserError(
-                f"data.corpus = {data.corpus} holds other codes than when {config.run_dir} was started; "
-                "bring that corpus back, or choose another name"
-            )
-        stream.load_state_dict(state.get("stream", {}))
-        progress = _progress_from_json(state.get("progress", {}), step=state["step"])
+        progress = _resume_stream(state, config, corpus, stream)
     if world.is_first:
         write_codec_files(corpus.codec, config.run_dir)  # so that the run alone can be sampled
-    loss = ChunkLoss(model, device_type=device.type, precision=settings.precision)
     session = Session(
         config=config,
         world=world,
@@ -201,6 +179,48 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     )
     _announce(session)
     return session
+
+
+def _claim_device(settings: TrainConfig, world: World) -> torch.device:
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    device = choose_device(settings.device, local_rank=world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose random generator is saved and whose memory is reported
+    return device
+
+
+def _open_stream(data: DataConfig, corpus: Corpus, world: World) -> WindowStream:
+    return WindowStream(
+        corpus.split("train").codes,
+        corpus.split("train").document_offsets,
+        start_code=corpus.codec.start_code,
+        chunk_length=data.chunk_length,
+        num_lanes=data.num_lanes,
+        reset_memory_at_document=data.reset_memory_at_document,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def _build(config: RunConfig, device: torch.device, world: World) -> tuple[SequenceModel, torch.optim.Adam | None]:
+    """The model, freshly initialised alike on every rank, and its optimizer, if it has anything to train."""
+    torch.manual_seed(config.train.seed)
+    model = build_model(config)
+    model.to(device, torch.float64 if config.train.precision == "float64" else None)
+    torch.manual_seed(config.train.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
+    return model, make_optimizer(model, config.optim) if model.has_parameters else None
+
+
+def _resume_stream(state: dict[str, Any], config: RunConfig, corpus: Corpus, stream: WindowStream) -> Progress:
+    """Put the stream where a checkpoint's state.json says; returns how far the run is."""
+    if state.get("corpus_fingerprint") != corpus.fingerprint:
+        raise UserError(
+            f"data.corpus = {config.data.corpus} holds other codes than when {config.run_dir} was started; "
+            "bring that corpus back, or choose another name"
+        )
+    stream.load_state_dict(state.get("stream", {}))
+    return _progress_from_json(state.get("progress", {}), step=state["step"])
 
 
 def _progress_from_json(fields: dict[str, Any], *, step: int) -> Progress:
