@@ -63,8 +63,8 @@ def main() -> int:
 
 def _parse() -> argparse.Namespace:
     parser = build_parser(
-        "Compare runs: NLL curves of metrics.jsonl, and a result table with the difference of each run from the first "
-        "one and its 95% interval. Results of tools/evaluate.py are taken from RUN/evaluations; what is missing, "
+        "Compare runs: NLL curves from their event files, and a result table with the difference of each run from the "
+        "first one and its 95% interval. Results of tools/evaluate.py are taken from RUN/evaluations; what is missing, "
         "or of an older checkpoint, is measured and kept there."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of runs; all are set against the first")

@@ -1,4 +1,4 @@
-"""What every package may use: holding a place alone, the number of CPUs."""
+"""Holding a directory or a lock file alone."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,6 @@ import pytest
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import hold_alone
-from ct_audio.common.machine import usable_cpus
 
 
 @pytest.mark.parametrize("name", ["lock", ""])
@@ -26,15 +25,3 @@ def test_a_lock_that_is_deleted_while_it_is_held_may_be_made_again(tmp_path: Pat
         (tmp_path / "lock").unlink()
         with hold_alone(tmp_path / "lock", "busy"):
             pass
-
-
-def test_cpus_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3}, raising=False)
-    assert usable_cpus() == 2
-
-
-def test_without_affinity_all_cpus_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    assert usable_cpus() == os.cpu_count()
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert usable_cpus() == 1
