@@ -77,7 +77,7 @@ class Categorical(RowHead):
         return torch.log_softmax(at_least_float32(self.projection(rows)), dim=-1)
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Costs nothing where there is none: a sampler comes here for every code."""
     enabled = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
