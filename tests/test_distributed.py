@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_runs import checkpoint_state, tiny_run
 
 from ct_audio.common.errors import UserError
-from ct_audio.runs.config import RunConfig, config_to_yaml
+from ct_audio.runs.config import RunConfig, TrainConfig, config_to_yaml
 from ct_audio.runs.device import choose_device
 from ct_audio.runs.metrics import read_metrics
 from ct_audio.training.loop import train
@@ -27,6 +27,7 @@ from ct_audio.training.parallel import (
     distributed_world,
     on_first_rank,
 )
+from ct_audio.training.session import _claim_device
 
 ROOT = Path(__file__).parents[1]
 CHANGES: dict[str, Any] = {
@@ -210,6 +211,17 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, n
     with pytest.raises(UserError, match=f"device {name}: process 3 of this machine, which has 2 CUDA devices; start"):
         choose_device(name, local_rank=2)
     assert choose_device("cpu", local_rank=2) == torch.device("cpu")
+
+
+def test_training_sets_the_device_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint saves the random generator of the current device, and its memory is what is reported."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("auto", "cuda", "cpu"):
+        _claim_device(TrainConfig(device=name), World(rank=5, world_size=8, local_rank=1))
+    assert chosen == [torch.device("cuda", 1)] * 2
 
 
 def test_devices():

@@ -184,8 +184,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from error
-    plain = read_yaml(text, str(path))
-    plain = {} if plain is None else plain  # an empty file
+    plain = read_yaml(text, str(path)) or {}  # of an empty file
     if not isinstance(plain, dict):
         raise UserError(f"{path}: expected a mapping of keys at the top level, got {type(plain).__name__}")
     for override in overrides:
