@@ -130,11 +130,17 @@ def broken_write(_: Any, data: bytes) -> None:
     raise OSError(28, os.strerror(28))
 
 
+def other_thread_fails() -> None:
+    thread = threading.Thread(target=broken_write, args=(None, b""))
+    thread.start()
+    thread.join()
+
+
 @pytest.mark.parametrize("begins_full", [True, False])
 def test_a_full_disk_is_reported_once_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins_full: bool
 ):
-    """The traceback of TensorBoard's thread is left out, while the writer lives and no longer."""
+    """The traceback of TensorBoard's thread is left out, and no other's; the hook lives as long as the writer."""
     reported: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", reported.append)
     hook = threading.excepthook
@@ -143,6 +149,8 @@ def test_a_full_disk_is_reported_once_by_the_next_call(
         if begins_full:
             monkeypatch.setattr(write, broken_write)
         writer = MetricsWriter(tmp_path)
+        other_thread_fails()
+        assert len(reported) == 1
         try:
             monkeypatch.setattr(write, broken_write)
             writer.scalars({"nll/train_nats": 1.0}, step=1, wall_seconds=1.0)
@@ -150,8 +158,4 @@ def test_a_full_disk_is_reported_once_by_the_next_call(
         finally:
             writer.close()
     assert threading.excepthook is hook
-    assert reported == []
-    thread = threading.Thread(target=broken_write, args=(None, b""))
-    thread.start()
-    thread.join()
-    assert len(reported) == 1
+    assert len(reported) == (0 if begins_full else 1)

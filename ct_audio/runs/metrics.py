@@ -144,15 +144,17 @@ def _no_second_report() -> Iterator[None]:
     """For the life of a writer: no traceback for an OSError of its thread, which the writer's next call raises."""
     report, others = threading.excepthook, set(threading.enumerate())
 
+    def is_writers(thread: threading.Thread | None) -> bool:
+        return type(thread).__module__.startswith("tensorboard.") and thread not in others
+
     def report_others(arguments: threading.ExceptHookArgs) -> None:
-        if arguments.thread in others or not isinstance(arguments.exc_value, OSError):
+        if not (is_writers(arguments.thread) and isinstance(arguments.exc_value, OSError)):
             report(arguments)
 
     threading.excepthook = report_others
     try:
         yield
     finally:
-        for thread in set(threading.enumerate()) - others:  # one that has failed may not have reported yet
-            if type(thread).__module__.startswith("tensorboard."):
-                thread.join()
+        for thread in filter(is_writers, threading.enumerate()):  # one that has failed may not have reported yet
+            thread.join()
         threading.excepthook = report
