@@ -22,7 +22,7 @@ setup(
         "librosa==0.11.0",
         "soxr==1.1.0",
         "einops==0.8.2",
-        "omegaconf==2.4.0",
+        "pyyaml==6.0.4",
         "safetensors==0.8.0",
         "tokenizers==0.23.3",  # subwords of recipes/pg19
         "tensorboard==2.21.0",
