@@ -26,6 +26,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """When all tests of all processes have ended: the report of hostile input, if some test wrote a part of it."""
+    if not hasattr(session.config, "workerinput"):
+        from hostile_report import FOLDER, write_report
+
+        if FOLDER.is_dir():
+            write_report()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Every test starts from the same state of the global generators."""
