@@ -16,7 +16,6 @@ from ct_audio.commands.command_line import run_tool
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.models import build_model
-from ct_audio.models.wavenet import WaveNet
 from ct_audio.runs.config import RunConfig, config_from_dict
 from ct_audio.training.checkpoint import save_checkpoint
 from ct_audio.training.parallel import World
@@ -66,7 +65,7 @@ def make_run(corpus: Path, runs_dir: Path, name: str = "wavenet", width_of_codes
     config = config_from_dict(plain)
     torch.manual_seed(0)
     model: Any = build_model(config)
-    if isinstance(model, WaveNet):
+    if config.model.name == "wavenet":
         with torch.no_grad():
             model.head.projection.weight.mul_(0.1)
             model.head.projection.bias.copy_(-0.5 * ((torch.arange(256.0) - 128) / width_of_codes) ** 2)

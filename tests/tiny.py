@@ -23,6 +23,24 @@ _ADAPTIVE = {"adaptive_cutoffs": [6, 14], "adaptive_div": 2, "tie_embeddings": T
 
 _LINEAR_PREDICTION = {"name": "linear_prediction", "vocab_size": 32, "order": 4, "regularisation": 1e-4}
 
+_PREDICTION = {
+    "front_end": "linear_prediction",
+    "prediction_order": 3,
+    "prediction_window_length": 12,
+    "prediction_hop_length": 5,
+    "head": "logistic_mixture",
+    "num_components": 2,
+}
+
+_WAVENET = {
+    "name": "wavenet",
+    "vocab_size": 32,
+    "num_layers": 6,
+    "layers_per_cycle": 3,
+    "width": 12,
+    "skip_width": 10,
+}
+
 TINY_MODELS: dict[str, dict[str, Any]] = {
     "compressive_transformer": _TRANSFORMER,
     "compressive_transformer_pre_norm": _TRANSFORMER | {"norm_position": "pre"},
@@ -41,15 +59,13 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "compressive_transformer_adaptive": _TRANSFORMER | _ADAPTIVE,
     "compressive_transformer_tied": _TRANSFORMER | {"tie_embeddings": True, "norm_position": "pre"},
     "transformer_xl": _TRANSFORMER | {"memory_length": 16, "compressed_memory_length": 0},
-    "wavenet": {
-        "name": "wavenet",
-        "vocab_size": 32,
-        "num_layers": 6,
-        "layers_per_cycle": 3,
-        "width": 12,
-        "skip_width": 10,
-    },
+    "compressive_transformer_prediction": _TRANSFORMER | _PREDICTION,
+    "wavenet": _WAVENET,
+    "wavenet_prediction": _WAVENET | _PREDICTION | {"head": "categorical"},
+    "wavenet_waveform": _WAVENET | {"front_end": "waveform", "head": "logistic_mixture"},
     "linear_prediction": _LINEAR_PREDICTION | {"forgetting": 0.97},
+    "linear_prediction_autocorrelation": _LINEAR_PREDICTION
+    | {"adaptation": "autocorrelation", "prediction_window_length": 12, "prediction_hop_length": 5},
     "linear_prediction_fixed": _LINEAR_PREDICTION | {"adaptation": "none"},
     "linear_prediction_fixed_scale": _LINEAR_PREDICTION | {"adaptation": "none", "scale_decay": 1.0},
 }

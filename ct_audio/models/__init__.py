@@ -7,8 +7,8 @@ from ct_audio.models import linear_prediction, wavenet
 from ct_audio.models.adaptive_vocabulary import AdaptiveInput, AdaptiveSoftmax
 from ct_audio.models.compressive import transformer
 from ct_audio.models.compressive.stack import CompressiveStack
-from ct_audio.models.front_ends import CodeEmbedding
-from ct_audio.models.heads import Categorical
+from ct_audio.models.front_ends import CodeEmbedding, LinearPredictionFeatures, WaveformFeatures
+from ct_audio.models.heads import Categorical, LogisticMixture
 from ct_audio.models.interface import FrontEnd, Head, ModelOutput, SequenceModel, Stack
 
 __all__ = [
@@ -28,9 +28,18 @@ MODELS: dict[str, tuple[type, type[SequenceModel]]] = {
     "wavenet": (wavenet.Config, wavenet.WaveNet),
 }
 """By `model.name` of a configuration: its frozen dataclass, and the model that is built from it."""
-FRONT_ENDS: dict[str, type[FrontEnd]] = {"codes": CodeEmbedding, "adaptive": AdaptiveInput}
+FRONT_ENDS: dict[str, type[FrontEnd]] = {
+    "codes": CodeEmbedding,
+    "adaptive": AdaptiveInput,
+    "waveform": WaveformFeatures,
+    "linear_prediction": LinearPredictionFeatures,
+}
 STACKS: dict[str, type[Stack]] = {"compressive": CompressiveStack, "wavenet": wavenet.WaveNetStack}
-HEADS: dict[str, type[Head]] = {"categorical": Categorical, "adaptive_softmax": AdaptiveSoftmax}
+HEADS: dict[str, type[Head]] = {
+    "categorical": Categorical,
+    "adaptive_softmax": AdaptiveSoftmax,
+    "logistic_mixture": LogisticMixture,
+}
 """Parts; `tests/tiny.py` has a model with each, which the contract tests in `tests/test_models.py` run over."""
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ct_audio.models.heads import RowHead, at_least_float32
-from ct_audio.models.interface import FrontEnd
+from ct_audio.models.interface import FrontEnd, FrontEndOutput
 
 
 def band_edges(cutoffs: Sequence[int], vocab_size: int) -> list[tuple[int, int]]:
@@ -52,7 +52,7 @@ class AdaptiveInput(FrontEnd):
 
     def forward(
         self, codes: Int[Tensor, "B T"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[Float[Tensor, "B T D"], Any]:
+    ) -> FrontEndOutput:
         """Rows of unit variance; nothing of one code's row reaches another's."""
         flat, width = codes.flatten(), self.projections[0].shape[0]
         found, places = [], []
@@ -63,7 +63,7 @@ class AdaptiveInput(FrontEnd):
             places.append(here)
         rows = torch.cat(found) * width**0.5  # by band; each has its place, and a band without codes a zero gradient
         rows = torch.empty_like(rows).index_copy(0, torch.cat(places), rows).unflatten(0, codes.shape)
-        return self.dropout(rows), memory
+        return FrontEndOutput(self.dropout(rows), memory)
 
 
 class AdaptiveSoftmax(RowHead):

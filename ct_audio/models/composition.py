@@ -68,9 +68,9 @@ class ComposedModel(SequenceModel):
     def forward(
         self, codes: Int[Tensor, "B T"], memory: ModelMemory, *, document_starts: Bool[Tensor, "B T"] | None = None
     ) -> ModelOutput:
-        rows, front_end = self.front_end(codes, memory.front_end, document_starts=document_starts)
+        rows, front_end, side = self.front_end(codes, memory.front_end, document_starts=document_starts)
         features, stack, auxiliary_losses = self.stack(rows, memory.stack, document_starts=document_starts)
-        return ModelOutput(features, ModelMemory(front_end, stack), auxiliary_losses)
+        return ModelOutput(_beside(features, side), ModelMemory(front_end, stack), auxiliary_losses)
 
     def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         return self.head.nll(features, targets)
@@ -79,14 +79,13 @@ class ComposedModel(SequenceModel):
         return self.head.log_probabilities(features)
 
     def begin_steps(self, memory: ModelMemory, codes: Int[Tensor, "B R"]) -> ModelState:
-        rows, front_end = self.front_end(codes, memory.front_end)
-        # `step` consumes the front end's memory, which belongs to the caller where no code has come after it.
-        return ModelState(map_memory(torch.clone, front_end), self.stack.begin_steps(memory.stack, rows))
+        output = self.front_end(codes, memory.front_end)
+        return ModelState(output.memory, self.stack.begin_steps(memory.stack, output.rows))
 
     def step(self, codes: Int[Tensor, "B"], state: ModelState) -> tuple[Float[Tensor, "B D"], ModelState]:
-        rows, front_end = self.front_end.step(codes, state.front_end)
+        rows, front_end, side = self.front_end.step(codes, state.front_end)
         features, stack = self.stack.step(rows, state.stack)
-        return features, ModelState(front_end, stack)
+        return _beside(features, side), ModelState(front_end, stack)
 
     def clone_state(self, state: ModelState) -> ModelState:
         return ModelState(map_memory(torch.clone, state.front_end), self.stack.clone_state(state.stack))
@@ -99,3 +98,8 @@ class ComposedModel(SequenceModel):
 
     def after_update(self) -> None:
         self.stack.after_update()
+
+
+def _beside(features: Tensor, side: Tensor | None) -> Tensor:
+    """Features with what the front end has for the head at their end, in the wider of both types."""
+    return features if side is None else torch.cat([features, side], dim=-1)

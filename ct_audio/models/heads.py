@@ -5,6 +5,7 @@ Shape letters: N rows of any batch, D features, V codes of the vocabulary.
 
 import abc
 import contextlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,10 +14,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ct_audio.models.autocorrelation import cell_width
 from ct_audio.models.interface import Head
+from ct_audio.models.linear_prediction import mu_law_cells
 
 MAX_LOGITS = 2**27
 """Logits that `nll` makes at a time (512 MiB in float32); more are made in blocks, and again for the gradient."""
+
+_FAR = 1e4
+"""Edge of the outermost cells, which are open."""
+_FLOOR_CELLS = 0.1
+"""Least width of a component, in widths of the cell that the prediction lies in: narrower ones freeze a sample."""
 
 
 class RowHead(Head):
@@ -55,10 +63,10 @@ class RowHead(Head):
 
 
 class Categorical(RowHead):
-    """One linear map to the logits of all codes.
+    """One linear map from the stack's rows to the logits of all codes.
 
     Args:
-        projection: with bias; its weight may be a front end's table.
+        projection: with bias; its weight may be a front end's table. Features beyond its inputs are not looked at.
     """
 
     def __init__(self, projection: nn.Linear) -> None:
@@ -71,10 +79,79 @@ class Categorical(RowHead):
         return self.projection.weight.dtype
 
     def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
-        return F.cross_entropy(at_least_float32(self.projection(rows)), targets, reduction="none")
+        return F.cross_entropy(self._logits(rows), targets, reduction="none")
 
     def log_probabilities_of_rows(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        return torch.log_softmax(at_least_float32(self.projection(rows)), dim=-1)
+        return torch.log_softmax(self._logits(rows), dim=-1)
+
+    def _logits(self, rows: Tensor) -> Float[Tensor, "N V"]:
+        return at_least_float32(self.projection(rows[:, : self.projection.in_features]))
+
+
+class LogisticMixture(RowHead):
+    """A mixture of logistic distributions over the waveform, cut at the edges of the codes' cells.
+
+        mean_k = prediction + d_k scale        width_k = scale exp(r_k), not below a share of the predicted cell's width
+        p(code) = (1 - u) sum_k w_k (S((upper - mean_k) / width_k) - S((lower - mean_k) / width_k)) + u / V
+
+    with S the logistic function: an exact categorical distribution over the V mu-law codes. w (softmax), d and r are
+    linear in the stack's rows; prediction and scale are the last two features (see `WaveformFeatures`). The weights are
+    zeros at first, so that training begins near the predictor.
+
+    Args:
+        width: of the stack's rows.
+        vocab_size: V, mu-law codes.
+        num_components: K.
+        uniform_share: u, of the probability that is spread evenly, in (0, 1).
+    Source: Salimans et al. 2017, arXiv 1701.05517 (PixelCNN++), section 2.1. Differs: relative to a prediction.
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+    def __init__(self, width: int, vocab_size: int, *, num_components: int = 4, uniform_share: float = 1e-4) -> None:
+        super().__init__()
+        self.num_logits = 3 * num_components
+        self.num_components, self.uniform_share, self.vocab_size = num_components, uniform_share, vocab_size
+        lower, upper, _ = mu_law_cells(vocab_size)
+        # Finite, so that gradients are: nothing that a mixture can say lies beyond.
+        self.register_buffer("lower", torch.tensor(lower.clip(min=-_FAR)), persistent=False)
+        self.register_buffer("upper", torch.tensor(upper.clip(max=_FAR)), persistent=False)
+        self.projection = nn.Linear(width, 3 * num_components)
+        nn.init.zeros_(self.projection.weight)
+        spread = torch.linspace(-1, 1, num_components) if num_components > 1 else torch.zeros(1)
+        with torch.no_grad():
+            self.projection.bias.copy_(torch.cat([torch.zeros(num_components), 0.3 * spread, 0.8 * spread]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.projection.weight.dtype
+
+    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+        """Only the target's cell is looked at."""
+        mixture = self._mixture(rows)
+        return -self._log_mass(mixture, self.lower[targets][:, None], self.upper[targets][:, None])
+
+    def log_probabilities_of_rows(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        log_weights, mean, width = (part[:, None] for part in self._mixture(rows))
+        return self._log_mass((log_weights, mean, width), self.lower[:, None], self.upper[:, None])
+
+    def _mixture(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights, means and widths [N, K], in float32 or wider."""
+        prediction, scale = at_least_float32(rows[:, -2:, None]).unbind(1)
+        weights, shift, ratio = at_least_float32(self.projection(rows[:, :-2])).chunk(3, dim=-1)
+        floor = _FLOOR_CELLS * cell_width(prediction, self.vocab_size)
+        width = torch.maximum(scale * ratio.clamp(-6, 6).exp(), floor)
+        return torch.log_softmax(weights, dim=-1), prediction + shift * scale, width
+
+    def _log_mass(self, mixture: tuple[Tensor, Tensor, Tensor], lower: Tensor, upper: Tensor) -> Tensor:
+        """Of the cells between `lower` and `upper`: S(b) - S(a) = S(b) S(-a) (1 - exp(a - b)), exact in both tails."""
+        log_weights, mean, width = mixture
+        a, b = (lower.to(mean.dtype) - mean) / width, (upper.to(mean.dtype) - mean) / width
+        log_mass = F.logsigmoid(b) + F.logsigmoid(-a) + torch.log(-torch.expm1((a - b).clamp(max=-1e-7)))
+        log_mixture = torch.logsumexp(log_weights + log_mass, dim=-1) + math.log1p(-self.uniform_share)
+        evenly = torch.full_like(log_mixture, math.log(self.uniform_share / self.vocab_size))
+        return torch.logaddexp(log_mixture, evenly)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

@@ -57,14 +57,31 @@ class ModelOutput(NamedTuple):
     auxiliary_losses: dict[str, Float[Tensor, ""]]
 
 
+class FrontEndOutput(NamedTuple):
+    """What a front end makes of codes.
+
+    Attributes:
+        rows: [B, T, D], for the stack.
+        memory: after these codes; () where there is none.
+        side: [B, T, S], what the head gets beside the stack's rows, at the end of the features; None where it gets
+            nothing.
+    """
+
+    rows: Float[Tensor, "B T D"]
+    memory: Any
+    side: Float[Tensor, "B T S"] | None = None
+
+
 class FrontEnd(nn.Module, abc.ABC):
     """What a code becomes: codes in, rows out; and a memory of its own, where it has one.
 
     Attributes:
         width: D, of its rows.
+        side_width: S, of what it has for the head.
     """
 
     width: int
+    side_width: int = 0
 
     @property
     def temporal_range(self) -> int:
@@ -78,13 +95,13 @@ class FrontEnd(nn.Module, abc.ABC):
     @abc.abstractmethod
     def forward(
         self, codes: Int[Tensor, "B T"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
-    ) -> tuple[Float[Tensor, "B T D"], Any]:
+    ) -> FrontEndOutput:
         """Rows of any number of codes (0 too), and the next memory."""
 
-    def step(self, codes: Int[Tensor, "B"], memory: Any) -> tuple[Float[Tensor, "B D"], Any]:
-        """The row of one more code a lane, and the next memory. Consumes `memory`."""
-        rows, memory = self(codes[:, None], memory)
-        return rows[:, 0], memory
+    def step(self, codes: Int[Tensor, "B"], memory: Any) -> FrontEndOutput:
+        """The row of one more code a lane [B, D], what the head gets [B, S], and the next memory."""
+        rows, memory, side = self(codes[:, None], memory)
+        return FrontEndOutput(rows[:, 0], memory, None if side is None else side[:, 0])
 
 
 class StackOutput(NamedTuple):

@@ -1,9 +1,10 @@
-"""Linear prediction of the decoded waveform: the line that every model has to beat. It has no parameters.
+"""Linear prediction of the decoded waveform: the baseline without trained parameters.
 
 Each sample is predicted as a weighted sum of the samples before it; what is left over is modelled as a logistic
 distribution whose scale follows the size of the last residuals, cut at the edges of the codes' cells. The weights
-either follow the signal (recursive least squares) or are computed once from the training split (`fit`). All of it is
-float64 on the CPU, whatever the model's dtype and device: a loop over time, compiled by numba when it is first used.
+follow the signal (recursive least squares, or the stable autocorrelation method of `autocorrelation.py`) or are
+computed once from the training split (`fit`). All of it is float64 on the CPU, whatever the model's dtype and device:
+a loop over time, compiled by numba when it is first used.
 Shape letters: B lanes, T codes of a chunk, R codes before stepping, P order, Q rows of the covariance (P, or 0 where
 the weights are fixed), V codes of the vocabulary, N codes of a split.
 """
@@ -22,7 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.models.autocorrelation import AutocorrelationMemory, AutocorrelationPredictor, AutocorrelationSettings
 from ct_audio.models.interface import UNLIMITED_RANGE, ModelOutput, SequenceModel, refuse_lengths
+from ct_audio.models.state import map_memory
 
 _FIRST_RESIDUAL = 0.01  # mean size of the residuals before any has been seen
 _SMALLEST_SCALE = 1e-5  # a tenth of the narrowest cell: digital silence still costs next to nothing
@@ -36,7 +39,9 @@ class Config:
     Attributes:
         vocab_size: number of mu-law codes V (mu = V - 1).
         order: samples that a prediction is made from.
-        adaptation: "recursive_least_squares": the weights follow the signal; "none": they are fitted once.
+        adaptation: how the weights follow the signal: "recursive_least_squares", or "autocorrelation", which is stable
+            whatever the signal; "none": they are fitted once.
+        prediction_window_length, prediction_hop_length: of the autocorrelation method, in samples (see `AutocorrelationSettings`).
         forgetting: weight of an error in least squares against that of the next sample's, in (0, 1).
         regularisation: least squares as if white noise of this power were added to the past samples, above 0.
         scale_decay: of the exponential average of the residuals' size, in [0, 1]; 1: the scale is fixed (that of all
@@ -47,7 +52,9 @@ class Config:
     name: Literal["linear_prediction"] = "linear_prediction"
     vocab_size: int = 256
     order: int = 16
-    adaptation: Literal["recursive_least_squares", "none"] = "recursive_least_squares"
+    adaptation: Literal["recursive_least_squares", "autocorrelation", "none"] = "recursive_least_squares"
+    prediction_window_length: int = 480
+    prediction_hop_length: int = 24
     forgetting: float = 0.993
     regularisation: float = 1e-8
     scale_decay: float = 0.9
@@ -64,10 +71,20 @@ class Config:
             raise UserError(f"model.regularisation: expected a number above 0, got {self.regularisation}")
         if not 0 <= self.scale_decay <= 1:
             raise UserError(f"model.scale_decay: expected a number in [0, 1], got {self.scale_decay}")
+        if self.adaptation == "autocorrelation":
+            self.autocorrelation  # noqa: B018 (it checks its numbers)
+
+    @property
+    def autocorrelation(self) -> AutocorrelationSettings:
+        """Of the adaptation of that name."""
+        lengths = (self.order, self.prediction_window_length, self.prediction_hop_length)
+        return AutocorrelationSettings(*lengths, scale_decay=self.scale_decay)
 
     @property
     def temporal_range(self) -> int:
         """Distance in codes to the farthest code that can change a prediction; averages never forget altogether."""
+        if self.adaptation == "autocorrelation":
+            return self.autocorrelation.temporal_range
         fixed = self.adaptation == "none" and self.scale_decay == 1
         return self.order - 1 if fixed else UNLIMITED_RANGE
 
@@ -99,7 +116,7 @@ class LinearPredictionMemory(NamedTuple):
 class StepState:
     """State of the incremental path; `step` overwrites the memory's tensors."""
 
-    memory: LinearPredictionMemory
+    memory: LinearPredictionMemory | AutocorrelationMemory
 
 
 class LinearPrediction(SequenceModel):
@@ -131,6 +148,9 @@ class LinearPrediction(SequenceModel):
         self.register_buffer("lower_edges", torch.tensor(lower), persistent=False)
         self.register_buffer("upper_edges", torch.tensor(upper), persistent=False)
         self._waveform = waveform
+        self._predictor: AutocorrelationPredictor | None = None
+        if config.adaptation == "autocorrelation":
+            self._predictor = AutocorrelationPredictor(config.autocorrelation, waveform)
         if config.adaptation == "none":
             self.register_buffer("coefficients", torch.zeros(config.order, dtype=torch.float64))
             self.register_buffer("mean_residual", torch.tensor(_FIRST_RESIDUAL, dtype=torch.float64))
@@ -142,7 +162,7 @@ class LinearPrediction(SequenceModel):
 
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
-    ) -> LinearPredictionMemory:
+    ) -> LinearPredictionMemory | AutocorrelationMemory:
         """Memory of a stream that has not begun.
 
         Raises:
@@ -151,6 +171,8 @@ class LinearPrediction(SequenceModel):
         refuse_lengths(
             "linear_prediction", memory_length=memory_length, compressed_memory_length=compressed_memory_length
         )
+        if self._predictor is not None:
+            return self._predictor.zero_memory(num_lanes, self.lower_edges.device)
         order = self.config.order
         rows = order if self.config.adaptation == "recursive_least_squares" else 0
         zeros = functools.partial(self.lower_edges.new_zeros, dtype=torch.float64)
@@ -165,14 +187,13 @@ class LinearPrediction(SequenceModel):
     def forward(
         self,
         codes: Int[Tensor, "B T"],
-        memory: LinearPredictionMemory,
+        memory: LinearPredictionMemory | AutocorrelationMemory,
         *,
         document_starts: Bool[Tensor, "B T"] | None = None,
     ) -> ModelOutput:
         """Features (mean, scale) [B, T, 2] and next memory of a chunk of any length; no gradients."""
-        own = self._own(memory, codes.shape[0])
-        features = self._follow(codes, own, document_starts).to(codes.device)
-        return ModelOutput(features, LinearPredictionMemory(*(tensor.to(codes.device) for tensor in own)), {})
+        features, memory = self._follow(codes, memory, document_starts)
+        return ModelOutput(features, memory, {})
 
     def nll(self, features: Float[Tensor, "*batch 2"], targets: Int[Tensor, "*batch"]) -> Float64[Tensor, "*batch"]:
         """Negative log-likelihood of each target in nats."""
@@ -182,20 +203,20 @@ class LinearPrediction(SequenceModel):
         """Normalised log-probabilities of every code in nats."""
         return self._log_probability(features[..., None, :], self.lower_edges, self.upper_edges)
 
-    def begin_steps(self, memory: LinearPredictionMemory, codes: Int[Tensor, "B R"]) -> StepState:
+    def begin_steps(
+        self, memory: LinearPredictionMemory | AutocorrelationMemory, codes: Int[Tensor, "B R"]
+    ) -> StepState:
         """State for `step` after R more codes (any number, 0 too)."""
-        own = self._own(memory, codes.shape[0])
-        self._follow(codes, own, None)
-        return StepState(own)
+        return StepState(self._follow(codes, memory, None)[1])
 
     def step(self, codes: Int[Tensor, "B"], state: StepState) -> tuple[Float64[Tensor, "B 2"], StepState]:
         """Features after one more code a lane; consumes `state`."""
-        features = self._follow(codes[:, None], state.memory, None)
-        return features[:, 0].to(codes.device), state
+        features, memory = self._follow(codes[:, None], state.memory, None)
+        return features[:, 0], StepState(memory)
 
     def clone_state(self, state: StepState) -> StepState:
         """An independent copy of a step state."""
-        return StepState(LinearPredictionMemory(*(tensor.clone() for tensor in state.memory)))
+        return StepState(map_memory(torch.clone, state.memory))
 
     def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
         """Compute the fixed weights and their mean residual by the autocorrelation method; deterministic.
@@ -235,7 +256,7 @@ class LinearPrediction(SequenceModel):
         evenly = torch.full_like(logistic, math.log(share / self.config.vocab_size))
         return torch.logaddexp(logistic + math.log1p(-share), evenly)
 
-    def _own(self, memory: LinearPredictionMemory, num_lanes: int) -> LinearPredictionMemory:
+    def _own(self, memory: Any, num_lanes: int) -> LinearPredictionMemory:
         """A copy that the loop may overwrite, on the CPU."""
         expected = [(num_lanes, *tensor.shape[1:]) for tensor in self.zero_memory(1)]
         got = [tuple(tensor.shape) for tensor in memory]
@@ -247,10 +268,12 @@ class LinearPrediction(SequenceModel):
         return LinearPredictionMemory(*(tensor.detach().to("cpu", copy=True).contiguous() for tensor in memory))
 
     def _follow(
-        self, codes: Int[Tensor, "B T"], memory: LinearPredictionMemory, document_starts: Bool[Tensor, "B T"] | None
-    ) -> Float64[Tensor, "B T 2"]:
-        """Features of codes; overwrites the memory."""
-        config = self.config
+        self, codes: Int[Tensor, "B T"], memory: Any, document_starts: Bool[Tensor, "B T"] | None
+    ) -> tuple[Float64[Tensor, "B T 2"], LinearPredictionMemory | AutocorrelationMemory]:
+        """Features of codes, and the next memory."""
+        if self._predictor is not None:
+            return self._predictor.follow(codes, memory, document_starts)
+        config, own = self.config, self._own(memory, codes.shape[0])
         if document_starts is None:
             document_starts = torch.zeros(codes.shape, dtype=torch.bool)
         features = torch.empty(*codes.shape, 2, dtype=torch.float64)
@@ -264,10 +287,10 @@ class LinearPrediction(SequenceModel):
             weights,
             residual,
             (config.forgetting, config.regularisation, config.scale_decay),
-            tuple(tensor.numpy() for tensor in memory),
+            tuple(tensor.numpy() for tensor in own),
             features.numpy(),
         )
-        return features
+        return features.to(codes.device), LinearPredictionMemory(*(tensor.to(codes.device) for tensor in own))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Buffers move between devices and stay float64: `.float()` must not round them."""

@@ -19,26 +19,24 @@ from torch import Tensor, nn
 
 from ct_audio.common.errors import UserError
 from ct_audio.models.composition import ComposedModel
-from ct_audio.models.front_ends import CodeEmbedding
-from ct_audio.models.heads import Categorical
 from ct_audio.models.interface import Stack, StackOutput, refuse_lengths
+from ct_audio.models.parts import PartsConfig, make_front_end, make_head
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PartsConfig):
     """A WaveNet.
 
     Attributes:
-        vocab_size: number of codes.
         num_layers: gated layers.
         layers_per_cycle: dilations are 1, 2, 4, ... for this many layers, then begin again at 1.
         width: residual channels C.
         skip_width: skip and head channels S.
         dropout: share of each layer's gated output that is dropped in training.
+        The others: see `PartsConfig`.
     """
 
     name: Literal["wavenet"] = "wavenet"
-    vocab_size: int = 256
     num_layers: int = 30
     layers_per_cycle: int = 10
     width: int = 472
@@ -46,7 +44,8 @@ class Config:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        least = {"vocab_size": 2, "num_layers": 2, "layers_per_cycle": 1, "width": 1, "skip_width": 1}
+        super().__post_init__()
+        least = {"num_layers": 2, "layers_per_cycle": 1, "width": 1, "skip_width": 1}
         for field, minimum in least.items():
             if getattr(self, field) < minimum:
                 raise UserError(f"model.{field}: expected at least {minimum}, got {getattr(self, field)}")
@@ -273,12 +272,11 @@ class WaveNet(ComposedModel):
 
     config: Config
     stack: WaveNetStack
-    head: Categorical
 
     def __init__(self, config: Config) -> None:
-        front_end = CodeEmbedding(nn.Embedding(config.vocab_size, config.width))
+        front_end = make_front_end(config, nn.Embedding(config.vocab_size, config.width))
         stack = WaveNetStack(config)
-        super().__init__(config, front_end, stack, Categorical(nn.Linear(config.skip_width, config.vocab_size)))
+        super().__init__(config, front_end, stack, make_head(config, nn.Linear(config.skip_width, config.vocab_size)))
 
 
 def _age(document_starts: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ct_audio.common.errors import UserError
+from ct_audio.models.parts import PartsConfig
 
 
 @dataclass(frozen=True)
@@ -165,28 +166,31 @@ class StackConfig:
 
 
 @dataclass(frozen=True)
-class Config(StackConfig):
-    """The Compressive Transformer: a compressive stack between an embedding and a softmax.
+class Config(StackConfig, PartsConfig):
+    """The Compressive Transformer: a compressive stack between a front end and a head.
 
     Attributes:
-        vocab_size: number V of codes.
         adaptive_cutoffs: null, or the first code of each band but the first: embedding and softmax are adaptive then,
             and codes must be sorted by falling frequency (WikiText-103: [20000, 40000, 200000]).
         adaptive_div: by what the width of a band's table is divided for the next band.
         tie_embeddings: embedding and softmax share their tables (adaptive: their projections too).
-        The others: see `StackConfig`.
+        The others: see `StackConfig` and `PartsConfig`.
     """
 
     name: Literal["compressive_transformer"] = "compressive_transformer"
-    vocab_size: int = 256
     adaptive_cutoffs: Any = None
     adaptive_div: int = 4
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.vocab_size < 1:
-            raise UserError(f"model.vocab_size: expected at least 1, got {self.vocab_size}")
+        StackConfig.__post_init__(self)
+        PartsConfig.__post_init__(self)
+        adapts = self.adaptive_cutoffs is not None
+        if (adapts and self.front_end != "codes") or ((adapts or self.tie_embeddings) and self.head != "categorical"):
+            raise UserError(
+                "model.adaptive_cutoffs, model.tie_embeddings: expected front_end codes and head categorical beside "
+                f"them, got {self.front_end} and {self.head}; leave them out"
+            )
         _check_bands(self.adaptive_cutoffs, self.adaptive_div, vocab_size=self.vocab_size, width=self.width)
 
 

@@ -7,9 +7,9 @@ from ct_audio.models.composition import ComposedModel
 from ct_audio.models.compressive.config import Config
 from ct_audio.models.compressive.stack import CompressiveStack
 from ct_audio.models.front_ends import CodeEmbedding
-from ct_audio.models.heads import Categorical
 from ct_audio.models.interface import FrontEnd, Head
 from ct_audio.models.layers import linear
+from ct_audio.models.parts import make_front_end, make_head
 
 
 class CompressiveTransformer(ComposedModel):
@@ -31,7 +31,7 @@ def _front_end(config: Config) -> FrontEnd:
     table = nn.Embedding(config.vocab_size, config.width)
     nn.init.normal_(table.weight, std=config.width**-0.5 if config.tie_embeddings else 1.0)
     scale = config.width**0.5 if config.tie_embeddings else None
-    return CodeEmbedding(table, scale=scale, dropout=config.dropout)
+    return make_front_end(config, table, scale=scale, dropout=config.dropout)
 
 
 def _head(config: Config, front_end: FrontEnd) -> Head:
@@ -42,4 +42,4 @@ def _head(config: Config, front_end: FrontEnd) -> Head:
     if config.tie_embeddings:
         assert isinstance(front_end, CodeEmbedding)
         projection.weight = front_end.table.weight
-    return Categorical(projection)
+    return make_head(config, projection)

@@ -1,0 +1,229 @@
+"""Linear prediction that follows the signal and is stable whatever the signal is: the autocorrelation method.
+
+The weights are made again every few samples from a window of past samples alone, by Levinson's recursion on their
+windowed autocorrelation. Its reflection coefficients are below 1 and so all poles of the predictor lie inside the unit
+circle: a generative model that follows its own output cannot start to oscillate by itself. What is left over has a
+scale that follows the size of the last residuals, with a floor tied to the width of the mu-law cell that is predicted.
+All of it is float64 on the CPU: a loop over time, compiled by numba when it is first used; lanes run in threads.
+Shape letters: B lanes, T codes of a chunk, P order, L samples of the window, V codes of the vocabulary.
+"""
+
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from ct_audio.common.errors import UserError
+
+FIRST_RESIDUAL = 0.01
+"""Mean size of the residuals before any has been seen."""
+WHITE_NOISE_CORRECTION = 1e-4
+"""As if white noise of this share of the signal's power were added: it bounds the condition of the equations."""
+BANDWIDTH_EXPANSION = 0.994
+"""Weight i is multiplied by this to the power of i, which moves the poles further inside."""
+RISING_SHARE = 0.9
+"""Of the window: it rises as a squared sine, then falls as a squared cosine to the newest sample."""
+
+
+@dataclass(frozen=True)
+class AutocorrelationSettings:
+    """How the predictor follows the signal; the defaults are tuned on the validation split of recipes/kathleen.
+
+    Attributes:
+        order: P, samples that a prediction is made from.
+        window_length: L, past samples that the weights are made of, above the order.
+        hop_length: samples after which they are made again.
+        scale_decay: of the exponential average of the residuals' size, in [0, 1).
+        floor_cells: lowest scale, in widths of the cell that the prediction lies in, above 0.
+    """
+
+    order: int = 32
+    window_length: int = 480
+    hop_length: int = 24
+    scale_decay: float = 0.9
+    floor_cells: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.order < 1 or self.window_length <= self.order or self.hop_length < 1:
+            raise UserError(
+                "linear prediction: expected an order of at least 1, a longer window and a hop of at least 1, got "
+                f"{self.order}, {self.window_length} and {self.hop_length}"
+            )
+        if not 0 <= self.scale_decay < 1 or not 0 < self.floor_cells < math.inf:
+            raise UserError(
+                "linear prediction: expected a scale decay in [0, 1) and a floor above 0, got "
+                f"{self.scale_decay} and {self.floor_cells}"
+            )
+
+    @property
+    def temporal_range(self) -> int:
+        """Codes to the farthest one that can change a prediction: an error made with the oldest weights, as long as
+        float64 remembers it in the average."""
+        remembered = math.ceil(-60 * math.log(2) / math.log(self.scale_decay)) if self.scale_decay else 1
+        return self.window_length + self.hop_length + 2 * remembered
+
+
+class AutocorrelationMemory(NamedTuple):
+    """What a lane remembers; all zeros before the stream begins.
+
+    Attributes:
+        history: the last L samples, oldest first.
+        weights: of the prediction, that of the newest sample first.
+        residual: mean size of the last residuals.
+        count: codes seen; at 0 `residual` is set to what a stream begins with.
+    """
+
+    history: Float64[Tensor, "B L"]
+    weights: Float64[Tensor, "B P"]
+    residual: Float64[Tensor, "B"]
+    count: Int[Tensor, "B"]
+
+
+class AutocorrelationPredictor:
+    """Follows lanes of codes; keeps no state but what it is given.
+
+    Args:
+        waveform: the sample that each code decodes to.
+    """
+
+    def __init__(self, settings: AutocorrelationSettings, waveform: Float64[np.ndarray, "V"]) -> None:
+        self.settings = settings
+        self._waveform = waveform
+        position = np.arange(settings.window_length) / max(settings.window_length - 1, 1)
+        rising = np.sin(0.5 * np.pi * position / RISING_SHARE) ** 2
+        falling = np.cos(0.5 * np.pi * (position - RISING_SHARE) / (1 - RISING_SHARE)) ** 2
+        self._window = np.where(position < RISING_SHARE, rising, falling)
+
+    def zero_memory(self, num_lanes: int, device: torch.device) -> AutocorrelationMemory:
+        """Memory of streams that have not begun."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        count = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+        settings = self.settings
+        return AutocorrelationMemory(
+            zeros(num_lanes, settings.window_length), zeros(num_lanes, settings.order), zeros(num_lanes), count
+        )
+
+    def follow(
+        self,
+        codes: Int[Tensor, "B T"],
+        memory: AutocorrelationMemory,
+        document_starts: Bool[Tensor, "B T"] | None = None,
+    ) -> tuple[Float64[Tensor, "B T 2"], AutocorrelationMemory]:
+        """Prediction in [-1, 1] and scale of the sample after each code, and the next memory; no gradients."""
+        device, settings = codes.device, self.settings
+        if memory.history.shape != (len(codes), settings.window_length):
+            raise UserError(
+                f"linear prediction: expected a memory of {len(codes)} lanes of {settings.window_length} samples, got "
+                f"{tuple(memory.history.shape)}; pass zero_memory or the memory of the chunk before"
+            )
+        own = AutocorrelationMemory(*(tensor.detach().to("cpu", copy=True).contiguous() for tensor in memory))
+        starts = torch.zeros(codes.shape, dtype=torch.bool) if document_starts is None else document_starts.cpu()
+        features = torch.empty(*codes.shape, 2, dtype=torch.float64)
+        arrays = [tensor.numpy() for tensor in (codes.cpu().contiguous(), starts.contiguous(), *own, features)]
+        options = (settings.hop_length, settings.scale_decay, settings.floor_cells)
+
+        def run(lane: int) -> None:
+            _loop()(lane, self._waveform, self._window, options, *arrays)
+
+        num_threads = min(len(codes), torch.get_num_threads()) if codes.shape[1] > 1 else 1
+        if num_threads == 1:
+            for lane in range(len(codes)):
+                run(lane)
+        else:
+            with ThreadPoolExecutor(num_threads) as pool:
+                list(pool.map(run, range(len(codes))))
+        return features.to(device), AutocorrelationMemory(*(tensor.to(device) for tensor in own))
+
+
+def cell_width(sample: Float[Tensor, "*N"], vocab_size: int) -> Float[Tensor, "*N"]:
+    """Width of the mu-law cells around a sample in [-1, 1]: the slope of the expanding curve, times a code."""
+    mu = vocab_size - 1
+    return 2 * math.log1p(mu) / mu * (sample.abs() + 1 / mu)
+
+
+@functools.cache
+@no_type_check  # numba compiles the bare functions
+def _loop():
+    """The loop over time of one lane in machine code: without fast-math, so that sums keep their order."""
+    from numba import njit  # half a second, and compiling some more; nothing is written to disk
+
+    @njit(nogil=True)
+    def levinson(autocorrelation, weights, before):
+        error = autocorrelation[0]
+        for i in range(len(weights)):
+            reflection = autocorrelation[i + 1]
+            for j in range(i):
+                reflection -= weights[j] * autocorrelation[i - j]
+            reflection /= error
+            for j in range(i):
+                before[j] = weights[j]
+            for j in range(i):
+                weights[j] = before[j] - reflection * before[i - 1 - j]
+            weights[i] = reflection
+            error *= 1.0 - reflection * reflection
+
+    @njit(nogil=True)
+    def renew(past, window, weights, segment, autocorrelation, before):
+        for i in range(len(window)):
+            segment[i] = past[i] * window[i]
+        for lag in range(len(autocorrelation)):
+            total = 0.0
+            for i in range(lag, len(window)):
+                total += segment[i] * segment[i - lag]
+            autocorrelation[lag] = total
+        autocorrelation[0] = autocorrelation[0] * (1.0 + WHITE_NOISE_CORRECTION) + 1e-9
+        levinson(autocorrelation, weights, before)
+        factor = 1.0
+        for i in range(len(weights)):
+            factor *= BANDWIDTH_EXPANSION
+            weights[i] *= factor
+
+    @njit(nogil=True)
+    def predict(weights, samples, end):
+        total = 0.0
+        for i in range(len(weights)):
+            total += weights[i] * samples[end - 1 - i]
+        return 1.0 if total > 1.0 else (-1.0 if total < -1.0 else total)  # NaN stays NaN
+
+    @njit(nogil=True)
+    def follow(lane, waveform, window, options, codes, starts, history, weights, residuals, counts, features):
+        hop, decay, floor_cells = options
+        length, order, num_codes = len(window), weights.shape[1], codes.shape[1]
+        mu = len(waveform) - 1.0
+        own, count, residual = weights[lane], counts[lane], residuals[lane]
+        samples = np.empty(length + num_codes)
+        segment, autocorrelation, before = np.empty(length), np.empty(order + 1), np.empty(order)
+        for i in range(length):
+            samples[i] = history[lane, i]
+        for t in range(num_codes):
+            now = length + t
+            if starts[lane, t] or count == 0:
+                for i in range(t, now):
+                    samples[i] = 0.0
+                for i in range(order):
+                    own[i] = 0.0
+                residual, count = FIRST_RESIDUAL, 0
+            samples[now] = waveform[codes[lane, t]]
+            error = abs(samples[now] - predict(own, samples, now))
+            residual = decay * residual + (1.0 - decay) * error
+            count += 1
+            if count % hop == 0:
+                renew(samples[t + 1 : now + 1], window, own, segment, autocorrelation, before)
+            prediction = predict(own, samples, now + 1)
+            floor = floor_cells * (2.0 * math.log1p(mu) / mu) * (abs(prediction) + 1.0 / mu)
+            features[lane, t, 0] = prediction
+            features[lane, t, 1] = max(residual / (2.0 * math.log(2.0)), floor)
+        for i in range(length):
+            history[lane, i] = samples[num_codes + i]
+        counts[lane], residuals[lane] = count, residual
+
+    return follow
