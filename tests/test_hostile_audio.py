@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from hostile_audio import ACCEPTED, GOOD, KINDS, RATE, VOICE, Kind, encoded, make_hostile_corpus, unlock
 from hostile_report import Row, write_section
-from recordings import ROOT, load_script, voice, write
+from recordings import ROOT, voice, write
 
+from ct_audio.commands import prepare as prepare_command
+from ct_audio.commands.command_line import run_tool
 from ct_audio.common.errors import UserError
 from ct_audio.common.text import printable
 from ct_audio.data.audio_files import read_wav
 from ct_audio.data.corpus import open_corpus
 from ct_audio.preparation.recordings import AudioSettings, Recording, prepare_audio, prepare_waveform
-
-TOOL = load_script("tools/prepare.py", "prepare_tool")
 
 
 def prepare(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, *options: str, recipe_options: tuple = ()) -> int:
@@ -30,7 +30,7 @@ def prepare(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, *options: 
     common = ["prepare.py", str(ROOT / "recipes" / "folder"), "--source", str(source), "--out", str(out)]
     rest = ["--", "--group", "file", "--valid-percent", "0", "--test-percent", "0", *recipe_options]
     monkeypatch.setattr("sys.argv", [*common, "--num-processes", "1", *options, *rest])
-    return TOOL.run_tool(TOOL.main)
+    return run_tool(prepare_command.main)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from ct_audio.common.errors import UserError
 from ct_audio.evaluation.nll import evaluate_nll
 from ct_audio.sampling import sampler as sample
 from ct_audio.sampling.audio_checks import find_faults, measure_sample
-from ct_audio.sampling.sampler import draw_codes, estimate_code_seconds, sample_codes, verify_steps
+from ct_audio.sampling.sampler import Sampler, draw_codes, estimate_code_seconds, verify_steps
 
 START_CODE = 16
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
@@ -30,10 +30,15 @@ def lively_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
+def sampled(model: Any, *, num_codes: int = 20, **arguments: Any) -> Any:
+    """The iterator over codes and log-probabilities."""
+    settings: dict[str, Any] = {"num_lanes": 3, "seed": 0, "start_code": START_CODE} | arguments
+    return Sampler(model, **settings).run(num_codes)
+
+
 def collect(model: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Codes [B, T] and log-probabilities [B, T]."""
-    settings: dict[str, Any] = {"num_lanes": 3, "num_codes": 20, "seed": 0, "start_code": START_CODE} | arguments
-    pairs = list(sample_codes(model, **settings))
+    pairs = list(sampled(model, **arguments))
     return torch.stack([codes for codes, _ in pairs], 1), torch.stack([logs for _, logs in pairs], 1)
 
 
@@ -202,7 +207,7 @@ def test_ties_keep_exactly_k_codes_and_cold_is_greedy() -> None:
 
 def test_model_and_caller_are_left_as_they_were() -> None:
     model = tiny_model("compressive_transformer", dropout=0.5).train()
-    iterator = sample_codes(model, num_lanes=1, num_codes=5, seed=0, start_code=START_CODE)  # type: ignore[arg-type]
+    iterator = sampled(model, num_codes=5)
     next(iterator)
     assert not torch.is_inference_mode_enabled()
     iterator.close()
@@ -210,11 +215,7 @@ def test_model_and_caller_are_left_as_they_were() -> None:
     first, _ = collect(model)
     assert torch.equal(first, collect(model)[0])  # no dropout
     assert model.training
-    assert collect_nothing(model) == []
-
-
-def collect_nothing(model: Any) -> list[Any]:
-    return list(sample_codes(model, num_lanes=1, num_codes=0, seed=0, start_code=START_CODE))
+    assert list(sampled(model, num_codes=0)) == []
 
 
 def test_nan_is_reported_with_its_lane() -> None:
@@ -244,9 +245,8 @@ def test_nan_is_reported_with_its_lane() -> None:
     ],
 )
 def test_arguments_are_checked_before_the_first_code(changes: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"num_lanes": 3, "num_codes": 1, "seed": 0, "start_code": START_CODE} | changes
     with pytest.raises(UserError, match=message):
-        sample_codes(tiny_model("wavenet"), **arguments)
+        sampled(tiny_model("wavenet"), **changes)
 
 
 def test_estimate_is_a_plausible_time() -> None:

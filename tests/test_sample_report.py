@@ -191,4 +191,4 @@ def test_temperatures_that_are_none(
     run = make_run(corpus, tmp_path)
     assert tool("sample", monkeypatch)(run, f"--temperatures={temperatures}", "--out", tmp_path / "out") == 2
     assert "temperature" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.glob("out/*"))

@@ -31,8 +31,8 @@ def spectrogram_figure(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) ->
     return figure
 
 
-def write_figure(figure: Figure, path: Path) -> None:
+def write_figure(figure: Figure, path: Path, *, dpi: int = 110) -> None:
     """Write a PNG, whole or not at all."""
     content = io.BytesIO()
-    figure.savefig(content, dpi=110, format="png")
+    figure.savefig(content, dpi=dpi, format="png")
     write_file(path, content.getvalue())
