@@ -63,21 +63,40 @@ WITHOUT_RUN = {
             for option in ("--gain-db 0", "--trim-db 40", "--min-seconds 0.1", "--allow-dropped")
         ),
         (f"{ROOT}/recipes/folder {OUT} --verify", "--verify: only for texts; "),
+        *(
+            (f"{ROOT}/recipes/folder {OUT} -- {useless} {other} x", f"{useless.split()[0]}: not with {others}")
+            for useless, other, others in (
+                ("--group folder", "--group-regex", "--group-regex"),
+                ("--valid-percent 5", "--test-list", "--valid-list or --test-list"),
+                ("--test-percent 5", "--valid-list", "--valid-list or --test-list"),
+            )
+        ),
         (f"{ROOT}/recipes/enwik8 {OUT} -- --download-mirror x", "--download-mirror: only with -- --download"),
         (f"{ROOT}/recipes/pg19 {OUT} -- --download-connections 16", "--download-connections: only with -- --download"),
     ],
+    "bench": [("a.yaml --what train train", "--what: ['train', 'train'] has a value twice")],
+    "compare": [(f"a {OUT} --splits valid valid", "--splits: ['valid', 'valid'] has a value twice")],
     "kill_test": [
         ("--kills 0", "--kills: expected at least 1, got 0"),
         ("--processes 3", "--processes: expected 1, 2 or 4"),
         ("--steps 9", "--steps: expected an even number of at least 2, got 9"),
     ],
     "ablate": [
-        (f"BASE {OUT} --set {key}=x", f"--set {key}=x: the command sets it itself in every run")
-        for key in ("name", "runs_dir", "train.seed", "model.compression_rate", "model.compression_function")
+        *(
+            (f"BASE {OUT} --{name} {value} {value}", f"--{name}: [")
+            for name, value in (("rows", "max"), ("rates", "2"), ("seeds", "1"))
+        ),
+        *(
+            (f"BASE {OUT} --set {key}=x", f"--set {key}=x: the command sets it itself in every run")
+            for key in ("name", "runs_dir", "train.seed", "model.compression_rate", "model.compression_function")
+        ),
     ],
     "optimisation": [
-        (f"BASE {OUT} --base-steps 1 --branch-steps 1 --set {key}=3", f"--set {key}=3: the command sets it itself")
-        for key in ("name", "runs_dir", "train.num_steps")
+        (f"BASE {OUT} --base-steps 1 --branch-steps 1 --branches rate_0 rate_0", "--branches: ["),
+        *(
+            (f"BASE {OUT} --base-steps 1 --branch-steps 1 --set {key}=3", f"--set {key}=3: the command sets it itself")
+            for key in ("name", "runs_dir", "train.num_steps")
+        ),
     ],
 }
 """By command, words that are refused before any run is opened, and what is said. The run itself is "RUN"."""
@@ -85,7 +104,7 @@ EXCLUSIVE = {
     "sample": ["--temperature 1 --temperatures 1,2", "--seconds 1 --length 2", "--prime-seconds 1 --prime-length 2"],
     "score": ["--bin-seconds 1 --bin-units 2"],
 }
-NOTHING_TO_REFUSE = {"analyse", "bench", "compare", "demo", "describe", "score", "train"}
+NOTHING_TO_REFUSE = {"analyse", "demo", "describe", "train"}
 """Every option of these does something whatever the others are."""
 
 
@@ -155,10 +174,8 @@ def test_every_command_is_in_a_table() -> None:
     assert {file.stem for file in TOOLS} == WITHOUT_RUN.keys() | EXCLUSIVE.keys() | NOTHING_TO_REFUSE
     for name, cases in WITHOUT_RUN.items():
         named = {option for _, message in cases for option in message.split(":")[0].split(", ")}
-        assert {option for option in named if option.startswith("--") and " " not in option} <= options_of(name) | {
-            "--download-mirror",
-            "--download-connections",
-        }
+        known = options_of(name) if name != "prepare" else named
+        assert {option for option in named if option.startswith("--") and " " not in option} <= known
 
 
 def test_what_is_given_is_known_though_it_is_the_default() -> None:
@@ -193,3 +210,8 @@ def test_tools_are_alike(file: Path) -> None:
     assert docstring.count("\n") == 0
     first = TOOLS[0].read_text(encoding="utf-8").partition('"""\n\n')[2]
     assert sorted(rest.splitlines()) == sorted(first.replace(f".{TOOLS[0].stem} ", f".{file.stem} ").splitlines())
+
+
+def test_experiments_know_no_command_line() -> None:
+    for file in (ROOT / "ct_audio" / "experiments").glob("*.py"):
+        assert "argparse" not in file.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade_runs import RATE, ROOT, Tool, make_run, noise_corpus, speech_like, tool
+from handmade_runs import RATE, ROOT, Tool, make_run, speech_like, tool
 from tiny import TINY_MODELS
 
 from ct_audio.data.codecs import MuLaw
@@ -21,11 +21,6 @@ from ct_audio.runs.config import config_from_dict
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch) -> Tool:
     return tool("evaluate", monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return noise_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 @pytest.mark.parametrize("name", ["wavenet", "compressive_transformer"])

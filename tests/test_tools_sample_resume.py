@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from handmade_runs import RATE, ROOT, Tool, make_run, noise_corpus, read_json, speech_like, tool
+from handmade_runs import RATE, ROOT, Tool, make_run, read_json, speech_like, tool
 
 from ct_audio.data.audio_files import write_wav
 from ct_audio.data.codecs import MuLaw
@@ -32,11 +32,6 @@ OK = (0, 4)  # 4: so short a sample of a made-up model may well be faulty audio
 @pytest.fixture
 def sample(monkeypatch: pytest.MonkeyPatch) -> Tool:
     return tool("sample", monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return noise_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ct_audio.commands.command_line import build_parser, refuse_overrides
+from ct_audio.commands.command_line import build_parser, refuse_overrides, refuse_twice
 from ct_audio.common.errors import UserError
 from ct_audio.common.machine import usable_cpus
 
@@ -37,10 +37,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.num_processes < 1:
         raise UserError(f"--num-processes: expected at least 1, got {arguments.num_processes}")
-    for name in ("rows", "rates", "seeds"):
-        values = getattr(arguments, name)
-        if len(set(values)) < len(values):
-            raise UserError(f"--{name}: {values} has a value twice")
+    refuse_twice(arguments, "rows", "rates", "seeds")
     from ct_audio.experiments.ablation import OWN_KEYS, run_ablation
 
     refuse_overrides(arguments.set, OWN_KEYS)

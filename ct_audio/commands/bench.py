@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from ct_audio.commands.command_line import build_parser
+from ct_audio.commands.command_line import build_parser, refuse_twice
 from ct_audio.common.errors import UserError
 
 WHAT = ("train", "chunk", "attention", "sample")
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the Markdown here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    refuse_twice(arguments, "what")
     for name in ("lanes", "threads", "rounds"):
         if not 1 <= getattr(arguments, name) <= MAX_ROUNDS:
             raise UserError(f"--{name}: expected 1 to {MAX_ROUNDS}, got {getattr(arguments, name)}")

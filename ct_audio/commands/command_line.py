@@ -53,6 +53,14 @@ def refuse(arguments: argparse.Namespace, *options: str, why: str, unless: bool 
         raise UserError(f"{', '.join(found)}: {why}")
 
 
+def refuse_twice(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise `UserError` where a list of values, by its name in `arguments`, has one twice."""
+    for name in names:
+        values = getattr(arguments, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name}: {values} has a value twice")
+
+
 def refuse_overrides(overrides: list[str], own_keys: Iterable[str]) -> None:
     """Raise `UserError` where --set names a key that the command sets in every run itself."""
     for override in overrides:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ct_audio.commands.command_line import add_device_options, build_parser, open_device
+from ct_audio.commands.command_line import add_device_options, build_parser, open_device, refuse_twice
 
 
 def main() -> int:
@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("--max-seconds", type=float, metavar="S", help="score only the beginning of each split")
     add_device_options(parser)
     arguments = parser.parse_args()
+    refuse_twice(arguments, "splits")
     from ct_audio.evaluation.comparison_table import open_runs, score_runs, write_comparison
 
     runs = open_runs(arguments.runs)

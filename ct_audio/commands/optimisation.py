@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ct_audio.commands.command_line import build_parser, refuse_overrides
+from ct_audio.commands.command_line import build_parser, refuse_overrides, refuse_twice
 from ct_audio.common.errors import UserError
 
 
@@ -30,6 +30,7 @@ def main() -> int:
     for name in ("base_steps", "branch_steps"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    refuse_twice(arguments, "branches")
     from ct_audio.experiments.update_frequency import OWN_KEYS, run_experiment
 
     refuse_overrides(arguments.set, OWN_KEYS)

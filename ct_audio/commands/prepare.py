@@ -56,6 +56,7 @@ def load_recipe(folder: Path) -> ModuleType:
     `MAKES_RECORDINGS = True` if it fills `source` itself. A recipe of text defines `list_texts(source, options) ->
     list[Text]` and `settings(options) -> TextSettings` in place of `list_recordings`. One with an option --download
     (see `ct_audio.preparation.download`) defines `download(folder: Path, options)`, which fetches what is missing.
+    `USELESS_WITH`, where there is one, names for an option, as "--group", those beside which it would do nothing.
     """
     file = folder / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
@@ -101,6 +102,9 @@ def main() -> int:
     refuse(options, "--verify", unless=is_text, why=f"only for texts; {options.recipe} is of recordings")
     downloads = sorted(option for option in recipe_options.given if option.startswith("--download-"))
     refuse(recipe_options, *downloads, unless="--download" in recipe_options.given, why="only with -- --download")
+    for option, others in getattr(recipe, "USELESS_WITH", {}).items():
+        without = recipe_options.given.isdisjoint(others)
+        refuse(recipe_options, option, unless=without, why=f"not with {' or '.join(others)}")
     folder = find_source(options, recipe, recipe_options)
     own = {name: str(value) if isinstance(value, Path) else value for name, value in vars(recipe_options).items()}
     own = {name: value for name, value in own.items() if name != "given" and not name.startswith("download")}

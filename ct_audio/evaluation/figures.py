@@ -12,6 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ct_audio.common.figures import draw_spectrogram
 from ct_audio.evaluation.groups import Grouping
 from ct_audio.evaluation.memory_analysis import NUM_BUCKETS, PARTS
 
@@ -110,14 +111,8 @@ def _draw_recording(upper: Any, lower: Any, waveform: Float[np.ndarray, "N"], sa
     low, high = np.minimum.reduceat(waveform, starts), np.maximum.reduceat(waveform, starts)
     upper.fill_between(starts / sample_rate_hz, low, high, linewidth=0.4, color="C7")
     upper.set_ylabel("amplitude")
-    padded = np.pad(waveform, (0, max(0, 1024 - len(waveform))))
-    hop = max(256, 2 ** math.floor(math.log2(len(padded) / 2000 + 1)))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, 1024)[::hop]
-    power = np.abs(np.fft.rfft(frames * np.hanning(1024), axis=1)).T / 256
-    extent = (0.0, len(waveform) / sample_rate_hz, 0.0, sample_rate_hz / 2000)
-    decibels = 20 * np.log10(np.maximum(power, 1e-5))
-    lower.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=-100, vmax=0)
-    lower.set_ylabel("kHz")
+    hop_length = max(256, 2 ** math.floor(math.log2(len(waveform) / 2000 + 1)))  # about as many columns
+    draw_spectrogram(lower, waveform, sample_rate_hz, hop_length=hop_length)
 
 
 def attention_figure(report: dict[str, Any]) -> Figure:
