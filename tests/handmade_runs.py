@@ -72,11 +72,11 @@ def make_run(corpus: Path, runs_dir: Path, name: str = "wavenet", width_of_codes
     }
     config = config_from_dict(plain)
     torch.manual_seed(0)
-    model = build_model(config)
+    model: Any = build_model(config)
     if isinstance(model, WaveNet):
         with torch.no_grad():
-            model.output.weight.mul_(0.1)
-            model.output.bias.copy_(-0.5 * ((torch.arange(256.0) - 128) / width_of_codes) ** 2)
+            model.head.projection.weight.mul_(0.1)
+            model.head.projection.bias.copy_(-0.5 * ((torch.arange(256.0) - 128) / width_of_codes) ** 2)
     save(config, model, fingerprint=open_corpus(corpus).fingerprint)
     return config.run_dir
 

@@ -55,7 +55,7 @@ def remembering_model(name: str, **changes: Any) -> CompressiveTransformer:
     torch.manual_seed(3)
     model = tiny_model(name, **changes)
     assert isinstance(model, CompressiveTransformer)
-    for layer in model.layers:  # what begins at zero would hide a term
+    for layer in model.stack.layers:  # what begins at zero would hide a term
         for parameter in (layer.content_bias, layer.position_bias):
             torch.nn.init.normal_(parameter)  # type: ignore[arg-type]
     return model.double()
@@ -171,7 +171,7 @@ def test_too_short_a_stretch_is_refused() -> None:
 def test_hooks_are_taken_away() -> None:
     model = remembering_model("compressive_transformer")
     observe_memory(model, stretch_for(model))
-    assert not any(layer._forward_hooks for layer in model.layers)
+    assert not any(layer._forward_hooks for layer in model.stack.layers)
 
 
 def test_extents_by_hand() -> None:

@@ -1,9 +1,10 @@
-"""Every command in README.md and in the recipes' README files is one that works.
+"""The documents: every command works, every link leads somewhere, ARCHITECTURE.md names what is there, plain English.
 
 The slow test runs each document's commands in order in a copy of the project, on tiny recordings, with what takes long
 made short (`SHORTER`). What a scheduler would run (sbatch) is run here without it.
 """
 
+import functools
 import re
 import shlex
 import shutil
@@ -15,11 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from handmade_runs import options_of
 from recordings import ROOT, load_script, voice, write
 
 PROGRAMS = ("python", "make", "torchrun", "tensorboard", "sbatch", ".")
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("recipes/*/README.md"), ROOT / "samples" / "README.md"])
+RUN_IN_ORDER = sorted(
+    [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md"), ROOT / "samples" / "README.md"]
+)
+"""Documents whose commands, one after another, work in a fresh copy of the project."""
+DOCUMENTS = sorted({*RUN_IN_ORDER, ROOT / "ARCHITECTURE.md", *ROOT.glob("recipes/*/*.md")})
+ASSUMED_RUNS = {"samples/README.md": ["kathleen/wavenet_small.yaml", "enwik8/compressive_transformer_small.yaml"]}
+"""Runs that a document uses and another one, the README of the recipe, prepares and trains."""
+WITHOUT_COMMANDS = {"docs/results.md", "docs/stack.md", "docs/troubleshooting.md"}
 SHORTER = {
     "--seconds": "0.02",
     "--num": "2",
@@ -66,13 +73,31 @@ def commands(document: Path) -> list[list[str]]:
     return found
 
 
+def name_of(document: Path) -> str:
+    """As "docs/text.md"."""
+    return document.relative_to(ROOT).as_posix()
+
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+
+
 def test_the_documents_have_commands() -> None:
-    counts = {str(document.relative_to(ROOT)): len(commands(document)) for document in DOCUMENTS}
-    assert all(counts.values()), counts
-    assert counts["README.md"] >= 8
+    counts = {name_of(document): len(commands(document)) for document in DOCUMENTS}
+    assert {name for name, count in counts.items() if not count} <= WITHOUT_COMMANDS, counts
+    assert sum(counts.values()) >= 80, counts
+    shown = {words[1] for document in DOCUMENTS for words in commands(document) if words[0] == "python"}
+    shown |= {words[1] for words in commands(ROOT / "BENCHMARKS.md")} | {"tools/demo.py"}  # make demo
+    assert shown >= {f"tools/{file.name}" for file in ROOT.glob("tools/*.py")}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@functools.cache
+def help_of(*words: str) -> str:
+    """What a tool or a recipe prints for --help."""
+    command = [sys.executable, *words, "--help"]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@every_document
 def test_tools_files_and_options_exist(document: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for words in commands(document):
@@ -82,25 +107,117 @@ def test_tools_files_and_options_exist(document: Path) -> None:
             if word.endswith(".yaml") or (word.endswith(".py") and "/" in word):
                 assert (ROOT / word).is_file(), f"{word} in {shlex.join(words)}"
         if words[0] == "python" and words[1].startswith("tools/"):
-            known = options_of(Path(words[1]).stem)
-            files = [*ROOT.glob("recipes/*/prepare.py"), ROOT / "ct_audio" / "preparation" / "download.py"]
-            recipe = "".join(path.read_text(encoding="utf-8") for path in files)
-            for option in (word for word in words[2:] if re.match(r"--[a-z]", word)):
-                assert option in known or f'"{option}"' in recipe, f"{words[1]} has no {option}"
+            cut = words.index("--") if "--" in words else len(words)
+            require_options(words[2:cut], words[1])
+            if words[cut + 1 :]:
+                require_options(words[cut + 1 :], words[1], words[2], "--source", ".", "--out", ".", "--")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def require_options(words: list[str], *command: str) -> None:
+    """Every option among the words is one that the command's own help names."""
+    for option in (word for word in words if re.match(r"--[a-z]", word) and word != "--help"):
+        assert re.search(rf"(^|[ \[]){option}\b(?!-)", help_of(*command), re.MULTILINE), f"{command} has no {option}"
+
+
+@functools.cache
+def all_options() -> set[str]:
+    """Options of all tools and recipes."""
+    tools = [(f"tools/{file.name}",) for file in ROOT.glob("tools/*.py")]
+    recipes = [
+        ("tools/prepare.py", name_of(file.parent), "--source", ".", "--out", ".", "--")
+        for file in ROOT.glob("recipes/*/prepare.py")
+    ]
+    return {option for words in [*tools, *recipes] for option in re.findall(r"--[a-z][a-z-]*", help_of(*words))}
+
+
+@every_document
+def test_options_named_in_sentences_exist(document: Path) -> None:
+    quoted = " ".join(re.findall(r"`([^`\n]+)`", document.read_text(encoding="utf-8")))
+    assert set(re.findall(r"--[a-z][a-z-]*", quoted)) - all_options() <= {"--requeue"}  # sbatch's
+
+
+def anchors(document: Path) -> set[str]:
+    """What a link to a heading of a document may say after #."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_document
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (document.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        assert target.startswith("https://") or (document.parent / path).exists(), target
+        assert not anchor or anchor in anchors(document.parent / path if path else document), target
 
 
-def test_the_library_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/stack.md"])
+def test_the_library_examples_run(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (block,) = [block for block in code_blocks(ROOT / "README.md") if "import" in block]
+    (block,) = [block for block in code_blocks(ROOT / document) if "import" in block]
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, document, "exec"), names)
     assert names["loss"].item() > 0
+    if document == "docs/stack.md":
+        memory_valid = names["memory"].memory_valid[0].tolist()
+        assert memory_valid == [32, 64 - 40]  # lane 1 remembers its new recording only
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+def modules_named() -> list[str]:
+    """Modules in the layout block of ARCHITECTURE.md, as "models/compressive/stack"."""
+    (block,) = [block for block in code_blocks(ROOT / "ARCHITECTURE.md") if block.startswith("common/")]
+    found, folders = [], []
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names, _, purpose = re.sub(r"  +", "  ", line.strip()).partition("  ")
+        if names.endswith("/"):
+            folders = [*folders[:depth], names]
+        else:
+            assert purpose, f"{names}: what is it for?"
+            found += ["".join(folders[:depth]) + name for name in names.split(", ")]
+    return found
+
+
+def test_architecture_names_every_module_and_no_other() -> None:
+    named = modules_named()
+    package = ROOT / "ct_audio"
+    files = {file.relative_to(package).with_suffix("").as_posix() for file in package.rglob("*.py")}
+    there = {name for name in files if not name.endswith("__init__")}
+    assert len(named) == len(set(named))
+    assert sorted(set(named) - there) == [], "ARCHITECTURE.md names what does not exist"
+    assert sorted(there - set(named)) == [], "ARCHITECTURE.md does not name these"
+
+
+def test_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:tests/|tools/|test_)\w+\.py)`", text):
+        assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", text):
+        assert (ROOT / name).is_file() or (ROOT / "ct_audio" / name).is_file(), name
+
+
+NOT_PLAIN = ("nats a ", "bits a ", "codes a second", "goes on where", "rooms", "the house", "every model has to beat")
+
+
+def prose(text: str) -> str:
+    """Words on one line, without blocks of code: what programs print is quoted there as it is."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return " ".join(re.sub(r"^    .*$", "", text, flags=re.MULTILINE).split())
+
+
+@every_document
+def test_documents_are_in_plain_english(document: Path) -> None:
+    words = prose(document.read_text(encoding="utf-8"))
+    assert [phrase for phrase in NOT_PLAIN if re.search(rf"\b{phrase}", words)] == []
+
+
+def test_what_is_not_plain_is_found() -> None:
+    quoted = "text\n\n    2.4 nats a sample\n"
+    assert "nats a " not in prose(quoted)
+    assert "bits a " in prose("2 bits\na byte")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +269,8 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
     for index, word in enumerate(words[:-1]):
         if word in SHORTER:
             words[index + 1] = SHORTER[word]
+    if "--temperatures" in words:
+        words[words.index("--seconds") + 1] = "0.1"  # a report measures spectra and pitch
     scripts = Path(sys.executable).parent
     if words[0] == "sbatch":
         return shortened(shlex.split(words[words.index("--wrap") + 1]), recordings)
@@ -167,9 +286,9 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("document", RUN_IN_ORDER, ids=name_of)
 def test_commands_run(document: Path, project: Path, recordings: Path) -> None:
-    for words in commands(document):
+    for words in [*commands_before(document), *commands(document)]:
         if words[0] in ("make", ".") or "--download" in words:
             continue  # what runs this test, or what needs a network; a demonstration or a mirror has a test of its own
         command = shortened(words, recordings)
@@ -184,6 +303,16 @@ def test_commands_run(document: Path, project: Path, recordings: Path) -> None:
                 file.write(run(command, project))
         else:
             run(command, project)
+
+
+def commands_before(document: Path) -> list[list[str]]:
+    """Commands that prepare and train the runs that a document assumes."""
+    found = []
+    for config in ASSUMED_RUNS.get(name_of(document), []):
+        recipe = (ROOT / "recipes" / config).parent
+        makers = ("tools/prepare.py", f"recipes/{config}")
+        found += [words for words in commands(recipe / "README.md") if words[1] in makers or words[-1] in makers]
+    return found
 
 
 def expand(word: str, project: Path) -> list[str]:

@@ -41,6 +41,8 @@ WITHOUT_RUN = {
     ],
     "sample": [
         ("", "expected --out (or --stdout)"),
+        (f"{OUT} --save-every -1", "--save-every: expected seconds of at least 0, got -1.0"),
+        (f"{OUT} --num 0", "--num: expected at least 1, got 0"),
         ("--stdout --num 1 --resume", "--resume: only with --out"),
         ("--stdout --num 1 --save-every 60", "--save-every: only with --out"),
         ("--stdout --num 1 --plots", "--plots: only with --out"),
@@ -141,25 +143,15 @@ def test_options_of_which_one_would_win_are_refused(
     assert "not allowed with argument" in capsys.readouterr().err
 
 
-def test_options_of_audio_are_refused_for_a_text(
+def test_seconds_are_refused_for_a_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, out = text_run(tmp_path, CODECS["byte"]), ["--out", tmp_path / "out"]
+    run = text_run(tmp_path, CODECS["byte"])
     (tmp_path / "some.txt").write_text("text")
-    sample = tool("sample", monkeypatch)
-    for words, option in (
-        (["--seconds", 1], "--seconds"),
-        (["--prime", tmp_path / "some.txt", "--prime-seconds", 1], "--prime-seconds"),
-        (["--plots"], "--plots"),
-        (["--temperatures", "1,2"], "--temperatures"),
-        (["--temperatures", "1,2", "--corpus", tmp_path / "corpus"], "--temperatures, --corpus"),
-    ):
-        check(sample, [run, *words, *out], f"{option}: for audio, this is a model of bytes; see --length", capsys)
     score = [run, tmp_path / "some.txt", "--bin-seconds", 1]
     check(tool("score", monkeypatch), score, "--bin-seconds: bytes of a text have no seconds", capsys)
     for words in (["--max-seconds", 1], ["--lanes", 2, "--warmup-seconds", 1]):
         check(tool("evaluate", monkeypatch), [run, *words], f"{words[-2]}: the corpus is text", capsys)
-    assert not (tmp_path / "out").exists()
 
 
 def test_dynamic_evaluation_learns_in_one_lane(
@@ -202,6 +194,7 @@ def test_tools_give_help_without_installation_and_without_loading_torch(file: Pa
     found = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
     assert found.stdout.startswith(f"usage: {file.name} ")
+    assert "--checkpoint" not in found.stdout or "(default: best)" in found.stdout
 
 
 @pytest.mark.parametrize("file", TOOLS, ids=lambda file: file.stem)

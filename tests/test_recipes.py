@@ -113,7 +113,7 @@ def test_evaluation_lengths_of_the_paper_fit() -> None:
     }
     for name, wanted in lengths.items():
         with torch.device("meta"):
-            memory = build_model(load_config(RECIPES / f"{name}.yaml")).zero_memory(1, **wanted)
+            memory = build_model(load_config(RECIPES / f"{name}.yaml")).zero_memory(1, **wanted).stack
         for key, length in wanted.items():
             rows = memory.memory if key == "memory_length" else memory.compressed_memory
             assert {tensor.shape[1] for tensor in rows} == {length}

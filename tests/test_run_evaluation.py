@@ -101,7 +101,7 @@ def test_text_has_perplexities_by_exact_counts(tmp_path: Path) -> None:
     writer.finish()
     run_dir = make_run(tmp_path / "corpus", tmp_path / "runs", "transformer_xl")
     run = load_run_model(run_dir)
-    torch.nn.init.zeros_(run.model.head.weight)  # type: ignore[attr-defined]
+    torch.nn.init.zeros_(run.model.head.projection.weight)  # type: ignore[attr-defined]
     report, _ = evaluate_run(run, run_corpus(run), EvaluationSettings(), progress=None)
     assert report["perplexity_a_word"] == pytest.approx(256.0**5, rel=1e-4)
     assert report["num_words"] == 16

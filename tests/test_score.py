@@ -36,7 +36,7 @@ def text_run(directory: Path) -> Path:
     plain = {"name": "text", "runs_dir": str(directory / "runs"), "data": data}
     config = config_from_dict(plain | {"model": TINY_MODELS["compressive_transformer"] | {"vocab_size": 256}})
     model: Any = build_model(config)
-    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.projection.weight)
     save(config, model, fingerprint=open_corpus(directory / "corpus").fingerprint)
     return config.run_dir
 

@@ -142,13 +142,11 @@ def test_sample_fails_verification_of_a_wrong_step(
     [
         (["--seconds", "0"], "--seconds"),
         (["--seconds", "inf"], "--seconds"),
-        (["--num", "0"], "--num"),
         (["--seed", "-1"], "seed"),
         (["--temperature", "-1"], "temperature"),
         (["--top-k", "257"], "top-k: expected 1 to 256"),
         (["--top-p", "0"], "top-p"),
         (["--prime", "nowhere.wav"], "nowhere.wav"),
-        (["--prime-seconds", "1"], "--prime-seconds: only with --prime"),
     ],
 )
 def test_sample_errors_are_one_line(

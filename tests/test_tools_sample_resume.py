@@ -196,23 +196,6 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
         stream.write(np.zeros(1))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "--out (or --stdout)"),
-        (("--stdout",), "pass --num 1"),
-        (("--stdout", "--num", 1, "--resume"), "--resume: only with --out"),
-        (("--stdout", "--num", 1, "--plots"), "--plots: only with --out"),
-        (("--out", "x", "--save-every", -1), "--save-every"),
-    ],
-)
-def test_options_that_do_not_go_together(
-    arguments: tuple[Any, ...], message: str, sample: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert sample("run", *arguments) == 2
-    assert message in capsys.readouterr().err
-
-
 def patient(test: Callable[..., None]) -> Callable[..., None]:
     """A slow test that may take several minutes on a busy machine."""
     return pytest.mark.slow(pytest.mark.timeout(600)(test))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ct_audio.common.errors import UserError
 from ct_audio.models import build_model
 from ct_audio.models.state import detach_memory
-from ct_audio.models.wavenet import Config, WaveNet, WaveNetMemory
+from ct_audio.models.wavenet import Config, WaveNetMemory
 
 VOCAB_SIZE = 32
 
@@ -31,22 +31,23 @@ def random_codes(length: int, *, seed: int = 0, lanes: int = 2) -> Int[Tensor, "
     return torch.randint(VOCAB_SIZE, (lanes, length), generator=torch.Generator().manual_seed(seed))
 
 
-def convolution_nll(model: WaveNet, codes: Tensor, targets: Tensor, *, chunk_begins: int) -> Float[Tensor, "B T"]:
+def convolution_nll(model: Any, codes: Tensor, targets: Tensor, *, chunk_begins: int) -> Float[Tensor, "B T"]:
     """Oracle: `conv1d` over the whole stream with the inputs before the chunk detached; NLL of the chunk's targets."""
-    x, skip = model.embedding(codes).transpose(1, 2), 0
-    for layer, dilation in enumerate(model.dilations):
+    stack = model.stack
+    x, skip = model.front_end.table(codes).transpose(1, 2), 0
+    for layer, dilation in enumerate(stack.dilations):
         earlier, own = x[..., :chunk_begins].detach(), x[..., chunk_begins:]
         padded = F.pad(torch.cat([earlier, own], dim=-1), (dilation, 0))
         kernels = [
-            torch.stack([model.past_weight[layer, half], model.now_weight[layer, half]], dim=-1) for half in (0, 1)
+            torch.stack([stack.past_weight[layer, half], stack.now_weight[layer, half]], dim=-1) for half in (0, 1)
         ]
-        filtered = F.conv1d(padded, kernels[0], model.gate_bias[layer, 0], dilation=dilation).tanh()
-        gated = filtered * F.conv1d(padded, kernels[1], model.gate_bias[layer, 1], dilation=dilation).sigmoid()
-        skip = skip + F.conv1d(gated, model.skip_weight[layer, :, :, None])
-        if layer + 1 < len(model.dilations):
-            x = x + F.conv1d(gated, model.residual_weight[layer, :, :, None])
-    hidden = model.hidden((skip + model.skip_bias[:, None]).relu().transpose(1, 2)).relu()
-    logits = model.output(hidden[:, chunk_begins:])
+        filtered = F.conv1d(padded, kernels[0], stack.gate_bias[layer, 0], dilation=dilation).tanh()
+        gated = filtered * F.conv1d(padded, kernels[1], stack.gate_bias[layer, 1], dilation=dilation).sigmoid()
+        skip = skip + F.conv1d(gated, stack.skip_weight[layer, :, :, None])
+        if layer + 1 < len(stack.dilations):
+            x = x + F.conv1d(gated, stack.residual_weight[layer, :, :, None])
+    hidden = stack.hidden((skip + stack.skip_bias[:, None]).relu().transpose(1, 2)).relu()
+    logits = model.head.projection(hidden[:, chunk_begins:])
     return -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
@@ -81,7 +82,7 @@ def test_chunks_of_any_lengths_equal_one(cuts: list[int]) -> None:
             parts.append(features)
             begin += length
     torch.testing.assert_close(torch.cat(parts, dim=1), whole.features, rtol=0, atol=1e-12)
-    for got, expected in zip(memory.queues, whole.memory.queues, strict=True):
+    for got, expected in zip(memory.stack.queues, whole.memory.stack.queues, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
@@ -103,7 +104,9 @@ def test_documents_are_fresh_streams_wherever_they_begin(begins: list[int], cut:
         going_on, going_on_memory, _ = model(codes, before)
     torch.testing.assert_close(features[1], going_on[1], rtol=0, atol=1e-12)
     torch.testing.assert_close(features[0, : begins[0]], going_on[0, : begins[0]], rtol=0, atol=1e-12)
-    for queue, fresh, undisturbed in zip(memory.queues, fresh_memory.queues, going_on_memory.queues, strict=True):
+    for queue, fresh, undisturbed in zip(
+        memory.stack.queues, fresh_memory.stack.queues, going_on_memory.stack.queues, strict=True
+    ):
         torch.testing.assert_close(queue[:1], fresh, rtol=0, atol=1e-12)
         torch.testing.assert_close(queue[1], undisturbed[1], rtol=0, atol=1e-12)
 
@@ -113,11 +116,12 @@ def test_a_document_start_ends_even_nan() -> None:
     codes = random_codes(12)
     starts = torch.zeros_like(codes, dtype=torch.bool)
     starts[:, 3] = True
-    memory = WaveNetMemory(tuple(torch.full_like(queue, torch.nan) for queue in model.zero_memory(2).queues))
+    queues = tuple(torch.full_like(queue, torch.nan) for queue in model.zero_memory(2).stack.queues)
+    memory = model.zero_memory(2)._replace(stack=WaveNetMemory(queues))
     output = model(codes, memory, document_starts=starts)
     assert output.features[:, :3].isnan().any()
     assert output.features[:, 3:].isfinite().all()
-    assert all(queue.isfinite().all() for queue in output.memory.queues)
+    assert all(queue.isfinite().all() for queue in output.memory.stack.queues)
 
 
 def test_steps_after_more_codes_than_any_dilation() -> None:
@@ -130,7 +134,7 @@ def test_steps_after_more_codes_than_any_dilation() -> None:
         for t in range(21, 40):
             features, state = model.step(codes[:, t], state)
             torch.testing.assert_close(features, expected.features[:, t], rtol=0, atol=1e-12)
-    for got, queue in zip(state.memory.queues, expected.memory.queues, strict=True):
+    for got, queue in zip(state.memory.stack.queues, expected.memory.stack.queues, strict=True):
         torch.testing.assert_close(got, queue, rtol=0, atol=1e-12)
 
 
@@ -146,7 +150,7 @@ def test_features_of_a_step_survive_the_next() -> None:
 def test_memory_holds_its_rows_and_nothing_else() -> None:
     """A queue that was a view would keep the whole chunk alive until the next."""
     model = float64_wavenet()
-    for queue in model(random_codes(100), model.zero_memory(2)).memory.queues:
+    for queue in model(random_codes(100), model.zero_memory(2)).memory.stack.queues:
         assert queue.untyped_storage().nbytes() == queue.numel() * queue.element_size()
 
 
@@ -168,7 +172,7 @@ def test_bfloat16_autocast_keeps_memory_and_nll_in_float32() -> None:
         output = model(codes, memory)
         nll = model.nll(output.features, codes)
     assert output.features.dtype == torch.bfloat16
-    assert {queue.dtype for queue in output.memory.queues} == {torch.float32}
+    assert {queue.dtype for queue in output.memory.stack.queues} == {torch.float32}
     assert nll.dtype == torch.float32
     nll.mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -180,7 +184,7 @@ def test_paper_sized_configuration() -> None:
     """30 layers, dilations 1..512 three times, as many parameters as the Compressive Transformer's 40.1M."""
     with torch.device("meta"):
         model: Any = build_model(Config())
-    assert model.dilations == tuple(2**power for power in range(10)) * 3
+    assert model.stack.dilations == tuple(2**power for power in range(10)) * 3
     assert model.temporal_range == 3 * 1023
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(40.1e6, rel=0.02)
 

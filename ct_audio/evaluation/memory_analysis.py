@@ -12,12 +12,13 @@ Shape letters: L layers, N windows or blocks, B lanes, H heads, T codes of a win
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from jaxtyping import Float, Float64, Int, Int64, Integer
 from torch import Tensor
 
@@ -26,9 +27,9 @@ from ct_audio.common.units import nats_to_bits
 from ct_audio.data.corpus import Corpus
 from ct_audio.evaluation.nll import Evaluation, evaluate_nll
 from ct_audio.evaluation.stored import BlockSums
-from ct_audio.models.compressive.attention import content_attention
 from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import push
+from ct_audio.models.compressive.reconstruction import reconstruct
 from ct_audio.models.compressive.transformer import CompressiveTransformer
 from ct_audio.models.compressive.windows import Geometry, LayerMemory, View
 from ct_audio.runs.open_run import LoadedRun
@@ -131,9 +132,10 @@ def observe_memory(model: CompressiveTransformer, stretch: Stretch) -> Observati
     Raises:
         UserError: fewer than two windows have full memories in all layers.
     """
-    observers = [_Observer() for _ in model.layers]
+    layers = model.stack.layers
+    observers = [_Observer() for _ in layers]
     with contextlib.ExitStack() as stack:
-        for layer, observer in zip(model.layers, observers, strict=True):
+        for layer, observer in zip(layers, observers, strict=True):
             handle = layer.register_forward_hook(observer, with_kwargs=True)
             stack.callback(handle.remove)
         stretch.evaluate(model, chunk_length=model.window_length, progress="attention")
@@ -200,16 +202,8 @@ def reconstruction_loss(
     new_compressed, _ = layer.compress(old_memory, usage, view)
     if new_compressed is None or compressed_length == 0:
         return float("nan"), float("nan")
-
-    def heads(projected: Tensor) -> Tensor:
-        return rearrange(projected, "b n (s h e) -> s b h n e", h=layer.config.num_heads, e=head_width)
-
-    head_width = layer.config.width // layer.config.num_heads
-    (query,) = heads(layer.query(layer.read(rows)))
-    keys, values = heads(layer.key_value(layer.read(old_memory)))
-    wanted = content_attention(query, keys, values, None)
-    keys, values = heads(layer.key_value(layer.read(new_compressed)))
-    found = content_attention(query, keys, values, None)
+    old, new = (layer.key_value(layer.read(rows)) for rows in (old_memory, new_compressed))
+    found, wanted = reconstruct(layer.query(layer.read(rows)), old, new, num_heads=layer.config.num_heads)
     return float((found - wanted).double().square().mean()), float(wanted.double().square().mean())
 
 
@@ -345,7 +339,7 @@ def context_tables(model: CompressiveTransformer, stretch: Stretch, shares: tupl
         gain, error = _gain(blocks_of[0, 0], blocks, counts)
         row = {
             **lengths,
-            "temporal_range_codes": _temporal_range(model, **lengths),
+            "temporal_range_codes": dataclasses.replace(model.config, **lengths).temporal_range,
             "nll_nats": nll_nats,
             "nll_bits": nats_to_bits(nll_nats),
             "gain_nats": gain,
@@ -383,17 +377,8 @@ def context_lengths(model: CompressiveTransformer, shares: tuple[float, ...]) ->
     return [{"memory_length": m, "compressed_memory_length": k} for m, k in dict.fromkeys(pairs)]
 
 
-def _temporal_range(model: CompressiveTransformer, *, memory_length: int, compressed_memory_length: int) -> int:
-    config = model.config
-    return sum(
-        memory_length + rate * compressed_memory_length
-        for layer, rate in enumerate(config.compression_rates)
-        if config.keeps_memory(layer)
-    )
-
-
 def _geometry(model: CompressiveTransformer, index: int) -> Geometry:
-    config, layer = model.config, cast(CompressiveLayer, model.layers[index])
+    config, layer = model.config, cast(CompressiveLayer, model.stack.layers[index])
     keeps = config.keeps_memory(index)
     return Geometry(
         config.window_length,

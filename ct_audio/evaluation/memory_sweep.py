@@ -13,7 +13,7 @@ from ct_audio.common.files import read_json
 from ct_audio.data.corpus import Corpus
 from ct_audio.evaluation.stored import (
     EvaluationSettings,
-    changed_model,
+    changed_config,
     evaluate_run,
     find_evaluation,
     store_evaluation,
@@ -68,9 +68,9 @@ def sweep_memory(
             split=split, memory_length=pair[0], compressed_memory_length=pair[1], max_codes=max_codes
         )
         report = _score(run_dir, run, corpus, settings)
-        model = changed_model(run, settings)
+        config = changed_config(run, settings)
         row = {"memory_length": pair[0], "compressed_memory_length": pair[1]}
-        row |= {"temporal_range": model.temporal_range, "attention_cost": model.attention_cost}
+        row |= {"temporal_range": config.temporal_range, "attention_cost": config.attention_cost}
         row |= {name: report[name] for name in ("nll_nats", "nll_bits", "num_units")}
         rows.append(row | {"as_trained": pair == trained})
         reports.append(report)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
@@ -28,7 +27,6 @@ from ct_audio.common.units import perplexity
 from ct_audio.data.corpus import Corpus, Split
 from ct_audio.evaluation.dynamic import DynamicSettings, learning_copy
 from ct_audio.evaluation.nll import Evaluation, evaluate_nll
-from ct_audio.models import SequenceModel, build_model
 from ct_audio.runs.open_run import LoadedRun, run_corpus
 
 FORMAT = "ct_audio evaluation"
@@ -279,18 +277,16 @@ def _warmup_length(run: LoadedRun, settings: EvaluationSettings, sample_rate_hz:
     chunk_length = run.config.data.chunk_length
     wanted = _seconds_to_codes("--warmup-seconds", settings.warmup_seconds, sample_rate_hz, at_least=0)
     if wanted is None:
-        wanted = changed_model(run, settings).temporal_range + run.model.window_length
+        wanted = changed_config(run, settings).temporal_range + run.model.window_length
     return math.ceil(wanted / chunk_length) * chunk_length
 
 
-def changed_model(run: LoadedRun, settings: EvaluationSettings) -> SequenceModel:
-    """The model as it would be with the memory lengths of the settings; only for its arithmetic, it has no weights."""
+def changed_config(run: LoadedRun, settings: EvaluationSettings) -> Any:
+    """The model's configuration with the memory lengths of the settings."""
     names = ("memory_length", "compressed_memory_length")
     changes = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
-    if not changes or not all(hasattr(run.model.config, name) for name in changes):
-        return run.model
-    with torch.device("meta"):  # no memory, no time
-        return build_model(dataclasses.replace(run.model.config, **changes))
+    config = run.model.config
+    return dataclasses.replace(config, **changes) if all(hasattr(config, name) for name in changes) else config
 
 
 def _seconds_to_codes(option: str, seconds: float | None, rate: int | None, *, at_least: int = 1) -> int | None:

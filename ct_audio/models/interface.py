@@ -1,6 +1,10 @@
 """The contract that every sequence model keeps: state goes in and comes out, modules keep none.
 
-Shape letters: B lanes, T codes of a chunk, R codes of an unfinished window, D features, V codes of the vocabulary.
+Shape letters: B lanes, T codes of a chunk, R codes of an unfinished window, N rows of any batch, D width of a row or of
+features, V codes of the vocabulary.
+
+A model is front end, stack, head (`composition.py` puts them together): the front end makes a row of each code, the
+stack makes features of rows, the head makes probabilities of features. Linear prediction is a model as a whole.
 
 The contract in prose
     * A *lane* is one contiguous stream of the batch. `codes[:, t]` are integers in [0, vocab_size).
@@ -53,44 +57,150 @@ class ModelOutput(NamedTuple):
     auxiliary_losses: dict[str, Float[Tensor, ""]]
 
 
-class SequenceModel(nn.Module, abc.ABC):
-    """What trainer, evaluator and sampler know of a model.
+class FrontEnd(nn.Module, abc.ABC):
+    """What a code becomes: codes in, rows out; and a memory of its own, where it has one.
 
     Attributes:
-        config: the frozen dataclass that built the model.
+        width: D, of its rows.
+    """
+
+    width: int
+
+    @property
+    def temporal_range(self) -> int:
+        """Distance in codes to the farthest earlier code that can change a row."""
+        return 0
+
+    def zero_memory(self, num_lanes: int) -> Any:
+        """Memory of a stream that has not begun, the lane first in every tensor; () where there is none."""
+        return ()
+
+    @abc.abstractmethod
+    def forward(
+        self, codes: Int[Tensor, "B T"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Any]:
+        """Rows of any number of codes (0 too), and the next memory."""
+
+    def step(self, codes: Int[Tensor, "B"], memory: Any) -> tuple[Float[Tensor, "B D"], Any]:
+        """The row of one more code a lane, and the next memory. Consumes `memory`."""
+        rows, memory = self(codes[:, None], memory)
+        return rows[:, 0], memory
+
+
+class StackOutput(NamedTuple):
+    """What a stack makes of the rows of a chunk.
+
+    Attributes:
+        rows: [B, T, D'], features where the stack is part of a model.
+        memory: after the chunk.
+        auxiliary_losses: as those of `ModelOutput`.
+    """
+
+    rows: Float[Tensor, "B T D"]
+    memory: Any
+    auxiliary_losses: dict[str, Float[Tensor, ""]]
+
+
+class StatefulModule(nn.Module, abc.ABC):
+    """What stacks and models have in common: a memory, and parameters that somebody trains.
+
+    Attributes:
+        config: the frozen dataclass that built it; it knows `temporal_range` and `attention_cost`.
     """
 
     config: Any
 
     @property
-    @abc.abstractmethod
-    def vocab_size(self) -> int:
-        """Number V of codes."""
-
-    @property
     def window_length(self) -> int:
-        """Codes a window; a chunk is a whole number of windows. 1 for models without windows."""
+        """Codes (rows) a window; a chunk is a whole number of windows. 1 where there are no windows."""
         return 1
 
     @property
-    @abc.abstractmethod
     def temporal_range(self) -> int:
         """Distance in codes to the farthest code that can change a prediction made at the start of a window."""
+        return self.config.temporal_range
 
     @property
     def attention_cost(self) -> int:
-        """Rows that one code attends to, summed over layers (0 for a model without attention)."""
-        return 0
+        """Rows that one code attends to, summed over layers (0 without attention)."""
+        return self.config.attention_cost
 
     @abc.abstractmethod
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
     ) -> Any:
-        """Memory of a stream that has not begun, on the model's device and in its dtype.
+        """Memory of a stream that has not begun, on the module's device and in its dtype.
 
-        Lengths default to the configuration's; evaluation may pass others. A model that has no such memory raises
-        `UserError` when a length is passed.
+        Lengths default to the configuration's; evaluation may pass others. Without such a memory, a length that is
+        passed raises `UserError`.
         """
+
+    @abc.abstractmethod
+    def clone_state(self, state: Any) -> Any:
+        """An independent copy of a step state."""
+
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer updates: f_c stays as it was drawn with `compression_loss: none`."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by clipping group: "model", and "compression" for f_c where it has parameters."""
+        return {"model": [parameter for _, parameter in self.trained_parameters()]}
+
+    def after_update(self) -> None:
+        """Bring parameters that have a range back into it; to be called after each update of the weights."""
+        return
+
+
+class Stack(StatefulModule):
+    """Rows in, rows out, memory in and out: the part of a model that remembers. Usable without the other parts.
+
+    Attributes:
+        width: D, of the rows that come in.
+        output_width: D', of the rows that go out.
+    """
+
+    width: int
+    output_width: int
+
+    @abc.abstractmethod
+    def forward(
+        self, rows: Float[Tensor, "B T D"], memory: Any, *, document_starts: Bool[Tensor, "B T"] | None = None
+    ) -> StackOutput:
+        """Outputs, next memory and auxiliary losses of a chunk.
+
+        Args:
+            document_starts: True where nothing before has any influence from there on (a document, an episode).
+        """
+
+    @abc.abstractmethod
+    def begin_steps(self, memory: Any, rows: Float[Tensor, "B R D"]) -> Any:
+        """State for `step` after R rows of an unfinished window; its `memory` is that of the last whole window."""
+
+    @abc.abstractmethod
+    def step(self, rows: Float[Tensor, "B D"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
+        """Output for one more row a lane, and the next state. Consumes `state`."""
+
+
+class Head(nn.Module, abc.ABC):
+    """Features in, probabilities of the next code out: always in float32 or wider, under autocast too."""
+
+    @abc.abstractmethod
+    def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """As a model's."""
+
+    @abc.abstractmethod
+    def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """As a model's."""
+
+
+class SequenceModel(StatefulModule):
+    """What trainer, evaluator and sampler know of a model."""
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """Number V of codes."""
 
     @abc.abstractmethod
     def forward(
@@ -114,18 +224,6 @@ class SequenceModel(nn.Module, abc.ABC):
     def step(self, codes: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
         """Features after one more code a lane, and the next state. Consumes `state`."""
 
-    @abc.abstractmethod
-    def clone_state(self, state: Any) -> Any:
-        """An independent copy of a step state."""
-
-    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trained parameters by clipping group: "model", and "compression" for f_c where it has parameters."""
-        return {"model": [parameter for _, parameter in self.trained_parameters()]}
-
-    def after_update(self) -> None:
-        """Bring parameters that have a range back into it; to be called after each update of the weights."""
-        return
-
     def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
         """Compute what a model without trained parameters keeps in buffers from the training split, as one stream."""
         return
@@ -139,10 +237,6 @@ class SequenceModel(nn.Module, abc.ABC):
     def has_parameters(self) -> bool:
         """Whether there is anything to train."""
         return next(self.parameters(), None) is not None
-
-    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters that the optimizer updates: f_c stays as it was drawn with `compression_loss: none`."""
-        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:

@@ -65,6 +65,17 @@ class Config:
         if not 0 <= self.scale_decay <= 1:
             raise UserError(f"model.scale_decay: expected a number in [0, 1], got {self.scale_decay}")
 
+    @property
+    def temporal_range(self) -> int:
+        """Distance in codes to the farthest code that can change a prediction; averages never forget altogether."""
+        fixed = self.adaptation == "none" and self.scale_decay == 1
+        return self.order - 1 if fixed else UNLIMITED_RANGE
+
+    @property
+    def attention_cost(self) -> int:
+        """0: there is no attention."""
+        return 0
+
 
 class LinearPredictionMemory(NamedTuple):
     """What a lane remembers; all zeros before the stream begins.
@@ -128,12 +139,6 @@ class LinearPrediction(SequenceModel):
     def vocab_size(self) -> int:
         """Number V of codes."""
         return self.config.vocab_size
-
-    @property
-    def temporal_range(self) -> int:
-        """Distance in codes to the farthest code that can change a prediction; averages never forget altogether."""
-        fixed = self.config.adaptation == "none" and self.config.scale_decay == 1
-        return self.config.order - 1 if fixed else UNLIMITED_RANGE
 
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None

@@ -3,13 +3,12 @@
 Layer l sees its own input now and `dilation_l` codes ago, so a kernel of two is two products, one with the chunk and
 one with the chunk shifted. What the shift needs from before the chunk is the memory: each layer's last `dilation`
 inputs.
-Shape letters: L layers, B lanes, T codes of a chunk, R codes before stepping, C residual channels, S skip channels,
-D features (= S), V codes of the vocabulary, Q rows of all queues (the sum of the dilations).
+Shape letters: L layers, B lanes, T rows of a chunk, R rows before stepping, C residual channels, S skip channels,
+Q rows of all queues (the sum of the dilations).
 """
 
 import math
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ct_audio.common.errors import UserError
-from ct_audio.models.interface import ModelOutput, SequenceModel, refuse_lengths
+from ct_audio.models.composition import ComposedModel
+from ct_audio.models.front_ends import CodeEmbedding
+from ct_audio.models.heads import Categorical
+from ct_audio.models.interface import Stack, StackOutput, refuse_lengths
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,21 @@ class Config:
                 f"use more cycles"
             )
 
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Of each layer."""
+        return tuple(2 ** (layer % self.layers_per_cycle) for layer in range(self.num_layers))
+
+    @property
+    def temporal_range(self) -> int:
+        """Distance in codes to the farthest code that can change a prediction: the sum of the dilations."""
+        return sum(self.dilations)
+
+    @property
+    def attention_cost(self) -> int:
+        """0: there is no attention."""
+        return 0
+
 
 class WaveNetMemory(NamedTuple):
     """What a lane remembers.
@@ -67,18 +84,36 @@ class WaveNetMemory(NamedTuple):
     queues: tuple[Float[Tensor, "B _ C"], ...]
 
 
+class LayerViews(NamedTuple):
+    """A layer's parts of the buffers of a `StepState` and of the weights, made once: a step makes only small products.
+
+    Attributes:
+        total: sums before tanh and sigmoid; `filter` and `gate` are its halves.
+        inputs, gated: the layer's input and gated output.
+        now_weight, residual_weight: as matrices that rows are multiplied by.
+        next_inputs: the input of the next layer; None, as `residual_weight`, for the last layer.
+    """
+
+    total: Float[Tensor, "B C2"]
+    filter: Float[Tensor, "B C"]
+    gate: Float[Tensor, "B C"]
+    inputs: Float[Tensor, "B C"]
+    gated: Float[Tensor, "B C"]
+    now_weight: Float[Tensor, "C C2"]
+    residual_weight: Float[Tensor, "C C"] | None
+    next_inputs: Float[Tensor, "B C"] | None
+
+
 @dataclass(slots=True)
 class StepState:
     """Buffers of the incremental path; `step` overwrites them.
 
     Attributes:
         rings: the queues of all layers one below the other; layer l owns `dilations[l]` rows from `offsets[l]`.
-        count: codes stepped so far; the oldest input of layer l lies in its row `count % dilations[l]`.
+        count: rows stepped so far; the oldest input of layer l lies in its row `count % dilations[l]`.
         inputs, totals, gated: room for each layer's input, for its sums before tanh and sigmoid, and for its output.
         offsets, dilations: int64.
-        views: a layer's parts of these buffers and of the weights, made once because stepping makes nothing but small
-            products: (total, its filter half, its gate half, input, now_weight, gated) and, but for the last layer,
-            (residual_weight, next input).
+        layers: views of these buffers.
     """
 
     rings: Float[Tensor, "Q B C"]
@@ -88,24 +123,23 @@ class StepState:
     gated: Float[Tensor, "L B C"]
     offsets: Int[Tensor, "L"]
     dilations: Int[Tensor, "L"]
-    views: list[tuple[Tensor, ...]]
+    layers: list[LayerViews]
 
     @property
     def memory(self) -> WaveNetMemory:
-        """The memory as of now: what `forward` over the same codes would have returned."""
+        """The memory as of now: what `forward` over the same rows would have returned."""
         count = int(self.count)
         rings = self.rings.split(self.dilations.tolist())
         return WaveNetMemory(tuple(rearrange(ring.roll(-(count % len(ring)), 0), "q b c -> b q c") for ring in rings))
 
 
-class WaveNet(SequenceModel):
-    """Gated dilated layers with residual and skip connections over embedded codes.
+class WaveNetStack(Stack):
+    """Gated dilated layers with residual and skip connections.
 
         z_l = tanh(P_l x_l[t - d_l] + N_l x_l[t] + b_l) * sigmoid(P'_l x_l[t - d_l] + N'_l x_l[t] + b'_l)
         x_{l+1} = x_l + R_l z_l          features = relu(H relu(sum_l S_l z_l + s) + h)
 
-    and one more linear layer makes the logits. Parameters of one kind are stacked over layers: the optimizer meets 13
-    tensors however deep the model is.
+    Parameters of one kind are stacked over layers: the optimizer meets a dozen tensors however deep the model is.
     Source: equation 2 and figure 4 of the paper. Differs: no bias in the residual and in each skip projection (the
     embedding and `skip_bias` have it); the last layer has no residual projection, which would never get a gradient;
     before a stream begins, each layer sees zeros.
@@ -115,8 +149,8 @@ class WaveNet(SequenceModel):
         super().__init__()
         self.config = config
         layers, width, skip_width = config.num_layers, config.width, config.skip_width
-        self.dilations = tuple(2 ** (layer % config.layers_per_cycle) for layer in range(layers))
-        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.dilations = config.dilations
+        self.width, self.output_width = width, skip_width
         # Index 0 of the second dimension is the filter (tanh), index 1 the gate (sigmoid).
         self.past_weight = nn.Parameter(torch.randn(layers, 2, width, width) / math.sqrt(2 * width))
         self.now_weight = nn.Parameter(torch.randn(layers, 2, width, width) / math.sqrt(2 * width))
@@ -126,17 +160,6 @@ class WaveNet(SequenceModel):
         self.skip_weight = nn.Parameter(3 * torch.randn(layers, skip_width, width) / math.sqrt(layers * width))
         self.skip_bias = nn.Parameter(torch.zeros(skip_width))
         self.hidden = nn.Linear(skip_width, skip_width)
-        self.output = nn.Linear(skip_width, config.vocab_size)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number V of codes."""
-        return self.config.vocab_size
-
-    @property
-    def temporal_range(self) -> int:
-        """Distance in codes to the farthest code that can change a prediction: the sum of the dilations."""
-        return sum(self.dilations)
 
     def zero_memory(
         self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
@@ -147,22 +170,22 @@ class WaveNet(SequenceModel):
             UserError: a length was passed; the dilations alone decide how much this model remembers.
         """
         refuse_lengths("wavenet", memory_length=memory_length, compressed_memory_length=compressed_memory_length)
-        weight = self.embedding.weight
+        weight = self.skip_bias
         return WaveNetMemory(
             tuple(weight.new_zeros(num_lanes, dilation, self.config.width) for dilation in self.dilations)
         )
 
     def forward(
         self,
-        codes: Int[Tensor, "B T"],
+        rows: Float[Tensor, "B T C"],
         memory: WaveNetMemory,
         *,
         document_starts: Bool[Tensor, "B T"] | None = None,
-    ) -> ModelOutput:
-        """Features and next memory of a chunk of any length; gradients end where the chunk begins."""
-        self._check_memory(memory, codes.shape[0])
+    ) -> StackOutput:
+        """Features [B, T, S] and next memory of a chunk of any length; gradients end where the chunk begins."""
+        self._check_memory(memory, rows.shape[0])
         age = None if document_starts is None else _age(document_starts)
-        x = F.embedding(codes, self.embedding.weight)
+        x = rows
         past_weights, now_weights, biases = (
             stacked.flatten(0, 1).unbind() for stacked in (self.past_weight, self.now_weight, self.gate_bias)
         )
@@ -181,44 +204,35 @@ class WaveNet(SequenceModel):
             skip = skip + F.linear(gated, skip_weights[layer])
             if layer < len(residual_weights):
                 x = x + F.linear(gated, residual_weights[layer])
-        return ModelOutput(self._features(skip), WaveNetMemory(tuple(queues)), {})
-
-    def nll(self, features: Float[Tensor, "*batch D"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        """Negative log-likelihood of each target in nats."""
-        logits = self._logits(features)
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-
-    def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        """Normalised log-probabilities of every code in nats."""
-        return F.log_softmax(self._logits(features), dim=-1)
+        return StackOutput(self._features(skip), WaveNetMemory(tuple(queues)), {})
 
     @torch.inference_mode()
-    def begin_steps(self, memory: WaveNetMemory, codes: Int[Tensor, "B R"]) -> StepState:
-        """State for `step` after R more codes (any number, 0 too), which run in parallel."""
-        self._check_memory(memory, codes.shape[0])
-        if codes.shape[1]:
-            memory = self(codes, memory).memory
+    def begin_steps(self, memory: WaveNetMemory, rows: Float[Tensor, "B R C"]) -> StepState:
+        """State for `step` after R more rows (any number, 0 too), which run in parallel."""
+        self._check_memory(memory, rows.shape[0])
+        if rows.shape[1]:
+            memory = self(rows, memory).memory
         rings = torch.cat([rearrange(queue, "b q c -> q b c") for queue in memory.queues])
         return self._step_state(rings, torch.zeros((), dtype=torch.int64, device=rings.device))
 
     @torch.inference_mode()
-    def step(self, codes: Int[Tensor, "B"], state: StepState) -> tuple[Float[Tensor, "B D"], StepState]:
-        """Features after one more code a lane; consumes `state`. No dropout and no gradients.
+    def step(self, rows: Float[Tensor, "B C"], state: StepState) -> tuple[Float[Tensor, "B S"], StepState]:
+        """Features after one more row a lane; consumes `state`. No dropout and no gradients.
 
         What every layer saw `dilation` codes ago is known beforehand, so that its share is one batched product.
         """
-        rows = torch.remainder(state.count, state.dilations).add_(state.offsets)
-        past = state.rings.index_select(0, rows)
+        oldest = torch.remainder(state.count, state.dilations).add_(state.offsets)
+        past = state.rings.index_select(0, oldest)
         biases = rearrange(self.gate_bias, "l half c -> l 1 (half c)")
         past_weights = rearrange(self.past_weight, "l half c_out c -> l c (half c_out)")
         torch.baddbmm(biases, past, past_weights, out=state.totals)
-        state.views[0][3].copy_(F.embedding(codes, self.embedding.weight))
-        for total, filtered, gate, x, now_weight, gated, *residual in state.views:
-            total.addmm_(x, now_weight)
-            torch.mul(filtered.tanh_(), gate.sigmoid_(), out=gated)
-            if residual:
-                torch.addmm(x, gated, residual[0], out=residual[1])
-        state.rings.index_copy_(0, rows, state.inputs)
+        state.layers[0].inputs.copy_(rows)
+        for layer in state.layers:
+            layer.total.addmm_(layer.inputs, layer.now_weight)
+            torch.mul(layer.filter.tanh_(), layer.gate.sigmoid_(), out=layer.gated)
+            if layer.residual_weight is not None:
+                torch.addmm(layer.inputs, layer.gated, layer.residual_weight, out=layer.next_inputs)
+        state.rings.index_copy_(0, oldest, state.inputs)
         state.count.add_(1)
         skip = torch.bmm(state.gated, self.skip_weight.mT).sum(0)
         return self._features(skip + self.skip_bias), state
@@ -233,21 +247,16 @@ class WaveNet(SequenceModel):
         shape = (len(self.dilations), *rings.shape[1:])
         inputs, gated = rings.new_zeros(shape), rings.new_zeros(shape)
         totals = rings.new_zeros(*shape[:2], 2 * shape[2])
-        now_weights = rearrange(self.now_weight, "l half c_out c -> l c (half c_out)").unbind()
-        halves = (totals[..., : shape[2]].unbind(), totals[..., shape[2] :].unbind())
-        views = list(zip(totals.unbind(), *halves, inputs.unbind(), now_weights, gated.unbind(), strict=True))
-        residual = zip(self.residual_weight.mT.unbind(), inputs[1:].unbind(), strict=True)
-        views = [view + more for view, more in zip_longest(views, residual, fillvalue=())]
+        now_weights = rearrange(self.now_weight, "l half c_out c -> l c (half c_out)")
+        filters, gates = totals.split(shape[2], dim=-1)
+        parts = (totals, filters, gates, inputs, gated, now_weights)
+        ahead = [*zip(self.residual_weight.mT, inputs[1:], strict=True), (None, None)]
+        layers = [LayerViews(*views, *more) for *views, more in zip(*parts, ahead, strict=True)]
         offsets = dilations.cumsum(0) - dilations
-        return StepState(rings, count, inputs, totals, gated, offsets, dilations, views)
+        return StepState(rings, count, inputs, totals, gated, offsets, dilations, layers)
 
-    def _features(self, skip: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch D"]:
+    def _features(self, skip: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch S"]:
         return F.relu(self.hidden(F.relu(skip)))
-
-    def _logits(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        # In the parameters' own precision under autocast too: bf16 logits would be off by percents of a nat.
-        with torch.autocast(features.device.type, enabled=False):
-            return self.output(features.to(self.output.weight.dtype))
 
     def _check_memory(self, memory: WaveNetMemory, num_lanes: int) -> None:
         expected = [(num_lanes, dilation, self.config.width) for dilation in self.dilations]
@@ -257,6 +266,19 @@ class WaveNet(SequenceModel):
                 f"wavenet: expected queues of shapes {expected[0]}, ..., {expected[-1]}, got {got}; "
                 f"pass zero_memory({num_lanes}) or the memory of the chunk before"
             )
+
+
+class WaveNet(ComposedModel):
+    """Embedding, `WaveNetStack`, softmax; fresh parameters are drawn from torch's global generator."""
+
+    config: Config
+    stack: WaveNetStack
+    head: Categorical
+
+    def __init__(self, config: Config) -> None:
+        front_end = CodeEmbedding(nn.Embedding(config.vocab_size, config.width))
+        stack = WaveNetStack(config)
+        super().__init__(config, front_end, stack, Categorical(nn.Linear(config.skip_width, config.vocab_size)))
 
 
 def _age(document_starts: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:

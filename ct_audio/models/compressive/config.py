@@ -1,4 +1,4 @@
-"""The architecture's configuration of the Compressive Transformer, checked where it is made."""
+"""Configuration of the compressive stack and of the model around it, checked where it is made."""
 
 import itertools
 from dataclasses import dataclass
@@ -8,14 +8,13 @@ from ct_audio.common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Config:
-    """Architecture; lengths are in codes or rows.
+class StackConfig:
+    """A stack of compressive layers; lengths are in codes (rows of the stream) or in rows of memory.
 
     Attributes:
-        vocab_size: number V of codes.
         num_layers, width, num_heads, feedforward_width: as in any transformer; head width is width / num_heads.
         position_width: P, width of the sinusoidal table (the paper's is `width`), even.
-        dropout: of the embedding, of each sublayer's output and inside the feed-forward block.
+        dropout: of each sublayer's output and inside the feed-forward block (in a model also of the embedding).
         window_length: n_s. memory_length: n_m. compressed_memory_length: n_cm; 0 gives Transformer-XL.
         compression_rate: c, one number or a list with one a layer.
         compression_function: f_c; "most_used" keeps the rows with the largest attention instead of compressing.
@@ -32,14 +31,8 @@ class Config:
             memory, or "temporal", the mean position of the codes that it stands for.
         attention_backend: "fused" or "reference" (slow, the formula as it is written).
         norm_position: "post" as in the paper, or "pre".
-        adaptive_cutoffs: null, or the first code of each band but the first: embedding and softmax are adaptive then,
-            and codes must be sorted by falling frequency (WikiText-103: [20000, 40000, 200000]).
-        adaptive_div: by what the width of a band's table is divided for the next band.
-        tie_embeddings: embedding and softmax share their tables (adaptive: their projections too).
     """
 
-    name: Literal["compressive_transformer"] = "compressive_transformer"
-    vocab_size: int = 256
     num_layers: int = 20
     width: int = 384
     num_heads: int = 6
@@ -60,12 +53,9 @@ class Config:
     adaptive_span_loss: float = 2e-6
     attention_backend: Literal["fused", "reference"] = "fused"
     norm_position: Literal["post", "pre"] = "post"
-    adaptive_cutoffs: Any = None
-    adaptive_div: int = 4
-    tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "width", "num_heads", "feedforward_width", "window_length"):
+        for name in ("num_layers", "width", "num_heads", "feedforward_width", "window_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("memory_length", "compressed_memory_length"):
@@ -101,7 +91,6 @@ class Config:
                     "model.compressed_positions = temporal: the rows that most_used keeps stand for no fixed positions"
                     "; write index, or another compression_function"
                 )
-        _check_bands(self.adaptive_cutoffs, self.adaptive_div, vocab_size=self.vocab_size, width=self.width)
         for layer, rate in enumerate(self.compression_rates):
             if self.keeps_memory(layer):
                 check_whole_groups(self.compressed_memory_length, rate, window=self.window_length)
@@ -139,6 +128,53 @@ class Config:
         if self.compression_loss != "bptt" or not self.compressed_memory_length:
             return 1
         return -(-self.memory_length // self.window_length) + 2
+
+    @property
+    def temporal_range(self) -> int:
+        """Sum over layers of n_m + c_l n_cm, in codes (paper, section 3).
+
+        Exact where each layer's part is a whole number of windows; otherwise the farthest code is a little farther, as
+        a row in the middle of its window looks back from that window's start. With most_used, what is kept comes from
+        this range, but older codes too have had a say in the choice.
+        """
+        return sum(
+            self.memory_length + rate * self.compressed_memory_length
+            for layer, rate in enumerate(self.compression_rates)
+            if self.keeps_memory(layer)
+        )
+
+    @property
+    def attention_cost(self) -> int:
+        """Sum over layers of n_s + n_m + n_cm, in rows."""
+        num_remembering = sum(self.keeps_memory(layer) for layer in range(self.num_layers))
+        remembered = num_remembering * (self.memory_length + self.compressed_memory_length)
+        return self.num_layers * self.window_length + remembered
+
+
+@dataclass(frozen=True)
+class Config(StackConfig):
+    """The Compressive Transformer: a compressive stack between an embedding and a softmax.
+
+    Attributes:
+        vocab_size: number V of codes.
+        adaptive_cutoffs: null, or the first code of each band but the first: embedding and softmax are adaptive then,
+            and codes must be sorted by falling frequency (WikiText-103: [20000, 40000, 200000]).
+        adaptive_div: by what the width of a band's table is divided for the next band.
+        tie_embeddings: embedding and softmax share their tables (adaptive: their projections too).
+        The others: see `StackConfig`.
+    """
+
+    name: Literal["compressive_transformer"] = "compressive_transformer"
+    vocab_size: int = 256
+    adaptive_cutoffs: Any = None
+    adaptive_div: int = 4
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size < 1:
+            raise UserError(f"model.vocab_size: expected at least 1, got {self.vocab_size}")
+        _check_bands(self.adaptive_cutoffs, self.adaptive_div, vocab_size=self.vocab_size, width=self.width)
 
 
 def check_whole_groups(compressed_memory_length: int, rate: int, **lengths: int) -> None:

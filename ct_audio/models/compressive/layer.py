@@ -1,6 +1,6 @@
 """One layer of the Compressive Transformer.
 
-Shape letters: B lanes, T codes of a chunk, W windows, N = B W, D width, H heads, E head width, P position width,
+Shape letters: B lanes, T rows of a chunk, W windows, N = B W, D width, H heads, E head width, P position width,
 M memory rows, K compressed rows, S keys of a window.
 
 The task loss trains everything but f_c (with `bptt` it trains f_c too); the other losses of f_c train f_c and what
@@ -12,56 +12,26 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce, repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ct_audio.models.compressive.attention import (
     ATTENTION_BACKENDS,
-    additive_mask,
-    attend_one,
     attention_weights,
-    content_attention,
-    quarter_turn,
-    sinusoids,
 )
 from ct_audio.models.compressive.compression import COMPRESSION_FUNCTIONS, Decoder, autoencoding_loss, choose_most_used
-from ct_audio.models.compressive.config import Config
+from ct_audio.models.compressive.config import StackConfig
 from ct_audio.models.compressive.memory import push
+from ct_audio.models.compressive.reconstruction import attention_reconstruction_loss
 from ct_audio.models.compressive.windows import (
     Geometry,
     LayerMemory,
     View,
     geometry_of,
-    key_positions,
-    make_view,
     remember,
     windows_of_memory,
 )
 from ct_audio.models.layers import FeedForward, frozen_layer_norm, linear, shared_linear
-
-
-class LayerCache(NamedTuple):
-    """What a layer keeps between two steps.
-
-    Attributes:
-        weight, bias: all products of a row in one: content query, position query straight and turned, key, value.
-        inputs: [B, window length, D], raw inputs of the unfinished window.
-        wide_keys: [B, H, S, E + P], keys and position table of every visible row and of the window.
-        values: [B, H, S, E].
-        mask: additive, or None where all rows are valid.
-        usage: [B, M + T], attention that each row of memory and window has got so far, summed over the window's
-            queries, mean over heads; None unless `most_used` needs it.
-        share: what adaptive spans leave of the attention to each row; None without them.
-    """
-
-    weight: Float[Tensor, "O D"]
-    bias: Float[Tensor, "O"]
-    inputs: Float[Tensor, "B T D"]
-    wide_keys: Float[Tensor, "B H S EP"]
-    values: Float[Tensor, "B H S E"]
-    mask: Float[Tensor, "B 1 1 S"] | None
-    usage: Float[Tensor, "B MT"] | None
-    share: Float[Tensor, "H 1 S"] | None
 
 
 class LayerOutput(NamedTuple):
@@ -71,7 +41,7 @@ class LayerOutput(NamedTuple):
         rows: [B, T, D].
         memory: the next memory (unchanged without a push).
         losses: of f_c, by name.
-        usage: as in `LayerCache`, of this chunk, which is one window then.
+        usage: as in `stepping.LayerCache`, of this chunk, which is one window then.
     """
 
     rows: Float[Tensor, "B T D"]
@@ -83,7 +53,7 @@ class LayerOutput(NamedTuple):
 class CompressiveLayer(nn.Module):
     """Attention over compressed memory, memory and window, then a feed-forward block; and the layer's f_c."""
 
-    def __init__(self, config: Config, index: int) -> None:
+    def __init__(self, config: StackConfig, index: int) -> None:
         super().__init__()
         self.config = config
         compresses = bool(config.compressed_memory_length) and config.keeps_memory(index)
@@ -137,7 +107,7 @@ class CompressiveLayer(nn.Module):
             compressed_stream = torch.cat([compressed_stream, self.key_value(self.read(new_compressed))], dim=1)
         earlier = windows_of_memory(view.geometry, compressed_stream, stream, num_windows)
         attended = self._attend(query, torch.cat([*earlier, own], dim=1), view)
-        outputs = self._finish(rows, attended)
+        outputs = self.finish(rows, attended)
         if self.span is not None and torch.is_grad_enabled():
             losses = losses | {"adaptive_span": self.config.adaptive_span_loss * self.spans().mean()}
         if with_push:
@@ -177,32 +147,6 @@ class CompressiveLayer(nn.Module):
             view = view._replace(documents=documents._replace(compressed_stream=torch.cat([before, kept], dim=1)))
         return old_memory.gather(1, repeat(chosen, "b k -> b k d", d=old_memory.shape[2])), view
 
-    def step(
-        self, rows: Float[Tensor, "B D"], cache: LayerCache, position: int, rotation: tuple[Tensor, Tensor]
-    ) -> Float[Tensor, "B D"]:
-        """Output for one row a lane at `position` of the window; writes its key and value into the cache.
-
-        Args:
-            rotation: cosines and sines [P] of the position.
-        """
-        heads, width, extra = self.config.num_heads, self.config.width, self.config.num_heads * len(rotation[0])
-        projected = F.linear(self.read(rows), cache.weight, cache.bias)
-        content, straight, turned, key, value = (
-            part.unflatten(1, (heads, -1)) for part in projected.split([width, extra, extra, width, width], dim=1)
-        )
-        wide_query = torch.cat([content, torch.addcmul(straight * rotation[0], turned, rotation[1])], dim=-1)
-        index = cache.values.shape[2] - self.config.window_length + position
-        cache.wide_keys[:, :, index, : key.shape[-1]] = key
-        cache.values[:, :, index] = value
-        end = index + 1
-        mask = None if cache.mask is None else cache.mask[..., :end]
-        share = None if cache.share is None else cache.share[..., :end]
-        attended, weights = attend_one(wide_query, cache.wide_keys[:, :, :end], cache.values[:, :, :end], mask, share)
-        if cache.usage is not None:
-            num_seen = cache.usage.shape[1] - self.config.window_length + position + 1
-            cache.usage[:, :num_seen] += weights.mean(dim=1)[:, -num_seen:]
-        return self._finish(rows, attended.flatten(1))
-
     def geometry(self, memory: LayerMemory, window_length: int) -> Geometry:
         """Lengths that decide what a window of this layer sees."""
         temporal = self.config.compressed_positions == "temporal"
@@ -210,56 +154,12 @@ class CompressiveLayer(nn.Module):
             memory, window_length=window_length, compression_rate=self.compression_rate, temporal=temporal
         )
 
-    def new_cache(
-        self, memory: LayerMemory, inputs: Float[Tensor, "B T D"], usage: Float[Tensor, "B _"] | None
-    ) -> LayerCache:
-        """Caches for stepping through a window, with the products that one step needs folded into one matrix.
-
-        Args:
-            inputs: raw inputs of the window, those not known yet arbitrary.
-            usage: of the part of the window that is known; None where there is none (or no need).
-        """
-        heads, scale = self.config.num_heads, (self.config.width // self.config.num_heads) ** -0.5
-        query = rearrange(self.query.weight, "(h e) d -> h e d", h=heads) * scale
-        straight = einsum(self.position, query, "h e p, h e d -> h p d")
-        for_bias = einsum(self.position, self.position_bias * scale, "h e p, h e -> h p")
-        turned, turned_bias = quarter_turn(straight.mT).mT, quarter_turn(for_bias)
-        weight = torch.cat([*(part.flatten(0, 1) for part in (query, straight, turned)), self.key_value.weight])
-        bias = torch.cat([(self.content_bias * scale).flatten(), for_bias.flatten(), turned_bias.flatten()])
-        bias = F.pad(bias, (0, len(weight) - len(bias)))
-        geometry = self.geometry(memory, inputs.shape[1])
-        table = sinusoids(-key_positions(geometry, inputs), self.config.position_width)
-        wide_keys = F.pad(table, (self.config.width // heads, 0)).expand(len(inputs), heads, -1, -1).contiguous()
-        values = wide_keys.new_empty(*wide_keys.shape[:3], self.config.width // heads)
-        cache = LayerCache(weight, bias, inputs.clone(), wide_keys, values, None, None, self._share(geometry))
-        cache = self.refill_cache(cache, memory)
-        if cache.usage is not None and usage is not None:
-            cache.usage[:, : usage.shape[1]] = usage
-        return cache
-
-    def refill_cache(self, cache: LayerCache, memory: LayerMemory) -> LayerCache:
-        """The cache with keys and values of another memory and no usage yet; it reuses the buffers.
-
-        Rows of the window that are not known yet get values that `step` overwrites.
-        """
-        rows = torch.cat([memory.compressed_memory, memory.memory, cache.inputs], dim=1)
-        both = self.key_value(self.read(rows))
-        keys, values = rearrange(both, "b s (two h e) -> two b h s e", two=2, h=self.config.num_heads)
-        cache.wide_keys[..., : keys.shape[-1]] = keys
-        cache.values.copy_(values)
-        window_length = cache.inputs.shape[1]
-        geometry = self.geometry(memory, window_length)
-        view = make_view(geometry, memory, window_length, None)
-        num_rows = memory.memory.shape[1] + window_length
-        usage = rows.new_zeros(len(rows), num_rows) if self.chooses_most_used else None
-        return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:], usage=usage)
-
     def spans(self) -> Float[Tensor, "H"]:
         """How far each head looks back before it fades, in rows of memory and compressed memory."""
         assert self.span is not None
         return self.span.clamp(0, 1) * (self.config.memory_length + self.config.compressed_memory_length)
 
-    def _share(self, geometry: Geometry) -> Float[Tensor, "H 1 S"] | None:
+    def share(self, geometry: Geometry) -> Float[Tensor, "H 1 S"] | None:
         """What the adaptive spans leave of the attention to each row; rows of the window itself are left whole.
 
         Source: Sukhbaatar et al. 2019, arXiv 1905.07799, equation 2. Differs: distances are counted in rows from the
@@ -298,7 +198,7 @@ class CompressiveLayer(nn.Module):
             query_positions=view.query_positions,
             key_positions=view.key_positions,
             mask=view.mask,
-            share=self._share(view.geometry),
+            share=self.share(view.geometry),
         )
         return rearrange(attended, "(b w) h t e -> b (w t) (h e)", b=query.shape[0])
 
@@ -324,10 +224,10 @@ class CompressiveLayer(nn.Module):
             query_positions=view.query_positions,
             key_positions=view.key_positions,
             mask=view.mask,
-            share=self._share(view.geometry),
+            share=self.share(view.geometry),
         )
 
-    def _finish(self, rows: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, rows: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual, feed-forward block, with the norm after or before each."""
         attended = self.dropout(self.output(attended))
         if self.config.norm_position == "pre":
@@ -342,55 +242,16 @@ class CompressiveLayer(nn.Module):
         """The losses of f_c by name; none reaches another parameter than those of f_c and of its decoder."""
         name = self.config.compression_loss
         if name == "attention_reconstruction":
-            return {name: self._reconstruction_loss(query, old_keys_values, new_compressed, view)}
+            pre_norm, share = self.config.norm_position == "pre", self.config.reconstruction_query_share
+            read = frozen_layer_norm(self.attention_norm, new_compressed) if pre_norm else new_compressed
+            new_keys_values = F.linear(read, self.key_value.weight.detach())
+            loss = attention_reconstruction_loss(
+                query, old_keys_values, new_keys_values, view, num_heads=self.config.num_heads, query_share=share
+            )
+            return {name: loss}
         if self.compression_decoder is None:
             return {}
         valid = None
         if view.documents is not None:
             valid = view.documents.compressed_stream[:, view.geometry.compressed_memory_length :] >= 0
         return {name: autoencoding_loss(old_memory, self.compression_decoder(new_compressed), valid)}
-
-    def _reconstruction_loss(
-        self, query: Tensor, old_keys_values: Tensor, new_compressed: Tensor, view: View
-    ) -> Float[Tensor, ""]:
-        """Attention-reconstruction loss of all windows; its gradient reaches f_c and nothing else.
-
-        Source: Algorithm 2. Differs: mean squared error (the L2 norm has no gradient at 0); a window whose old memory
-        holds no valid row counts as zero; a share of the queries, evenly spaced, where the configuration says so.
-        """
-        length, rate = view.geometry.window_length, self.compression_rate
-
-        def heads(rows: Tensor, rows_each: int) -> Tensor:
-            return rearrange(
-                rows, "b (w r) (s h e) -> s (b w) h r e", r=rows_each, h=self.config.num_heads, e=head_width
-            )
-
-        head_width = self.config.width // self.config.num_heads
-        queries = heads(query.detach(), length)[0]
-        if self.config.reconstruction_query_share < 1:
-            num_queries = max(1, round(self.config.reconstruction_query_share * length))
-            queries = queries[:, :, torch.arange(num_queries, device=queries.device) * length // num_queries]
-        old_keys, old_values = heads(old_keys_values.detach(), length)
-        pre_norm = self.config.norm_position == "pre"
-        read = frozen_layer_norm(self.attention_norm, new_compressed) if pre_norm else new_compressed
-        new_keys, new_values = heads(F.linear(read, self.key_value.weight.detach()), length // rate)
-        old_mask = new_mask = None
-        weight = queries.new_ones(())
-        if view.documents is not None:
-            before = rearrange(view.documents.before, "b w -> (b w) 1")
-            old_valid = rearrange(view.documents.stream[:, : old_keys_values.shape[1]], "b (w r) -> (b w) r", r=length)
-            new = view.documents.compressed_stream[:, view.geometry.compressed_memory_length :]
-            new_valid = rearrange(new, "b (w r) -> (b w) r", r=length // rate) >= before
-            has_rows = new_valid.any(dim=1, keepdim=True)
-            old_mask = _rows_mask((old_valid >= before) | ~has_rows, queries.dtype)
-            new_mask = _rows_mask(new_valid | ~has_rows, queries.dtype)
-            weight = rearrange(has_rows, "n 1 -> n 1 1 1").to(queries.dtype)
-        with torch.no_grad():
-            target = content_attention(queries, old_keys, old_values, old_mask)
-        difference = content_attention(queries, new_keys, new_values, new_mask) - target
-        difference = difference.float() if difference.dtype == torch.bfloat16 else difference
-        return (weight * difference.square()).mean()
-
-
-def _rows_mask(valid: Bool[Tensor, "N R"], dtype: torch.dtype) -> Float[Tensor, "N 1 1 R"]:
-    return additive_mask(valid[:, None, None, :], dtype)

@@ -1,8 +1,6 @@
 """Memory of the Compressive Transformer and its update (Algorithm 1 of Rae et al. 2019), as pure functions.
 
 Shape letters: L layers, B lanes, T codes of a chunk, M memory rows, K compressed rows, D width.
-Also helpers that map over any model's memory: a nest of (named) tuples whose leaves are tensors, the lane first, and
-plain Python values.
 """
 
 from typing import NamedTuple
@@ -30,6 +28,26 @@ class Memory(NamedTuple):
     final: bool = False
 
 
+class LayerMemory(NamedTuple):
+    """One layer's part of a `Memory`; see there."""
+
+    memory: Float[Tensor, "B M D"]
+    compressed_memory: Float[Tensor, "B K D"]
+    memory_valid: Int[Tensor, "B"]
+    compressed_memory_valid: Int[Tensor, "B"]
+
+
+def layer_memory(memory: Memory, index: int) -> LayerMemory:
+    """The part of a memory that belongs to one layer."""
+    return LayerMemory(*(part[index] for part in memory[:4]))
+
+
+def join_layers(layers: list[LayerMemory]) -> Memory:
+    """The memory of all layers; the inverse of `layer_memory`."""
+    rows, compressed, valid, compressed_valid = zip(*layers, strict=True)
+    return Memory(rows, compressed, valid, compressed_valid)
+
+
 def push(
     memory: Float[Tensor, "B M D"], window: Float[Tensor, "B T D"]
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B M D"]]:
@@ -38,8 +56,8 @@ def push(
     Returns:
         old_memory: [B, T, D], the rows that leave, oldest first (some may not be valid yet).
         memory: [B, M, D], the newest rows.
-    Source: Algorithm 1, lines 5 to 7. Differs: for T > M part of the window leaves at once, so that nothing skips
-    compression.
+    Source: Algorithm 1, the updates of old_mem and m. Differs: for T > M part of the window leaves at once, so that
+    nothing skips compression.
     """
     rows = torch.cat([memory, window], dim=1)
     split = rows.shape[1] - memory.shape[1]

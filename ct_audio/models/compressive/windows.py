@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ct_audio.models.compressive.attention import additive_mask
-from ct_audio.models.compressive.memory import Memory
+from ct_audio.models.compressive.memory import LayerMemory
 
 
 class Geometry(NamedTuple):
@@ -39,15 +39,6 @@ class Geometry(NamedTuple):
     def num_keys(self) -> int:
         """Rows a window's queries may see: compressed memory, memory, own window."""
         return self.compressed_memory_length + self.memory_length + self.window_length
-
-
-class LayerMemory(NamedTuple):
-    """One layer's part of a `Memory`; see there."""
-
-    memory: Float[Tensor, "B M D"]
-    compressed_memory: Float[Tensor, "B K D"]
-    memory_valid: Int[Tensor, "B"]
-    compressed_memory_valid: Int[Tensor, "B"]
 
 
 class Documents(NamedTuple):
@@ -157,17 +148,6 @@ def geometry_of(memory: LayerMemory, *, window_length: int, compression_rate: in
     """The geometry of a layer with this memory."""
     rows, compressed = memory.memory.shape[1], memory.compressed_memory.shape[1]
     return Geometry(window_length, rows, compressed, compression_rate, temporal)
-
-
-def layer_memory(memory: Memory, index: int) -> LayerMemory:
-    """The part of a memory that belongs to one layer."""
-    return LayerMemory(*(part[index] for part in memory[:4]))
-
-
-def join_layers(layers: list[LayerMemory]) -> Memory:
-    """The memory of all layers; the inverse of `layer_memory`."""
-    rows, compressed, valid, compressed_valid = zip(*layers, strict=True)
-    return Memory(rows, compressed, valid, compressed_valid)
 
 
 def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_starts: Tensor | None) -> View:

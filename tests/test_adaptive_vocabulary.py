@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ct_audio.common.errors import UserError
-from ct_audio.models.layers import AdaptiveInput, AdaptiveSoftmax
+from ct_audio.models.adaptive_vocabulary import AdaptiveInput, AdaptiveSoftmax
+from ct_audio.models.front_ends import CodeEmbedding
+from ct_audio.models.heads import Categorical
 from ct_audio.runs.open_run import load_run_model
 from ct_audio.training.loop import train
 
@@ -104,7 +106,7 @@ def test_every_parameter_has_a_gradient_whatever_bands_are_there(adaptive: Any, 
     adaptive.nll(features, torch.tensor(targets)).sum().backward()
     assert all(parameter.grad is not None for parameter in adaptive.parameters())
     embedding = noisy(AdaptiveInput(VOCAB_SIZE, WIDTH, CUTOFFS, DIV))
-    embedding(torch.tensor(targets)).sum().backward()
+    embedding(torch.tensor([targets]), ())[0].sum().backward()
     assert all(parameter.grad is not None for parameter in embedding.parameters())
 
 
@@ -116,15 +118,15 @@ def test_input_rows_are_projected_rows_of_their_bands() -> None:
         band = sum(code >= cutoff for cutoff in CUTOFFS)
         row = embedding.tables[band][code - [0, *CUTOFFS][band]]
         expected.append(math.sqrt(WIDTH) * embedding.projections[band] @ row)
-    torch.testing.assert_close(embedding(codes), torch.stack(expected).view(2, 3, WIDTH), rtol=0, atol=1e-12)
+    torch.testing.assert_close(embedding(codes, ())[0], torch.stack(expected).view(2, 3, WIDTH), rtol=0, atol=1e-12)
     parameters = list(embedding.parameters())
-    assert torch.autograd.gradcheck(lambda *_: embedding(codes), parameters, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *_: embedding(codes, ())[0], parameters, fast_mode=True)
 
 
 def test_fresh_input_rows_have_unit_variance_in_every_band() -> None:
     embedding = AdaptiveInput(400, 64, [100, 200], 4)
     for band in range(2):
-        rows = embedding(torch.arange(100 * band, 100 * band + 100))
+        rows, _ = embedding(torch.arange(100 * band, 100 * band + 100)[None], ())
         assert rows.var().item() == pytest.approx(1.0, rel=0.25)
 
 
@@ -151,7 +153,7 @@ def test_a_vocabulary_of_words_fits() -> None:
     targets = (torch.arange(128) ** 2) % 10_000  # nearly all words of a text are frequent ones
     targets[:8] = torch.arange(8) * 30_000
     with _LargestTensor() as largest:
-        nll = softmax.nll(embedding(targets), targets)
+        nll = softmax.nll(embedding(targets[None], ())[0][0], targets)
         nll.mean().backward()
     assert nll[-1].item() == pytest.approx(math.log(20_003), rel=1e-5)
     assert nll[1].item() == pytest.approx(math.log(20_003) + math.log(20_000), rel=1e-5)
@@ -179,7 +181,7 @@ def test_blocks_of_rows_change_nothing(name: str, rows_a_block: int, monkeypatch
         return nll.detach(), found, largest.numel
 
     nll, gradients, unblocked = run()
-    monkeypatch.setattr("ct_audio.models.layers.MAX_LOGITS", rows_a_block * num_logits)
+    monkeypatch.setattr("ct_audio.models.heads.MAX_LOGITS", rows_a_block * num_logits)
     in_blocks, gradients_in_blocks, blocked = run()
     torch.testing.assert_close(in_blocks, nll, rtol=0, atol=1e-12)
     assert gradients_in_blocks.keys() == gradients.keys()
@@ -202,12 +204,12 @@ def test_tying_shares_tables_and_all_projections_but_the_first() -> None:
     assert untied - tied == {f"head.tables.{i}" for i in range(3)} | {f"head.projections.{i}" for i in range(2)}
     assert tied < untied
     model: Any = tiny_model("compressive_transformer_adaptive")
-    assert all(a is b for a, b in zip(model.head.projections, list(model.embedding.projections)[1:], strict=True))
+    assert all(a is b for a, b in zip(model.head.projections, list(model.front_end.projections)[1:], strict=True))
     assert parameter_names("compressive_transformer_pre_norm") - parameter_names("compressive_transformer_tied") == {
-        "head.weight"
+        "head.projection.weight"
     }
     plain: Any = tiny_model("compressive_transformer_tied")
-    assert plain.head.weight is plain.embedding.weight
+    assert plain.head.projection.weight is plain.front_end.table.weight
 
 
 def test_fresh_models_say_nearly_nothing() -> None:
@@ -224,8 +226,8 @@ def test_tied_parameters_stay_tied_through_a_checkpoint(name: str, tmp_path: Pat
     short, whole = tiny_run(tmp_path / "a", name, train__num_steps=3), tiny_run(tmp_path / "b", name)
     assert train(short) == 0
     model: Any = load_run_model(short.run_dir, which="last").model
-    tables = [model.head.tables[2]] if "adaptive" in name else [model.head.weight]
-    others = [model.embedding.tables[2]] if "adaptive" in name else [model.embedding.weight]
+    tables = [model.head.tables[2]] if "adaptive" in name else [model.head.projection.weight]
+    others = [model.front_end.tables[2]] if "adaptive" in name else [model.front_end.table.weight]
     assert tables[0] is others[0]
     assert train(tiny_run(tmp_path / "a", name)) == 0
     assert train(whole) == 0
@@ -263,6 +265,6 @@ def test_bands_that_cannot_be_are_refused(changes: dict[str, Any], message: str)
 def test_the_defaults_are_the_plain_table() -> None:
     model: Any = tiny_model("compressive_transformer")
     assert TINY_MODELS["compressive_transformer"].keys().isdisjoint({"adaptive_cutoffs", "tie_embeddings"})
-    assert isinstance(model.embedding, torch.nn.Embedding)
-    assert isinstance(model.head, torch.nn.Linear)
-    assert model.head.weight is not model.embedding.weight
+    assert isinstance(model.front_end, CodeEmbedding)
+    assert isinstance(model.head, Categorical)
+    assert model.head.projection.weight is not model.front_end.table.weight

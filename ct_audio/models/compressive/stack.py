@@ -1,0 +1,216 @@
+"""The stack of the Compressive Transformer: rows in, rows out, memory and compressed memory of every layer carried.
+
+Layer l of window w needs only layer-l inputs of earlier windows, so a chunk runs layer by layer, all windows at once.
+Shape letters: B lanes, T rows of a chunk, R rows of an unfinished window, D width, P position width.
+"""
+
+import itertools
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ct_audio.common.errors import UserError
+from ct_audio.models.compressive.attention import rotation_table
+from ct_audio.models.compressive.config import StackConfig, check_whole_groups
+from ct_audio.models.compressive.layer import CompressiveLayer
+from ct_audio.models.compressive.memory import Memory, join_layers, layer_memory, push
+from ct_audio.models.compressive.stepping import LayerCache, new_cache, refill_cache, step_layer
+from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
+from ct_audio.models.interface import Stack, StackOutput
+from ct_audio.models.state import map_memory
+
+
+class StackState(NamedTuple):
+    """State between two calls of `step`; it holds the weights as they were at `begin_steps`.
+
+    Attributes:
+        memory: as of the last whole window.
+        caches: of each layer.
+        rotation: cosines and sines [window length, P] of the positions of a window.
+        position: rows of the unfinished window that have been consumed.
+    """
+
+    memory: Memory
+    caches: tuple[LayerCache, ...]
+    rotation: tuple[Tensor, Tensor]
+    position: int
+
+
+class CompressiveStack(Stack):
+    """Compressive layers one above the other; all its inputs and outputs are rows of `config.width`.
+
+    Usable in other models: between an encoder of one's own and a head of one's own, see docs/stack.md.
+    """
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.width = self.output_width = config.width
+        self.layers = nn.ModuleList(CompressiveLayer(config, index) for index in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.width) if config.norm_position == "pre" else nn.Identity()
+
+    @property
+    def window_length(self) -> int:
+        return self.config.window_length
+
+    def zero_memory(
+        self, num_lanes: int, *, memory_length: int | None = None, compressed_memory_length: int | None = None
+    ) -> Memory:
+        """Memory of a stream that has not begun; lengths default to the configuration's.
+
+        Raises:
+            UserError: a length is negative or not a whole number of groups, or the model has no compression function.
+        """
+        config = self.config
+        rows = config.memory_length if memory_length is None else memory_length
+        compressed = config.compressed_memory_length if compressed_memory_length is None else compressed_memory_length
+        if rows < 0 or compressed < 0:
+            raise UserError(f"memory lengths: expected at least 0, got {rows} and {compressed}")
+        if compressed and not config.compressed_memory_length:
+            raise UserError(
+                f"compressed_memory_length = {compressed}: this model was built without a compression function "
+                f"(model.compressed_memory_length is 0); pass 0"
+            )
+        keeping = [config.keeps_memory(layer) for layer in range(config.num_layers)]
+        for keeps, rate in zip(keeping, config.compression_rates, strict=True):
+            check_whole_groups(compressed * keeps, rate, memory=rows)
+        weight = self._layer(0).query.weight
+
+        def zeros(length: int) -> tuple[Tensor, ...]:
+            return tuple(weight.new_zeros(num_lanes, length * keeps, config.width) for keeps in keeping)
+
+        def counts() -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(num_lanes, dtype=torch.int64, device=weight.device) for _ in self.layers)
+
+        return Memory(zeros(rows), zeros(compressed), counts(), counts())
+
+    def forward(
+        self, rows: Float[Tensor, "B T D"], memory: Memory, *, document_starts: Bool[Tensor, "B T"] | None = None
+    ) -> StackOutput:
+        """Outputs, next memory and the losses of f_c; see `interface.py`.
+
+        Raises:
+            UserError: the stream of this memory has ended (its last window was shorter), or there are no rows.
+        """
+        if memory.final:
+            raise UserError("this memory is final: a shorter last window has ended its stream; begin with zero_memory")
+        length, total = self.config.window_length, rows.shape[1]
+        if total == 0:
+            raise UserError("forward: expected at least one row, got none")
+        outputs, losses = [], {}
+        for begin, end in self._parts(total):
+            starts = None if document_starts is None else document_starts[:, begin:end]
+            window = length if end - begin >= length else end - begin
+            output, _ = self._run(rows[:, begin:end], memory, starts, window_length=window)
+            memory = output.memory
+            outputs.append(output.rows)
+            for name, loss in output.auxiliary_losses.items():
+                losses[name] = losses.get(name, 0) + loss * ((end - begin) / total)
+        if total % length:
+            memory = memory._replace(final=True)
+        return StackOutput(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], memory, losses)
+
+    def begin_steps(self, memory: Memory, rows: Float[Tensor, "B R D"]) -> StackState:
+        """State after R rows of an unfinished window (0 <= R < window_length), computed in parallel.
+
+        Raises:
+            UserError: there is a whole window of rows or more, or the memory is final.
+        """
+        length, (lanes, consumed, _) = self.config.window_length, rows.shape
+        if memory.final:
+            raise UserError("this memory is final: a shorter last window has ended its stream; begin with zero_memory")
+        if consumed >= length:
+            raise UserError(f"begin_steps: expected fewer rows than a window of {length}, got {consumed}; use forward")
+        weight = self._layer(0).query.weight
+        inputs = [weight.new_zeros(lanes, length, self.config.width) for _ in self.layers]
+        usages: list[Tensor | None] = [None] * len(inputs)
+        if consumed:
+            _, known = self._run(rows, memory, None, window_length=consumed)
+            for whole, (part, _) in zip(inputs, known, strict=True):
+                whole[:, :consumed] = part
+            usages = [usage for _, usage in known]
+        caches = tuple(
+            new_cache(self._layer(index), layer_memory(memory, index), window, usages[index])
+            for index, window in enumerate(inputs)
+        )
+        positions = torch.arange(length, dtype=inputs[0].dtype, device=rows.device)
+        return StackState(memory, caches, rotation_table(positions, self.config.position_width), consumed)
+
+    def step(self, rows: Float[Tensor, "B D"], state: StackState) -> tuple[Float[Tensor, "B D"], StackState]:
+        """Output for one more row a lane. Consumes `state`: its caches are written in place."""
+        position = state.position
+        rotation = state.rotation[0][position], state.rotation[1][position]
+        for index, cache in enumerate(state.caches):
+            cache.inputs[:, position] = rows
+            rows = step_layer(self._layer(index), rows, cache, position, rotation)
+        state = state._replace(position=position + 1)
+        return self.final_norm(rows), state if state.position < self.config.window_length else self._next_window(state)
+
+    def clone_state(self, state: StackState) -> StackState:
+        """An independent copy."""
+        return map_memory(torch.clone, state)
+
+    def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters of the model and of f_c apart: a shared norm would couple their losses again."""
+        groups: dict[str, list[nn.Parameter]] = {"model": [], "compression": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups["compression" if ".compression" in name else "model"].append(parameter)
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Bring adaptive spans back into 0..1: from outside no gradient would ever move them again.
+
+        Source: the code of Sukhbaatar et al. 2019, which clamps them after each update too.
+        """
+        for index in range(len(self.layers)):
+            span = self._layer(index).span
+            if span is not None:
+                span.clamp_(0, 1)
+
+    def _parts(self, num_rows: int) -> list[tuple[int, int]]:
+        """Where to cut a chunk: all whole windows at once (with most_used one by one), then a shorter last one."""
+        length = self.config.window_length
+        whole = num_rows - num_rows % length
+        one_by_one = any(self._layer(index).chooses_most_used for index in range(len(self.layers)))
+        cuts = [*range(0, whole, length if one_by_one else max(whole, 1)), whole, num_rows]
+        return [(begin, end) for begin, end in itertools.pairwise(cuts) if begin < end]
+
+    def _run(
+        self, rows: Tensor, memory: Memory, document_starts: Tensor | None, *, window_length: int
+    ) -> tuple[StackOutput, list[tuple[Tensor, Tensor | None]]]:
+        """Run windows of `window_length` layer by layer; also each layer's inputs and usage. A short window is not
+        pushed."""
+        with_push = window_length == self.config.window_length
+        losses, known, remembered = {}, [], []
+        views: dict[Geometry, View] = {}
+        for index in range(len(self.layers)):
+            before, layer = layer_memory(memory, index), self._layer(index)
+            geometry = layer.geometry(before, window_length)
+            if geometry not in views:  # layers of one geometry have had the same pushes: they share their counts
+                views[geometry] = make_view(geometry, before, rows.shape[1], document_starts)
+            output = layer(rows, before, views[geometry], with_push=with_push)
+            known.append((rows, output.usage))
+            rows = output.rows
+            remembered.append(output.memory)
+            losses |= {f"{name}/layer_{index:02d}": loss for name, loss in output.losses.items()}
+        return StackOutput(self.final_norm(rows), join_layers(remembered), losses), known
+
+    def _layer(self, index: int) -> CompressiveLayer:
+        return cast(CompressiveLayer, self.layers[index])
+
+    def _next_window(self, state: StackState) -> StackState:
+        """Push the window whose layer inputs are complete, exactly as `forward` does, and begin the next one."""
+        remembered, caches = [], []
+        for index, cache in enumerate(state.caches):
+            layer, memory, length = self._layer(index), layer_memory(state.memory, index), self.config.window_length
+            view = make_view(layer.geometry(memory, length), memory, length, None)
+            old_memory, next_memory = push(memory.memory, cache.inputs)
+            compressed, view = layer.compress(old_memory, cache.usage, view)
+            # Cloned: the next window must not write into a memory that has been handed out.
+            remembered.append(remember(memory, next_memory.clone(), compressed, view))
+            caches.append(refill_cache(layer, cache, remembered[-1]))
+        return state._replace(memory=join_layers(remembered), caches=tuple(caches), position=0)

@@ -1,0 +1,121 @@
+"""One row a lane at a time: what a layer keeps between two steps, and the step itself.
+
+A step reads keys and values that are made once a window and once a row. `stack.py` pushes a window that is complete
+exactly as its forward pass does.
+Shape letters: B lanes, T rows of a window, D width, H heads, E head width, P position width, M memory rows, S keys of a
+window, O outputs of all products of a row.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from ct_audio.models.compressive.attention import attend_one, quarter_turn, sinusoids
+from ct_audio.models.compressive.layer import CompressiveLayer
+from ct_audio.models.compressive.memory import LayerMemory
+from ct_audio.models.compressive.windows import key_positions, make_view
+
+
+class LayerCache(NamedTuple):
+    """What a layer keeps between two steps.
+
+    Attributes:
+        weight, bias: all products of a row in one: content query, position query straight and turned, key, value.
+        inputs: [B, window length, D], raw inputs of the unfinished window.
+        wide_keys: [B, H, S, E + P], keys and position table of every visible row and of the window.
+        values: [B, H, S, E].
+        mask: additive, or None where all rows are valid.
+        usage: [B, M + T], attention that each row of memory and window has got so far, summed over the window's
+            queries, mean over heads; None unless `most_used` needs it.
+        share: what adaptive spans leave of the attention to each row; None without them.
+    """
+
+    weight: Float[Tensor, "O D"]
+    bias: Float[Tensor, "O"]
+    inputs: Float[Tensor, "B T D"]
+    wide_keys: Float[Tensor, "B H S EP"]
+    values: Float[Tensor, "B H S E"]
+    mask: Float[Tensor, "B 1 1 S"] | None
+    usage: Float[Tensor, "B MT"] | None
+    share: Float[Tensor, "H 1 S"] | None
+
+
+def new_cache(
+    layer: CompressiveLayer, memory: LayerMemory, inputs: Float[Tensor, "B T D"], usage: Float[Tensor, "B _"] | None
+) -> LayerCache:
+    """Caches for stepping through a window, with the products that one step needs folded into one matrix.
+
+    Args:
+        inputs: raw inputs of the window, those not known yet arbitrary.
+        usage: of the part of the window that is known; None where there is none (or no need).
+    """
+    heads, scale = layer.config.num_heads, (layer.config.width // layer.config.num_heads) ** -0.5
+    query = rearrange(layer.query.weight, "(h e) d -> h e d", h=heads) * scale
+    straight = einsum(layer.position, query, "h e p, h e d -> h p d")
+    for_bias = einsum(layer.position, layer.position_bias * scale, "h e p, h e -> h p")
+    turned, turned_bias = quarter_turn(straight.mT).mT, quarter_turn(for_bias)
+    weight = torch.cat([*(part.flatten(0, 1) for part in (query, straight, turned)), layer.key_value.weight])
+    bias = torch.cat([(layer.content_bias * scale).flatten(), for_bias.flatten(), turned_bias.flatten()])
+    bias = F.pad(bias, (0, len(weight) - len(bias)))
+    geometry = layer.geometry(memory, inputs.shape[1])
+    table = sinusoids(-key_positions(geometry, inputs), layer.config.position_width)
+    wide_keys = F.pad(table, (layer.config.width // heads, 0)).expand(len(inputs), heads, -1, -1).contiguous()
+    values = wide_keys.new_empty(*wide_keys.shape[:3], layer.config.width // heads)
+    cache = LayerCache(weight, bias, inputs.clone(), wide_keys, values, None, None, layer.share(geometry))
+    cache = refill_cache(layer, cache, memory)
+    if cache.usage is not None and usage is not None:
+        cache.usage[:, : usage.shape[1]] = usage
+    return cache
+
+
+def refill_cache(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory) -> LayerCache:
+    """The cache with keys and values of another memory and no usage yet; it reuses the buffers.
+
+    Rows of the window that are not known yet get values that `step` overwrites.
+    """
+    rows = torch.cat([memory.compressed_memory, memory.memory, cache.inputs], dim=1)
+    both = layer.key_value(layer.read(rows))
+    keys, values = rearrange(both, "b s (two h e) -> two b h s e", two=2, h=layer.config.num_heads)
+    cache.wide_keys[..., : keys.shape[-1]] = keys
+    cache.values.copy_(values)
+    window_length = cache.inputs.shape[1]
+    geometry = layer.geometry(memory, window_length)
+    view = make_view(geometry, memory, window_length, None)
+    num_rows = memory.memory.shape[1] + window_length
+    usage = rows.new_zeros(len(rows), num_rows) if layer.chooses_most_used else None
+    return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:], usage=usage)
+
+
+def step_layer(
+    layer: CompressiveLayer,
+    rows: Float[Tensor, "B D"],
+    cache: LayerCache,
+    position: int,
+    rotation: tuple[Tensor, Tensor],
+) -> Float[Tensor, "B D"]:
+    """Output for one row a lane at `position` of the window; writes its key and value into the cache.
+
+    Args:
+        rotation: cosines and sines [P] of the position.
+    """
+    heads, width, extra = layer.config.num_heads, layer.config.width, layer.config.num_heads * len(rotation[0])
+    projected = F.linear(layer.read(rows), cache.weight, cache.bias)
+    content, straight, turned, key, value = (
+        part.unflatten(1, (heads, -1)) for part in projected.split([width, extra, extra, width, width], dim=1)
+    )
+    wide_query = torch.cat([content, torch.addcmul(straight * rotation[0], turned, rotation[1])], dim=-1)
+    index = cache.values.shape[2] - layer.config.window_length + position
+    cache.wide_keys[:, :, index, : key.shape[-1]] = key
+    cache.values[:, :, index] = value
+    end = index + 1
+    mask = None if cache.mask is None else cache.mask[..., :end]
+    share = None if cache.share is None else cache.share[..., :end]
+    attended, weights = attend_one(wide_query, cache.wide_keys[:, :, :end], cache.values[:, :, :end], mask, share)
+    if cache.usage is not None:
+        num_seen = cache.usage.shape[1] - layer.config.window_length + position + 1
+        cache.usage[:, :num_seen] += weights.mean(dim=1)[:, -num_seen:]
+    return layer.finish(rows, attended.flatten(1))
