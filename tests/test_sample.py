@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ct_audio.common.errors import UserError
 from ct_audio.evaluation.nll import evaluate_nll
-from ct_audio.sampling import sampler as sample
+from ct_audio.sampling import sampler
 from ct_audio.sampling.audio_checks import find_faults, measure_sample
 from ct_audio.sampling.sampler import Sampler, draw_codes, estimate_code_seconds, verify_steps
 
@@ -98,7 +98,7 @@ def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: p
     again, log_probabilities_again = collect(model, seed=7)
     assert torch.equal(codes, again)
     assert torch.equal(log_probabilities, log_probabilities_again)
-    monkeypatch.setattr(sample, "_DRAWS_AHEAD", 7)
+    monkeypatch.setattr(sampler, "_DRAWS_AHEAD", 7)
     assert torch.equal(codes, collect(model, seed=7)[0])
     longer, _ = collect(model, seed=7, num_codes=23)
     assert torch.equal(longer[:, :20], codes)
@@ -107,7 +107,7 @@ def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: p
 
 
 def test_lanes_draw_from_their_own_generators() -> None:
-    uniforms = sample._LaneUniforms(3, 2, torch.device("cpu"))
+    uniforms = sampler._LaneUniforms(3, 2, torch.device("cpu"))
     found = torch.stack([uniforms.next() for _ in range(5000)], 1)
     for lane in range(2):
         word = int(np.random.SeedSequence((3, lane)).generate_state(1, np.uint32)[0])
@@ -135,7 +135,7 @@ def test_long_primes_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("compressive_transformer", "wavenet"):
         model = lively_model(name)
         whole = collect(model, num_lanes=2, prime=prime)
-        monkeypatch.setattr(sample, "_PIECE_LENGTH", 16)
+        monkeypatch.setattr(sampler, "_PIECE_LENGTH", 16)
         pieces = collect(model, num_lanes=2, prime=prime)
         monkeypatch.undo()
         assert torch.equal(whole[0], pieces[0])

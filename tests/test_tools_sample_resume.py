@@ -19,8 +19,7 @@ from handmade_runs import RATE, ROOT, Tool, make_run, read_json, speech_like, to
 from ct_audio.data.audio_files import write_wav
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter
-from ct_audio.sampling import sample_set as sample_session
-from ct_audio.sampling import session
+from ct_audio.sampling import sample_set, session
 from ct_audio.sampling.resume import directory_lock
 from ct_audio.sampling.sample_set import SampleStream
 from ct_audio.sampling.sampler import Sampler
@@ -163,7 +162,7 @@ def test_stdout_gets_the_samples_of_the_wav_while_they_are_made(
         samplers.append(self)
 
     monkeypatch.setattr(Sampler, "__init__", remembering)
-    monkeypatch.setattr(sample_session, "_STREAM_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(sample_set, "_STREAM_EVERY_SECONDS", 0.0)
     monkeypatch.setattr(session, "estimate_code_seconds", lambda *_, **__: 0.0)  # it has a sampler of its own
     prime = tmp_path / "prime.wav"
     write_wav(prime, speech_like(40, 5), RATE)
