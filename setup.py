@@ -22,12 +22,15 @@ setup(
         "librosa==0.11.0",
         "soxr==1.1.0",
         "einops==0.8.2",
-        "omegaconf==2.4.0",
+        "pyyaml==6.0.4",
         "safetensors==0.8.0",
         "tokenizers==0.23.3",  # subwords of recipes/pg19
         "tensorboard==2.21.0",
         "jaxtyping==0.3.11",
         "tqdm==4.70.1",
+        "pooch==1.9.0",  # downloads of preparation/download.py
+        "requests==2.34.2",
+        "urllib3==2.8.0",
         "matplotlib==3.10.9",
         "espeakng-loader==0.2.4",  # recipes/espeak: speech for the demo (GPL-3.0, only run, never linked)
     ],

@@ -224,7 +224,7 @@ CHECKPOINTS: dict[str, Callable[[Run], object]] = {
     ),
     **{
         f"state.json: no entry of {file}": change_state(lambda s, file=file: s["files"].pop(file))
-        for file in (MODEL, TRAINING, MEMORY)
+        for file in ("config.yaml", MODEL, TRAINING, MEMORY)
     },
     "state.json: wrong size": change_state(lambda s: s["files"][MODEL].update(bytes=1)),
     "state.json: size as text": change_state(lambda s: s["files"][MODEL].update(bytes="1")),

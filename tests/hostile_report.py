@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from recordings import ROOT
 
+from ct_audio.common.text import markdown_table
+
 FOLDER = ROOT / "reports" / "hostile_input"
 
 
@@ -27,16 +29,16 @@ def write_section(title: str, rows: Iterable[Row]) -> None:
         file.stem: [Row(*row) for row in json.loads(file.read_text())] for file in sorted(FOLDER.glob("*.json"))
     }
     lines = ["# Hostile input and faults: what each came to", "", "Written by the tests; do not edit.", ""]
-    lines += ["| section | inputs or faults | outcomes |", "|---|---|---|"]
+    summary = [("section", "inputs or faults", "outcomes")]
     for name, section in sections.items():
         counts = Counter(row.outcome.partition(":")[0] for row in section)
-        lines.append(f"| {name} | {len(section)} | {', '.join(f'{n} {what}' for what, n in counts.most_common())} |")
+        summary.append((name, str(len(section)), ", ".join(f"{n} {what}" for what, n in counts.most_common())))
+    lines.append(markdown_table(summary))
     for name, section in sections.items():
-        lines += ["", f"## {name}", "", "| kind | expected | outcome | message |", "|---|---|---|---|"]
-        lines += ["| " + " | ".join(_cell(text) for text in row) + " |" for row in section]
+        table = markdown_table([Row._fields, *([_cell(text) for text in row] for row in section)])
+        lines += ["", f"## {name}", "", table]
     (ROOT / "reports" / "hostile_input.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _cell(text: str) -> str:
-    plain = "".join(char if char.isprintable() else "?" for char in text)
-    return plain.replace("|", "\\|")[:200]
+    return "".join(char if char.isprintable() else "?" for char in text)[:200]

@@ -1,7 +1,6 @@
-"""A mirror on this machine: files with ranges and ETags, and every way in which mirrors fail."""
+"""A mirror on this machine, and every way in which mirrors fail."""
 
 import contextlib
-import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,22 +16,16 @@ class Mirror:
         files: content by path.
         failures: HTTP statuses by path, one an answer, before the file is served; 0 stands for half of the answer,
             after which the connection breaks off.
-        has_ranges: False: always the whole file.
         chunk_bytes: above 0: answers come in chunks of so many bytes and do not say how long they are; where one breaks
             off, the last chunk may be cut.
-        requests: path and Range header of every request.
+        requests: path of every request.
     """
 
     url: str = ""
     files: dict[str, bytes] = field(default_factory=dict)
     failures: dict[str, list[int]] = field(default_factory=dict)
-    has_ranges: bool = True
     chunk_bytes: int = 0
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
-
-    def asked(self, path: str) -> list[str | None]:
-        """Range headers of the requests for a path."""
-        return [header for found, header in self.requests if found == path]
+    requests: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -61,8 +54,8 @@ def serve(mirror: Mirror) -> Iterator[Mirror]:
 
 
 def _answer(handler: BaseHTTPRequestHandler, mirror: Mirror) -> None:
-    path, asked = handler.path, handler.headers.get("Range")
-    mirror.requests.append((path, asked))
+    path = handler.path
+    mirror.requests.append(path)
     failures = mirror.failures.get(path, [])
     failure = failures.pop(0) if failures else None
     content = mirror.files.get(path)
@@ -71,31 +64,19 @@ def _answer(handler: BaseHTTPRequestHandler, mirror: Mirror) -> None:
         handler.send_header("Content-Length", "0")
         handler.end_headers()
         return
-    etag = f'"{hash(content)}"'
-    begin = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and mirror.has_ranges else 0  # type: ignore[index]
-    if handler.headers.get("If-Range") not in (None, etag):
-        begin = 0
-    if begin >= len(content) > 0:
-        handler.send_response(416)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-        return
-    handler.send_response(206 if begin else 200)
-    handler.send_header("ETag", etag)
-    if begin:
-        handler.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-    rest, breaks_off = content[begin:], failure == 0
-    end = len(rest) // 2 if breaks_off else len(rest)
+    handler.send_response(200)
+    breaks_off = failure == 0
+    end = len(content) // 2 if breaks_off else len(content)
     if mirror.chunk_bytes:
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
         for start in range(0, end, mirror.chunk_bytes):
-            chunk = rest[start : start + mirror.chunk_bytes]
+            chunk = content[start : start + mirror.chunk_bytes]
             handler.wfile.write(b"%x\r\n" % len(chunk) + chunk[: end - start])
             handler.wfile.write(b"\r\n" if start + len(chunk) <= end else b"")
         handler.wfile.write(b"" if breaks_off else b"0\r\n\r\n")
     else:
-        handler.send_header("Content-Length", str(len(rest)))
+        handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
-        handler.wfile.write(rest[:end])
+        handler.wfile.write(content[:end])
     handler.close_connection = handler.close_connection or breaks_off

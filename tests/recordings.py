@@ -2,10 +2,13 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import pytest
 import soundfile
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +27,23 @@ def write(path: Path, waveform: np.ndarray, rate: int = 24_000, subtype: str | N
     """Write an audio file and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, waveform, rate, subtype=subtype)
+
+
+def count_calls(
+    patch: pytest.MonkeyPatch, module: ModuleType, function: str, name_of: Callable[[Any], str], stop_after: int | None
+) -> list[str]:
+    """Note by name what a function of one argument is called with, and press Ctrl-C after some calls."""
+    called: list[str] = []
+    original = getattr(module, function)
+
+    def noting(argument: Any) -> Any:
+        if stop_after is not None and len(called) == stop_after:
+            raise KeyboardInterrupt
+        called.append(name_of(argument))
+        return original(argument)
+
+    patch.setattr(module, function, noting)
+    return called
 
 
 def load_script(path: str, name: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """Analyses of memory: against loops over the weights that the reference backend used, and the tool that writes them."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from handmade_runs import make_run, noise_corpus, read_json, tool
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TINY_MODELS, tiny_model
 
 from ct_audio.common.errors import UserError
@@ -24,7 +26,6 @@ from ct_audio.evaluation.figures import (
 from ct_audio.evaluation.memory_analysis import (
     PARTS,
     Observations,
-    Stretch,
     analyse_run,
     attention_table,
     bucket_extents,
@@ -36,11 +37,11 @@ from ct_audio.evaluation.memory_analysis import (
     part_table,
 )
 from ct_audio.evaluation.memory_output import analysis_text, log_to_tensorboard
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models.compressive import attention as attention_module
 from ct_audio.models.compressive.transformer import CompressiveTransformer
 from ct_audio.models.compressive.windows import Geometry
 from ct_audio.models.state import detach_memory
-from ct_audio.runs.metrics import read_scalars
 from ct_audio.runs.open_run import load_run_model, run_corpus
 
 QUICK = ("compressive_transformer_bptt", "compressive_transformer_most_used", "transformer_xl")
@@ -109,7 +110,7 @@ def test_buckets_are_sums_over_the_weights_that_the_reference_backend_used(
 
     with monkeypatch.context() as patched:
         patched.setattr(attention_module, "attention_weights", record)  # what reference_attention calls in a forward
-        stretch.evaluate(model, progress=None)
+        evaluate_nll(model, stretch, progress=None)
     expected = []
     for layer in range(config.num_layers):
         lengths = [config.compressed_memory_length, config.memory_length, length]
@@ -238,7 +239,8 @@ def test_context_is_what_evaluation_with_other_lengths_says() -> None:
         def collect(positions: torch.Tensor, values: torch.Tensor, nll: np.ndarray = nll) -> None:
             nll[positions[0] : positions[0] + values.shape[1]] = values[0]
 
-        stretch.evaluate(model, chunk_length=8, on_nll=collect, progress=None, **lengths)
+        changed = dataclasses.replace(stretch, chunk_length=8, **lengths)
+        evaluate_nll(model, changed, on_nll=collect, progress=None)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ct_audio.evaluation.stored.BLOCK_LENGTH", 10)
         tables = context_tables(model, stretch, (0.5,))
@@ -282,9 +284,10 @@ def test_the_tool_writes_tables_pictures_and_tensorboard(
     assert pictures == ["attention.png", "compression_loss.png"]
     assert all((run / "analysis" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     log_to_tensorboard(report, {}, run / "analysis")  # in its place
-    scalars = read_scalars(run / "analysis")
-    assert scalars["compression_loss/layer_01"] == [(7, pytest.approx(report["compression_loss"][1]["loss"], rel=1e-5))]
-    assert len(scalars["attention_memory/all"]) == 1
+    events = EventAccumulator(str(run / "analysis")).Reload()
+    [loss] = events.Scalars("compression_loss/layer_01")
+    assert (loss.step, loss.value) == (7, pytest.approx(report["compression_loss"][1]["loss"], rel=1e-5))
+    assert len(events.Scalars("attention_memory/all")) == 1
 
 
 def test_transformer_xl_has_no_tables_of_compression(tmp_path: Path) -> None:

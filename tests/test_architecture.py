@@ -28,7 +28,8 @@ ONLY_IMPORTER = {
     "torch.utils.tensorboard": "runs.metrics",
     "tensorboard": "runs.metrics",
     "tensorboardX": None,
-    "omegaconf": "runs.config",
+    "yaml": "runs.config",
+    "omegaconf": None,
     "pickle": None,
     "torchaudio.load": None,
 }

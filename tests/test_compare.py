@@ -220,7 +220,7 @@ def test_what_is_missing_is_named(
     if what == "no_run":
         run = tmp_path / "nowhere"
     elif what == "no_curve":
-        next(run.glob("events*")).unlink()
+        (run / "metrics.jsonl").unlink()
     elif what == "no_checkpoint":
         shutil.rmtree(run / "checkpoints")
     elif what == "no_split":
@@ -233,7 +233,7 @@ def test_what_is_missing_is_named(
     error = capsys.readouterr().err
     messages = {
         "no_run": "no such run",
-        "no_curve": "no event file",
+        "no_curve": "no NLL curve",
         "no_checkpoint": "no checkpoint",
         "no_split": "no split 'dev'",
         "twice": "each run once",

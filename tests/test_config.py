@@ -4,9 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ct_audio.common.errors import UserError
-from ct_audio.runs.config import RunConfig, config_from_dict, config_to_dict, config_to_yaml, load_config
+from ct_audio.runs.config import (
+    RunConfig,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    read_yaml,
+)
 
 YAML = """
 name: test
@@ -70,6 +78,22 @@ def test_update_period_replaces_and_never_merges(tmp_path: Path):
         ("train=[1]", "train: expected a mapping of keys"),
         ("train.device=gpu", r"train\.device: .*cuda"),
         ("train.precision=float16", r"train\.precision: .*bfloat16"),
+        ("train.num_steps='7'", r"train\.num_steps: .*expected int, got '7'"),
+        ("train.num_steps=010", r"train\.num_steps: .*expected int, got '010'"),
+        ("train.num_steps=1:30", r"train\.num_steps: .*expected int, got '1:30'"),
+        ("train.num_steps=1e3", r"train\.num_steps: .*expected int, got 1000\.0"),
+        ("data.reset_memory_at_document=yes", r"data\.reset_memory_at_document: .*expected bool, got 'yes'"),
+        ("data.reset_memory_at_document=1", r"data\.reset_memory_at_document: .*expected bool, got 1"),
+        ("data.corpus=7", r"data\.corpus: .*expected str, got 7"),
+        ("optim.beta1=true", r"optim\.beta1: .*expected float, got True"),
+        ("optim.update_period={0: 1.0}", r"optim\.update_period: .*expected dict\[int, int\]"),
+        ("optim.update_period={true: 1}", r"optim\.update_period: .*expected dict\[int, int\]"),
+        ("train.num_steps=???", r"`\?\?\?` stands for a value that is missing"),
+        ("train.num_steps=9223372036854775808", "a number has 64 bits; expected at most 63"),
+        ('data.corpus="a\\0b"', "is no text"),
+        ("train={seed: 1, seed: 2}", "the key 'seed' comes twice"),
+        ("name=&a b", "anchors .* are not supported"),
+        ("name=!!str b", "tags .* are not supported"),
         ("name=[a]", "name: expected a string"),
         ("name=a/b", "name: expected a plain directory name"),
         ("name=..", "name: expected a plain directory name"),
@@ -102,6 +126,11 @@ def test_what_is_wrong_is_named(tmp_path: Path, override: str, message: str):
     [
         ("", r"expected model\.name"),
         ("- a\n- b\n", "expected a mapping of keys at the top level"),
+        ("1", "expected a mapping of keys at the top level, got int"),
+        ("# nothing\n", r"expected model\.name"),
+        ("--- 1\n--- 2\n", "not valid YAML: expected a single document"),
+        ("a" * 2**20 + "b", "at most 1048576 characters"),
+        ("a: " + "9" * 5000, "not valid YAML"),
         ("a: b: c", "not valid YAML"),
         (YAML.replace("somewhere", "${HOME}"), "interpolation"),
         (YAML.replace("corpus: somewhere, ", ""), r"data\.corpus is missing; expected str"),
@@ -127,3 +156,32 @@ def test_configurations_are_frozen(tmp_path: Path):
     for section in (config, config.data, config.model, config.optim, config.train):
         with pytest.raises(AttributeError):
             section.name = "changed"
+
+
+def test_numbers_are_read_as_they_are_written():
+    text = (
+        "[1e-3, 2E5, 1., .5, -1.5e+3, +3, 0, -7, 010, 1:30, 0x10, 1_000, yes, on, NO, 2026-01-01, true, FALSE, ~, .inf]"
+    )
+    assert read_yaml(text, "x") == [
+        *(1e-3, 2e5, 1.0, 0.5, -1500.0, 3, 0, -7, "010", "1:30", "0x10", "1_000", "yes", "on", "NO", "2026-01-01"),
+        *(True, False, None, float("inf")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1", "010", "1:30", "yes", "null", "~", "true", "0x10", "2026-01-01", ".inf", "a: b", "#", "é"]
+)
+def test_text_that_looks_like_something_else_goes_round(tmp_path: Path, text: str):
+    config = load(tmp_path, f"data.corpus='{text}'")
+    assert config.data.corpus == text
+    written = config_to_yaml(config)
+    assert load(tmp_path, text=written) == config
+    assert yaml.safe_load(written)["data"]["corpus"] == text  # other programs, by YAML 1.1
+
+
+@pytest.mark.timeout(5)
+@pytest.mark.parametrize("opening", ["[", '{"a":', "- ", "? "])
+def test_a_deep_nest_is_refused_at_once(tmp_path: Path, opening: str):
+    with pytest.raises(UserError, match="nested deeper than 50"):
+        load(tmp_path, text=opening * 150_000)
+    assert read_yaml("[" * 50 + "]" * 50, "x") is not None

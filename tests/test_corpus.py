@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ct_audio.common.errors import UserError
-from ct_audio.data.codecs import Byte, MuLaw
+from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.data.vocabulary_codecs import Word
 
@@ -44,16 +44,10 @@ def test_round_trip(tmp_path):
     assert train.document_offsets.tolist() == [0, 500, 501]
     assert train.document_names == ("a", "b", "d")
     assert train.num_codes == 578
-    assert train.duration_seconds == pytest.approx(578 / 24_000)
     assert corpus.description["source"] == {"path": "nowhere"}
     assert isinstance(train.codes, np.memmap)
     assert not train.codes.flags.writeable
     assert [file.name for file in tmp_path.iterdir()] == ["c"]
-
-
-def test_text_has_no_duration(tmp_path):
-    write_corpus(tmp_path / "c", codec=Byte())
-    assert open_corpus(tmp_path / "c").split("train").duration_seconds is None
 
 
 def test_text_is_counted_and_keeps_its_vocabulary(tmp_path):

@@ -1,4 +1,4 @@
-"""Curves of runs: what is read from event files and metrics.jsonl, and the picture."""
+"""Curves of runs: what is read from metrics.jsonl, and the picture."""
 
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ def test_the_picture_shows_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Markers for what is trained, a level line for what is not; nothing half-written is left beside."""
     drawn: list[Any] = []
     monkeypatch.setattr(
-        "ct_audio.evaluation.curves.Figure.savefig", lambda self, path, **_: drawn.append(self) or path.touch()
+        "ct_audio.evaluation.curves.Figure.savefig",
+        lambda self, file, **_: drawn.append(self) or file.write(b"x"),
     )
     runs = {"trained": write_curves(tmp_path / "a"), "level": write_curves(tmp_path / "b", level=2.5)}
     curves = {label: read_curves(path) for label, path in runs.items()}
@@ -92,7 +93,7 @@ def test_a_running_mean_stands_at_its_last_point(length: int) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run"):
         read_curves(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no event file"):
+    with pytest.raises(UserError, match="no NLL curve"):
         read_curves(tmp_path)
     write_curves(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("no JSON\n", encoding="utf-8")

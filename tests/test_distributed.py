@@ -1,5 +1,6 @@
 """Equality 6: two processes under torchrun are one process with both lanes; and what one rank has, all learn."""
 
+import datetime
 import os
 import subprocess
 import sys
@@ -9,15 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny_runs import checkpoint_state, tiny_run
 
 from ct_audio.common.errors import UserError
-from ct_audio.runs.config import RunConfig, config_to_yaml
+from ct_audio.runs.config import RunConfig, TrainConfig, config_to_yaml
 from ct_audio.runs.device import choose_device
 from ct_audio.runs.metrics import read_metrics
 from ct_audio.training.loop import train
-from ct_audio.training.parallel import World, all_gather, all_reduce_sum, distributed_world, on_first_rank
+from ct_audio.training.parallel import (
+    World,
+    all_gather,
+    all_reduce_sum,
+    data_parallel,
+    distributed_world,
+    on_first_rank,
+)
+from ct_audio.training.session import _claim_device
 
 ROOT = Path(__file__).parents[1]
 CHANGES: dict[str, Any] = {
@@ -79,10 +89,10 @@ def test_nan_on_one_rank_ends_both_and_is_named(tmp_path: Path):
         textwrap.dedent(
             """
             import math, os, sys
-            from ct_audio.cli import run_tool
-            from ct_audio.config import load_config
-            from ct_audio.session import ChunkLoss
-            from ct_audio.train import train
+            from ct_audio.commands.command_line import run_tool
+            from ct_audio.runs.config import load_config
+            from ct_audio.training.loop import train
+            from ct_audio.training.session import ChunkLoss
 
             original, calls = ChunkLoss.forward, [0]
 
@@ -114,10 +124,10 @@ def test_a_signal_to_one_rank_saves_on_both(tmp_path: Path):
         textwrap.dedent(
             """
             import os, signal, sys
-            from ct_audio.cli import run_tool
-            from ct_audio.config import load_config
-            from ct_audio.session import ChunkLoss
-            from ct_audio.train import train
+            from ct_audio.commands.command_line import run_tool
+            from ct_audio.runs.config import load_config
+            from ct_audio.training.loop import train
+            from ct_audio.training.session import ChunkLoss
 
             original, calls = ChunkLoss.forward, [0]
 
@@ -171,22 +181,47 @@ def test_alone_the_collectives_do_nothing():
         assert on_first_rank(lambda: 7) == 7
 
 
-@pytest.mark.parametrize(("local_rank", "number"), [(0, 0), (1, 1), (2, 0), (5, 1)])
-def test_more_processes_than_devices_share_them(monkeypatch: pytest.MonkeyPatch, local_rank: int, number: int):
-    """Tensors go where the process group has set the device."""
-    chosen: list[int] = []
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_only_the_group_of_the_cpu_waits_for_hours(monkeypatch: pytest.MonkeyPatch, is_cuda: bool) -> None:
+    """Gradients on CUDA have a group of their own, with the timeout that torch has for it."""
+    groups: list[Any] = []
+    module, wrapped = torch.nn.Linear(1, 1), []
+    monkeypatch.setattr(dist, "init_process_group", lambda *backend, **options: groups.append((backend, options)))
+    monkeypatch.setattr(dist, "new_group", lambda **options: groups.append(((), options)) or "gradients")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(
+        torch.nn.parallel, "DistributedDataParallel", lambda module, **options: wrapped.append(options) or module
+    )
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", is_cuda)
+    for name, value in (("WORLD_SIZE", 8), ("RANK", 1), ("LOCAL_RANK", 1)):
+        monkeypatch.setenv(name, str(value))
+    with distributed_world() as world:
+        assert world == World(rank=1, world_size=8, local_rank=1)
+        assert data_parallel(module, world) is module
+    assert groups[0] == (("gloo",), {"timeout": datetime.timedelta(hours=6)})
+    assert groups[1:] == ([((), {"backend": "nccl"})] if is_cuda else [])
+    assert wrapped == [{"broadcast_buffers": False, "process_group": "gradients" if is_cuda else None}]
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [choose_device(name, local_rank=rank).index for rank in (0, 1)] == [0, 1]
+    with pytest.raises(UserError, match=f"device {name}: process 3 of this machine, which has 2 CUDA devices; start"):
+        choose_device(name, local_rank=2)
+    assert choose_device("cpu", local_rank=2) == torch.device("cpu")
+
+
+def test_training_sets_the_device_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint saves the random generator of the current device, and its memory is what is reported."""
+    chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
-    for name, value in (("WORLD_SIZE", 8), ("RANK", local_rank), ("LOCAL_RANK", local_rank)):
-        monkeypatch.setenv(name, str(value))
-    with distributed_world() as world:
-        pass
-    assert chosen == [number]
-    for name in ("auto", "cuda"):
-        assert choose_device(name, local_rank=world.local_rank) == torch.device("cuda", number)
+    for name in ("auto", "cuda", "cpu"):
+        _claim_device(TrainConfig(device=name), World(rank=5, world_size=8, local_rank=1))
+    assert chosen == [torch.device("cuda", 1)] * 2
 
 
 def test_devices():

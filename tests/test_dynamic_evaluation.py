@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from ct_audio.common.errors import UserError
 from ct_audio.evaluation.dynamic import DynamicSettings, learning_copy
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.evaluation.stored import EvaluationSettings, evaluate_run, find_evaluation, store_evaluation
 from ct_audio.models.state import detach_memory
 from ct_audio.runs.open_run import load_run_model, run_corpus
@@ -34,7 +34,7 @@ def nll_by_code(model: Any, codes: np.ndarray, settings: DynamicSettings) -> tor
         found[int(positions) : int(positions) + nll.shape[1]] = nll[0]
 
     learner, update = learning_copy(model, settings)
-    evaluate_nll(learner, codes, start_code=START_CODE, chunk_length=CHUNK, on_nll=collect, update=update)
+    evaluate_nll(learner, Stretch(codes, START_CODE, CHUNK), on_nll=collect, update=update)
     return found
 
 
@@ -93,7 +93,7 @@ def test_it_learns_a_habit_and_leaves_the_model_alone() -> None:
     kept = {key: p.clone() for key, p in model.state_dict().items()}
     codes = np.tile(np.arange(8, dtype=np.uint8), 40)
     found = nll_by_code(model, codes, DynamicSettings(learning_rate=0.5))
-    static = evaluate_nll(model, codes, start_code=START_CODE, chunk_length=CHUNK).nll_nats
+    static = evaluate_nll(model, Stretch(codes, START_CODE, CHUNK)).nll_nats
     assert found[-32:].mean() < 0.5 * found[:CHUNK].mean()
     assert found.mean() < static - 0.3
     assert all(torch.equal(p, kept[key]) for key, p in model.state_dict().items())
@@ -103,7 +103,7 @@ def test_it_learns_a_habit_and_leaves_the_model_alone() -> None:
 def test_a_first_chunk_is_scored_as_without_learning() -> None:
     model: Any = tiny_model("compressive_transformer")
     codes = some_codes(CHUNK)
-    static = evaluate_nll(model, codes, start_code=START_CODE, chunk_length=CHUNK)
+    static = evaluate_nll(model, Stretch(codes, START_CODE, CHUNK))
     assert nll_by_code(model, codes, SETTINGS["adam"]).mean().item() == pytest.approx(static.nll_nats, abs=1e-6)
 
 
@@ -113,9 +113,7 @@ def test_other_memory_lengths_than_in_training(loss: str) -> None:
     model = tiny_model("compressive_transformer", compression_loss=loss, memory_length=8)
     learner, update = learning_copy(model, SETTINGS["sgd"])
     before = {key: parameter.detach().clone() for key, parameter in learner.named_parameters()}
-    evaluate_nll(
-        learner, some_codes(100), start_code=START_CODE, chunk_length=24, compressed_memory_length=0, update=update
-    )
+    evaluate_nll(learner, Stretch(some_codes(100), START_CODE, 24, compressed_memory_length=0), update=update)
     changed = {key for key, parameter in learner.named_parameters() if not torch.equal(parameter, before[key])}
     assert changed == {key for key in before if ".compression" not in key}
 
@@ -123,7 +121,7 @@ def test_other_memory_lengths_than_in_training(loss: str) -> None:
 def test_arguments_are_checked() -> None:
     model, codes = tiny_model("compressive_transformer"), some_codes(64)
     with pytest.raises(UserError, match="expected num_lanes = 1, got 2"):
-        evaluate_nll(model, codes, start_code=0, chunk_length=16, num_lanes=2, update=lambda _: None)
+        evaluate_nll(model, Stretch(codes, 0, 16, num_lanes=2), update=lambda _: None)
     with pytest.raises(UserError, match="no parameters to learn with"):
         learning_copy(tiny_model("linear_prediction"), DynamicSettings())
     changes: dict[str, Any]

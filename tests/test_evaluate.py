@@ -1,8 +1,10 @@
 """Streaming evaluation: every code once, lanes and chunks of any size, against code-by-code oracles."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,15 @@ import pytest
 import torch
 from jaxtyping import Float, Int
 from tiny import TINY_MODELS, tiny_model
+from tiny_runs import write_corpus
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
-from ct_audio.evaluation.nll import concatenate_lanes, cut_lanes, evaluate_nll
+from ct_audio.data.corpus import open_corpus
+from ct_audio.evaluation.nll import Stretch, concatenate_lanes, cut_lanes, evaluate_nll, stretch_of
 from ct_audio.models.compressive.memory import Memory
 from ct_audio.models.state import detach_memory, named_tensors
+from ct_audio.runs.config import DataConfig
 
 VOCAB_SIZE = 32
 START_CODE = 16
@@ -90,7 +95,7 @@ def test_one_lane_equals_window_by_window(name: str, num_windows: int) -> None:
     codes = random_codes(16 * 3 + 5)
     chunk_length = 16 * num_windows if model.window_length > 1 else 11 * num_windows
     seen = Collector()
-    result = evaluate_nll(model, codes, start_code=START_CODE, chunk_length=chunk_length, on_nll=seen)
+    result = evaluate_nll(model, Stretch(codes, START_CODE, chunk_length), on_nll=seen)
     expected = one_pass_nll(model.eval(), codes)
     assert set(seen.counts.values()) == {1}
     torch.testing.assert_close(seen.in_order(), expected, rtol=0, atol=1e-12)
@@ -105,9 +110,8 @@ def test_lanes_with_full_warmup_equal_one_lane(name: str, num_codes: int) -> Non
     model = float64_model(name)
     codes = random_codes(num_codes)
     seen = Collector()
-    many = evaluate_nll(
-        model, codes, start_code=START_CODE, chunk_length=16, num_lanes=5, warmup_length=16 * 20, on_nll=seen
-    )
+    stretch = Stretch(codes, START_CODE, chunk_length=16, num_lanes=5, warmup_length=16 * 20)
+    many = evaluate_nll(model, stretch, on_nll=seen)
     expected = one_pass_nll(model.eval(), codes)
     assert set(seen.counts.values()) == {1}
     torch.testing.assert_close(seen.in_order(), expected, rtol=0, atol=1e-12)
@@ -119,10 +123,10 @@ def test_warmup_of_the_temporal_range_is_enough_and_none_is_not() -> None:
     codes = random_codes(8 * 24)
     reach = math.ceil((model.temporal_range + model.window_length) / 8) * 8
     assert reach < len(codes) // 3 * 2
-    common: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 8, "num_lanes": 3}
+    stretch = Stretch(codes, START_CODE, chunk_length=8, num_lanes=3)
     expected = one_pass_nll(model.eval(), codes).mean().item()
-    warm = evaluate_nll(model, codes, warmup_length=reach, **common)
-    cold = evaluate_nll(model, codes, **common)
+    warm = evaluate_nll(model, dataclasses.replace(stretch, warmup_length=reach))
+    cold = evaluate_nll(model, stretch)
     assert warm.nll_nats == pytest.approx(expected, abs=1e-12)
     assert abs(cold.nll_nats - expected) > 1e-6
 
@@ -134,17 +138,9 @@ def test_reset_at_documents_equals_documents_one_by_one(name: str, num_lanes: in
     codes = random_codes(16 * 4 + 7)
     offsets = np.array([0, 5, 33, 34, 60, len(codes) + 40])
     seen = Collector()
-    evaluate_nll(
-        model,
-        codes,
-        start_code=START_CODE,
-        chunk_length=16,
-        num_lanes=num_lanes,
-        warmup_length=32,
-        document_offsets=offsets,
-        reset_memory_at_document=True,
-        on_nll=seen,
-    )
+    documents: dict[str, Any] = {"document_offsets": offsets, "reset_memory_at_document": True}
+    stretch = Stretch(codes, START_CODE, chunk_length=16, num_lanes=num_lanes, warmup_length=32, **documents)
+    evaluate_nll(model, stretch, on_nll=seen)
     torch.testing.assert_close(seen.in_order(), one_pass_nll(model.eval(), codes, offsets[:-1]), rtol=0, atol=1e-12)
     # a document's NLL is that of a stream of its own only as far as windows allow: its first codes say so
     for begin, end in zip(offsets, [*offsets[1:-1], len(codes)], strict=False):
@@ -155,9 +151,9 @@ def test_reset_at_documents_equals_documents_one_by_one(name: str, num_lanes: in
 def test_continuous_stream_ignores_documents() -> None:
     model = float64_model("wavenet")
     codes = random_codes(100)
-    common: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 16}
-    with_offsets = evaluate_nll(model, codes, document_offsets=np.array([0, 50]), **common)
-    assert with_offsets.nll_nats == evaluate_nll(model, codes, **common).nll_nats
+    stretch = Stretch(codes, START_CODE, chunk_length=16)
+    with_offsets = evaluate_nll(model, dataclasses.replace(stretch, document_offsets=np.array([0, 50])))
+    assert with_offsets.nll_nats == evaluate_nll(model, stretch).nll_nats
     assert with_offsets.protocol["reset_memory_at_document"] is False
 
 
@@ -165,26 +161,26 @@ def test_continuous_stream_ignores_documents() -> None:
 def test_memory_lengths_are_settable(name: str) -> None:
     model = float64_model(name)
     codes = random_codes(8 * 8)
-    common: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 16}
-    default = evaluate_nll(model, codes, **common)
-    explicit = evaluate_nll(model, codes, memory_length=model.config.memory_length, **common)
-    shorter = evaluate_nll(model, codes, memory_length=4, compressed_memory_length=0, **common)
+    stretch = Stretch(codes, START_CODE, chunk_length=16)
+    default = evaluate_nll(model, stretch)
+    explicit = evaluate_nll(model, dataclasses.replace(stretch, memory_length=model.config.memory_length))
+    shorter = evaluate_nll(model, dataclasses.replace(stretch, memory_length=4, compressed_memory_length=0))
     assert default.nll_nats == explicit.nll_nats
     assert default.protocol == explicit.protocol
     assert abs(shorter.nll_nats - default.nll_nats) > 1e-9
     assert (shorter.protocol["memory_length"], shorter.protocol["compressed_memory_length"]) == (4, 0)
 
 
-def test_max_codes_mode_and_protocol() -> None:
+def test_mode_and_protocol() -> None:
     model = float64_model("compressive_transformer", dropout=0.5)
     codes = random_codes(120)
     model.train()
-    common: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 16, "num_lanes": 2, "warmup_length": 8}
-    first = evaluate_nll(model, codes, max_codes=70, **common)
+    stretch = Stretch(codes[:70], START_CODE, chunk_length=16, num_lanes=2, warmup_length=8)
+    first = evaluate_nll(model, stretch)
     assert model.training
-    assert first.nll_nats == evaluate_nll(model, codes[:70], **common).nll_nats  # deterministic, dropout off
+    assert first.nll_nats == evaluate_nll(model, stretch).nll_nats  # deterministic, dropout off
     model.eval()
-    evaluate_nll(model, codes[:20], **common)
+    evaluate_nll(model, stretch)
     assert not model.training
     assert json.loads(json.dumps(first.protocol)) == {
         "split": None,
@@ -206,7 +202,7 @@ def test_equal_odds_are_log_of_the_vocabulary() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    result = evaluate_nll(model, random_codes(20_000), start_code=START_CODE, chunk_length=5_000)
+    result = evaluate_nll(model, Stretch(random_codes(20_000), START_CODE, 5_000))
     assert result.nll_nats == pytest.approx(math.log(VOCAB_SIZE), abs=1e-6)
     assert result.nll_bits == pytest.approx(5.0, abs=1e-6)
     assert result.protocol["dtype"] == "float32"
@@ -236,7 +232,7 @@ def test_lanes_of_memories_join_in_order() -> None:
         ({"num_lanes": 0}, "num_lanes"),
         ({"warmup_length": 3}, "warmup_length: expected whole windows of 8"),
         ({"warmup_length": -8}, "warmup_length"),
-        ({"max_codes": 0}, "expected at least one"),
+        ({"codes": np.zeros(0, dtype=np.uint8)}, "expected at least one"),
         ({"start_code": 32}, "start_code"),
         ({"reset_memory_at_document": True}, "expected document_offsets"),
         ({"memory_length": -1}, "memory length"),
@@ -244,18 +240,31 @@ def test_lanes_of_memories_join_in_order() -> None:
 )
 def test_arguments_are_checked(changes: dict[str, Any], message: str) -> None:
     model = tiny_model("compressive_transformer")
-    arguments: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 16} | changes
+    stretch = dataclasses.replace(Stretch(random_codes(64), START_CODE, 16), **changes)
     with pytest.raises(UserError, match=message):
-        evaluate_nll(model, random_codes(64), **arguments)
+        evaluate_nll(model, stretch)
 
 
 def test_codes_outside_the_vocabulary_are_named() -> None:
     codes = random_codes(64)
     codes[50] = 99
     with pytest.raises(UserError, match=r"expected all in \[0, 32\).*99"):
-        evaluate_nll(tiny_model("wavenet"), codes, start_code=START_CODE, chunk_length=16)
+        evaluate_nll(tiny_model("wavenet"), Stretch(codes, START_CODE, 16))
 
 
 def test_a_model_without_memory_lengths_refuses_them() -> None:
     with pytest.raises(UserError):
-        evaluate_nll(tiny_model("wavenet"), random_codes(64), start_code=START_CODE, chunk_length=16, memory_length=8)
+        evaluate_nll(tiny_model("wavenet"), Stretch(random_codes(64), START_CODE, 16, memory_length=8))
+
+
+@pytest.mark.parametrize("num_codes", [None, 50, 0])
+def test_a_stretch_of_a_split_is_run_as_in_training(tmp_path: Path, num_codes: int | None) -> None:
+    corpus = open_corpus(write_corpus(tmp_path / "corpus"))
+    data = DataConfig(str(corpus.path), chunk_length=48, reset_memory_at_document=True)
+    stretch = stretch_of(corpus, "valid", data, num_codes=num_codes, num_lanes=2)
+    split = corpus.split("valid")
+    assert stretch.codes.tolist() == split.codes[:num_codes].tolist()
+    assert stretch.document_offsets is split.document_offsets
+    found = (stretch.start_code, stretch.chunk_length, stretch.reset_memory_at_document, stretch.num_lanes)
+    assert found == (128, 48, True, 2)
+    assert stretch_of(corpus, "valid", data, chunk_length=16).chunk_length == 16

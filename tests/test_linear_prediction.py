@@ -19,7 +19,7 @@ from tiny_runs import checkpoint_tensors, tiny_run, write_corpus
 from ct_audio.common.errors import UserError
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import open_corpus
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models.linear_prediction import Config, LinearPrediction, mu_law_cells
 from ct_audio.models.state import map_memory
 from ct_audio.runs.config import load_config
@@ -304,11 +304,11 @@ def test_the_trainer_writes_its_checkpoint_and_stops(
     valid = [(line["step"], line["nll/valid_nats"]) for line in lines if "nll/valid_nats" in line]
     assert [step for step, _ in valid] == [1, 6]
     corpus = open_corpus(config.data.corpus)
-    for which, tag, max_codes in (("best", "nll/valid_nats", 48), ("last", "nll/valid_full_nats", None)):
+    for which, tag, num_codes in (("best", "nll/valid_nats", 48), ("last", "nll/valid_full_nats", None)):
         loaded = load_run_model(config.run_dir, which=which)
         assert loaded.step == 6
         codes = corpus.split("valid").codes
-        score = evaluate_nll(loaded.model, codes, start_code=128, chunk_length=16, max_codes=max_codes)
+        score = evaluate_nll(loaded.model, Stretch(codes[:num_codes], 128, 16))
         assert {line[tag] for line in lines if tag in line} == {score.nll_nats}
     assert lines[-1]["nll/valid_full_bits"] == pytest.approx(lines[-1]["nll/valid_full_nats"] / math.log(2))
     expected = LinearPrediction(config.model)
@@ -364,7 +364,7 @@ def test_it_is_a_better_guess_than_the_codes_frequencies(tmp_path: Path) -> None
     model = LinearPrediction(Config())
     train_codes, codes = (np.asarray(corpus.split(name).codes) for name in ("train", "valid"))
     shares = (np.bincount(train_codes, minlength=256) + 1) / (len(train_codes) + 256)
-    assert evaluate_nll(model, codes, start_code=128, chunk_length=16).nll_nats < -np.log(shares[codes]).mean()
+    assert evaluate_nll(model, Stretch(codes, 128, 16)).nll_nats < -np.log(shares[codes]).mean()
 
 
 @pytest.mark.parametrize("recipe", ["folder", "kathleen"])

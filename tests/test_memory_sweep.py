@@ -10,7 +10,7 @@ from handmade_runs import Tool, make_run, read_json, tool
 from ct_audio.common.errors import UserError
 from ct_audio.evaluation import memory_sweep
 from ct_audio.evaluation.memory_sweep import sweep_memory
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.runs.open_run import LoadedRun, load_run_model, run_corpus
 
 
@@ -34,8 +34,8 @@ def test_every_pair_is_scored_and_the_best_is_tested(run_dir: Path) -> None:
     found = []
     for (memory_length, compressed), row in zip(pairs, report["rows"], strict=True):
         lengths = {"memory_length": memory_length, "compressed_memory_length": compressed}
-        codes = corpus.split("valid").codes
-        nll = evaluate_nll(run.model, codes, start_code=128, chunk_length=64, max_codes=200, **lengths).nll_nats
+        codes = corpus.split("valid").codes[:200]
+        nll = evaluate_nll(run.model, Stretch(codes, 128, 64, **lengths)).nll_nats
         assert row["nll_nats"] == pytest.approx(nll, abs=1e-9)
         assert row["temporal_range"] == 3 * (memory_length + 2 * compressed)
         assert row["attention_cost"] == 3 * (8 + memory_length + compressed)

@@ -8,6 +8,7 @@ from model_cases import (
     assert_close,
     assert_same_memory,
     every_model,
+    every_transformer,
     float64_model,
     random_codes,
     run_windows,
@@ -15,7 +16,7 @@ from model_cases import (
     window_of,
 )
 
-from ct_audio.models.state import map_memory
+from ct_audio.models.state import detach_memory, map_memory
 
 
 @every_model
@@ -70,6 +71,26 @@ def test_nothing_before_a_document_start_has_influence(name: str, windows: int) 
         others[:, begins] = (others[:, begins] + 7) % VOCAB_SIZE
         third = model(others, other_memory, document_starts=starts)
     assert not torch.equal(third.features[:, begins + 1], second.features[:, begins + 1])
+
+
+@every_transformer
+def test_losses_do_not_depend_on_chunking_where_documents_start(name: str) -> None:
+    """In the middle of a chunk, mid-window and where a window begins: one chunk of four windows or four chunks."""
+    model = float64_model(name)
+    window = window_of(model)
+    _, memory = run_windows(model, random_codes(4 * window, seed=1))
+    codes = random_codes(4 * window)
+    starts = torch.zeros_like(codes, dtype=torch.bool)
+    starts[0, window + 3] = starts[1, 2 * window] = True
+    whole = model(codes, memory, document_starts=starts).auxiliary_losses
+    parts = []
+    for begin in range(0, 4 * window, window):
+        piece = slice(begin, begin + window)
+        _, memory, losses = model(codes[:, piece], memory, document_starts=starts[:, piece])
+        memory = detach_memory(memory)
+        parts.append(losses)
+    for key, loss in whole.items():
+        assert_close(loss.detach(), torch.stack([losses[key].detach() for losses in parts]).mean())
 
 
 @every_model

@@ -208,7 +208,7 @@ def test_no_code_changes_what_is_said_before_it(name: str) -> None:
 @every_model
 def test_temporal_range_is_reached_and_not_exceeded(name: str) -> None:
     """Equality 7, range: of the first code of a late window, window by window and in one chunk alike."""
-    model = float64_model(name, **whole_window_reach(name))
+    model = float64_model(name)
     window, distance = window_of(model), model.temporal_range
     endless = distance == UNLIMITED_RANGE
     distance = 100 if endless else distance
@@ -233,17 +233,6 @@ def test_temporal_range_is_reached_and_not_exceeded(name: str) -> None:
     else:
         assert changes(distance + 1) == [endless, endless]
         assert changes(distance) == [True, True]
-
-
-def whole_window_reach(name: str) -> dict[str, int]:
-    """Changes that make a layer's reach whole windows (else a row's own window adds its beginning to the range), and
-    two layers, which take less time than three."""
-    plain = TINY_MODELS[name]
-    if "window_length" not in plain:
-        return {}
-    compressed = plain["compression_rate"] * plain["compressed_memory_length"]
-    window = plain["window_length"]
-    return {"num_layers": 2, "memory_length": -(-(plain["memory_length"] + compressed) // window) * window - compressed}
 
 
 @every_model

@@ -15,7 +15,7 @@ from ct_audio.data.codecs import Byte, MuLaw
 from ct_audio.data.corpus import Corpus, CorpusWriter, open_corpus
 from ct_audio.evaluation import groups
 from ct_audio.evaluation.groups import Grouping, GroupSums, count_codes, make_groupings, surrounding_level_dbfs
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.evaluation.stored import EvaluationSettings, evaluate_run
 from ct_audio.runs.open_run import load_run_model, run_corpus
 
@@ -32,8 +32,8 @@ def test_sums_equal_a_loop_over_codes(num_lanes: int) -> None:
         for first, row in zip(positions.tolist(), nll.tolist(), strict=True):
             by_code[first : first + len(row)] = row
 
-    settings: dict[str, Any] = {"start_code": 16, "chunk_length": 16, "num_lanes": num_lanes}
-    evaluate_nll(tiny_model("compressive_transformer"), codes, on_nll=collect, **settings)
+    stretch = Stretch(codes, start_code=16, chunk_length=16, num_lanes=num_lanes)
+    evaluate_nll(tiny_model("compressive_transformer"), stretch, on_nll=collect)
     rows = {row["group"]: row for row in sums.rows()}
     for label, members in {"a": [0], "b": [1], "c": [2], "a or b": [0, 1], "all": [0, 1, 2]}.items():
         chosen = [nll for nll, group in zip(by_code.tolist(), group_of.tolist(), strict=True) if group in members]

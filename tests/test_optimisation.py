@@ -136,20 +136,20 @@ def optimise(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) ->
     return optimisation.main()
 
 
-@pytest.mark.parametrize("version", ["this", "earlier"])
+@pytest.mark.parametrize("is_branch", [True, False])
 def test_branches_of_another_point_are_refused_before_anything_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_branch: bool
 ) -> None:
     runs = {"runs_dir": str(tmp_path / "out" / "runs"), "train__validate_whole_split": False, "optim__decay_steps": 0}
     base = tiny_run(tmp_path, name="base", train__num_steps=2, **runs)
     assert train(base) == 0
     branch_run(base.run_dir, tiny_run(tmp_path, name="kept", train__num_steps=6, **runs))
-    if version == "earlier":
+    if not is_branch:
         (tmp_path / "out" / "runs" / "kept" / "branch.json").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     trained: list[RunConfig] = []
     monkeypatch.setattr("ct_audio.experiments.update_frequency.train", trained.append)
-    found = r"got one of base at step 2" if version == "this" else r"there is no branch\.json .*an earlier version"
+    found = r"got one of base at step 2" if is_branch else r"there is no branch\.json .*it is no branch"
     with pytest.raises(UserError, match=rf"kept: expected a branch of base at step 4, .*{found}.*choose another --out"):
         optimise(tmp_path, monkeypatch, "--branches", "rate_0")
     assert not trained

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
-from recordings import ROOT, voice, write
+from recordings import ROOT, count_calls, voice, write
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import hold_alone
@@ -91,6 +91,14 @@ def test_the_report_states_levels_and_counts(tmp_path):
     example, rate = read_wav(tmp_path / "out" / "example.wav")
     assert rate == 24_000
     assert np.array_equal(MuLaw().encode(example), open_corpus(tmp_path / "out").split("train").codes[:6000])
+
+
+def test_workers_load_nothing_that_draws():
+    code = (
+        "import sys, ct_audio.preparation.recordings; print({'matplotlib', 'librosa.core'} & {*sys.modules} or 'none')"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout == "none\n"
 
 
 def test_every_reason_to_drop_is_named(tmp_path):
@@ -214,28 +222,23 @@ def test_what_is_no_corpus_is_never_replaced(tmp_path):
     run(recordings, tmp_path / "out")
 
 
-def count_work(monkeypatch, stop_after: int | None = None) -> list[str]:
+def count_work(patch, stop_after: int | None = None) -> list[str]:
     """Note which files are worked on, and break off after some of them."""
-    worked: list[str] = []
-    original = prepare._prepare_file
+    return count_calls(patch, prepare, "_prepare_file", lambda task: task.path.name, stop_after)
 
-    def noting(task):
-        if stop_after is not None and len(worked) == stop_after:
-            raise KeyboardInterrupt
-        worked.append(task.path.name)
-        return original(task)
 
-    monkeypatch.setattr(prepare, "_prepare_file", noting)
-    return worked
+def interrupt(recordings, out):
+    """Break off after four files."""
+    with pytest.MonkeyPatch.context() as patch:
+        count_work(patch, stop_after=4)
+        with pytest.raises(KeyboardInterrupt):
+            run(recordings, out)
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     recordings = make_recordings(tmp_path / "in")
     run(recordings, tmp_path / "whole" / "out")
-    with monkeypatch.context() as patch:
-        count_work(patch, stop_after=4)
-        with pytest.raises(KeyboardInterrupt):
-            run(recordings, tmp_path / "out")
+    interrupt(recordings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     changed = recordings[0].path  # sorted first, so it was done: it must be done again
     os.utime(changed, ns=(1, 1))
@@ -247,21 +250,15 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
 def test_other_settings_reuse_nothing(tmp_path, monkeypatch):
     recordings = make_recordings(tmp_path / "in")
-    with monkeypatch.context() as patch:
-        count_work(patch, stop_after=4)
-        with pytest.raises(KeyboardInterrupt):
-            run(recordings, tmp_path / "out")
+    interrupt(recordings, tmp_path / "out")
     worked = count_work(monkeypatch)
     run(recordings, tmp_path / "out", AudioSettings(gain_db=1.0))
     assert len(worked) == 6
 
 
-def test_damaged_partial_results_are_noticed(tmp_path, monkeypatch):
+def test_damaged_partial_results_are_noticed(tmp_path):
     recordings = make_recordings(tmp_path / "in")
-    with monkeypatch.context() as patch:
-        count_work(patch, stop_after=4)
-        with pytest.raises(KeyboardInterrupt):
-            run(recordings, tmp_path / "out")
+    interrupt(recordings, tmp_path / "out")
     first, second, *_ = sorted((tmp_path / "out.partial" / "files").glob("*.codes"))
     first.write_bytes(bytes(first.stat().st_size))
     second.write_bytes(b"")

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from recordings import count_calls
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import hold_alone, write_json
@@ -149,6 +150,11 @@ def test_texts_that_have_changed_at_the_same_size_are_noticed(tmp_path, codec):
     assert require_decodes_back(corpus, texts)
     assert corpus.fingerprint != made.fingerprint
     assert run(texts, tmp_path / "out", codec)[1]
+    description = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    del description["source"]["content_sha256"]
+    write_json(tmp_path / "out" / "corpus.json", description)
+    with pytest.raises(UserError, match=r"\(content_sha256: None there, .* now\); pass --overwrite"):
+        run(texts, tmp_path / "out", codec)
 
 
 def test_texts_are_hashed_in_parts(tmp_path, monkeypatch):
@@ -167,84 +173,32 @@ def test_texts_are_hashed_in_parts(tmp_path, monkeypatch):
         hash_texts([Text(tmp_path / "gone", "train", "t", 0, 9)])
 
 
-def forget_content(out):
-    """Make a corpus as earlier versions did, which recorded names and sizes only; returns its corpus.json."""
-    description = json.loads((out / "corpus.json").read_text())
-    del description["source"]["content_sha256"]
-    write_json(out / "corpus.json", description)
-    return (out / "corpus.json").read_bytes()
-
-
-@pytest.mark.parametrize("codec", sorted(SETTINGS))
-def test_a_corpus_of_an_earlier_version_is_compared_with_its_texts(tmp_path, codec, monkeypatch):
-    texts, said = make_texts(tmp_path / "in"), []
-    made, _ = run(texts, tmp_path / "out", codec)
-    before = contents(tmp_path / "out")
-    earlier = forget_content(tmp_path / "out")
-    assert open_corpus(tmp_path / "out", verify=True).fingerprint == made.fingerprint  # for training it is the same
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "write_json", refuse_to_write)
-        assert run(texts, tmp_path / "out", codec)[1]
-    assert (tmp_path / "out" / "corpus.json").read_bytes() == earlier
-    assert run(texts, tmp_path / "out", codec, say=said.append)[1]
-    assert len(said) == 1
-    assert said[0].startswith(f"{made.path} was prepared by an earlier version, which did not record what the texts")
-    assert contents(tmp_path / "out") == before
-    assert run(texts, tmp_path / "out", codec, say=said.append)[1]
-    assert len(said) == 1  # it is recorded now
-    earlier = forget_content(tmp_path / "out")
-    exchange(texts[2], b"cat", b"dog")
-    with pytest.raises(UserError, match=r"by an earlier version, and it does not decode back .*2\.txt.*--overwrite"):
-        run(texts, tmp_path / "out", codec)
-    assert (tmp_path / "out" / "corpus.json").read_bytes() == earlier
-    corpus, was_there = run(texts, tmp_path / "out", codec, overwrite=True)
-    assert not was_there
-    assert require_decodes_back(corpus, texts)
-
-
-def refuse_to_write(*_arguments):
-    """As in a folder that is for reading only."""
-    raise PermissionError(13, "Permission denied")
-
-
-def count_work(monkeypatch, stop_after: int | None = None) -> list[str]:
-    """Note which shards are worked on, and break off after some of them."""
-    worked: list[str] = []
-    original = module._encode_shard
-
-    def noting(shard):
-        if stop_after is not None and len(worked) == stop_after:
-            raise KeyboardInterrupt
-        worked.append(shard.target.name)
-        return original(shard)
-
-    monkeypatch.setattr(module, "_encode_shard", noting)
+def interrupt(texts, out) -> list[str]:
+    """Break off after two shards; returns which."""
+    with pytest.MonkeyPatch.context() as patch:
+        worked = count_calls(patch, module, "_encode_shard", lambda shard: shard.target.name, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            run(texts, out)
     return worked
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, small_parts):
     texts = make_texts(tmp_path / "in")
     run(texts, tmp_path / "whole" / "out")
-    with monkeypatch.context() as patch:
-        before = count_work(patch, stop_after=2)
-        with pytest.raises(KeyboardInterrupt):
-            run(texts, tmp_path / "out")
+    before = interrupt(texts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     trained = []
     monkeypatch.setattr(module.Subword, "train", lambda *arguments: trained.append(arguments))
-    after = count_work(monkeypatch)
+    after = count_calls(monkeypatch, module, "_encode_shard", lambda shard: shard.target.name, stop_after=None)
     run(texts, tmp_path / "out")
     assert not trained  # the vocabulary was kept
     assert not set(before) & set(after)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
-def test_changed_texts_and_damaged_shards_are_noticed(tmp_path, monkeypatch, small_parts):
+def test_changed_texts_and_damaged_shards_are_noticed(tmp_path, small_parts):
     texts = make_texts(tmp_path / "in")
-    with monkeypatch.context() as patch:
-        count_work(patch, stop_after=2)
-        with pytest.raises(KeyboardInterrupt):
-            run(texts, tmp_path / "out")
+    interrupt(texts, tmp_path / "out")
     first, *_ = sorted((tmp_path / "out.partial" / "shards").glob("*.codes"))
     first.write_bytes(bytes(first.stat().st_size))
     with pytest.raises(UserError, match="damaged since it was written; run the same command again"):

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import sys
 import zipfile
 
@@ -14,6 +15,7 @@ from recordings import ROOT, load_script
 from ct_audio.commands import describe, prepare
 from ct_audio.commands.command_line import run_tool
 from ct_audio.data.corpus import open_corpus
+from ct_audio.preparation import download
 
 ENWIK8 = b"<page>\n caf\xc3\xa9 " + bytes(range(256)) + b"x" * 741 + b"\xff"
 CUTS = [len(ENWIK8) * 90 // 100, len(ENWIK8) * 95 // 100]
@@ -226,7 +228,7 @@ def book_mirror(**changes):
 @pytest.fixture
 def quick(monkeypatch):
     """No pause before another attempt."""
-    monkeypatch.setattr("ct_audio.preparation.download.Patience.__init__.__defaults__", (2, 0.01, 5.0))
+    monkeypatch.setattr(download, "RETRIES", download.RETRIES.new(total=2, backoff_factor=0))
 
 
 def prepare_books(monkeypatch, mirror, folder, *options):
@@ -239,24 +241,55 @@ def prepare_books(monkeypatch, mirror, folder, *options):
     return run(monkeypatch, "pg19", folder / "out", "--source", str(folder / "in"), "--", "--download", *options)
 
 
-def test_books_are_downloaded_and_fetched_once(tmp_path, monkeypatch, quick):
+def test_books_are_downloaded_and_fetched_once(tmp_path, monkeypatch, capsys, quick):
     with serve(book_mirror()) as mirror:
         assert prepare_books(monkeypatch, mirror, tmp_path, "--vocab-size", "270") == 0
         for name, text in BOOKS.items():
             assert (tmp_path / "in" / name).read_bytes() == text.encode()
-            assert mirror.asked(f"/b/{name}") == [None]
+            assert mirror.requests.count(f"/b/{name}") == 1
         (tmp_path / "in" / "train" / "9.txt").write_bytes(b"damaged")
         assert prepare_books(monkeypatch, mirror, tmp_path, "--vocab-size", "270") == 0
-        assert mirror.asked("/b/train/9.txt") == [None, None]
-        assert mirror.asked("/b/train/10.txt") == [None]
+        assert mirror.requests.count("/b/train/9.txt") == 2
+        assert mirror.requests.count("/b/train/10.txt") == 1
+    assert "warning" not in capsys.readouterr().err
 
 
-def test_without_the_bucket_names_come_from_a_plain_listing(tmp_path, monkeypatch, quick):
+@pytest.mark.parametrize(
+    ("answer", "status", "reason"),
+    [
+        (b"{}", None, "expected names as train/123.txt, got none"),
+        (b"<html>", None, "Expecting value: line 1"),
+        (b"[1]", None, "no attribute"),
+        (b'{"items": [{"name": "train/9.txt", "md5Hash": "no base64"}]}', None, "base64"),
+        (b"", 403, r"/o\?prefix=train.*: HTTP 403 Forbidden"),
+        (b"", 404, r"/o\?prefix=train.*: HTTP 404 Not Found"),
+        (b"", 503, "too many 503 error responses"),
+    ],
+)
+def test_without_the_bucket_names_come_from_a_plain_listing_and_a_warning_says_what_is_lost(
+    tmp_path, monkeypatch, capsys, quick, answer, status, reason
+):
     with serve(book_mirror()) as mirror:
-        for path in [path for path in mirror.files if path.startswith("/o?")]:
-            mirror.files[path] = b"{}"
+        for path in [path for path in mirror.files if path.startswith("/o?prefix=train")]:
+            mirror.files[path], mirror.failures[path] = answer, [status] * 9 if status else []
         assert prepare_books(monkeypatch, mirror, tmp_path, "--vocab-size", "270") == 0
-        assert decoded(tmp_path / "out")["test"] == b"the fourth\n"
+        assert decoded(tmp_path / "out")["train"] == (BOOKS["train/9.txt"] + BOOKS["train/10.txt"]).encode()
+        first, second = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert re.search(rf"listing of train/, which has the checksums, cannot be used: .*{reason}", first)
+        assert re.search(r"warning: 2 of 4 books have no checksum: .*damaged.*unnoticed; .* run the command ag", second)
+
+
+def test_books_without_checksums_are_counted(tmp_path, monkeypatch, capsys, quick):
+    with serve(book_mirror()) as mirror:
+        path = next(path for path in mirror.files if path.startswith("/o?prefix=test"))
+        mirror.files[path] = b'{"items": [{"name": "test/4.txt"}]}'  # as of an object that was put together from parts
+        assert prepare_books(monkeypatch, mirror, tmp_path, "--vocab-size", "270") == 0
+        assert "warning: 1 of 4 books have no checksum" in capsys.readouterr().err
+        options = ("--vocab-size", "270", "--download-mirror", mirror.url)
+        assert prepare_books(monkeypatch, mirror, tmp_path, *options) == 0
+        assert "warning: 4 of 4 books have no checksum" in capsys.readouterr().err
+        assert prepare_books(monkeypatch, mirror, tmp_path, "--download-connections", "0") == 2
+        assert "--download-connections: expected at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../../evil.txt", "train/../../x.txt", "/etc/x", "train/a.txt", "validation/3.txt"])

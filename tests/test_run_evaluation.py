@@ -18,7 +18,7 @@ from ct_audio.data.codecs import Byte
 from ct_audio.data.corpus import CorpusWriter
 from ct_audio.evaluation import stored as run_evaluation
 from ct_audio.evaluation.dynamic import DynamicSettings
-from ct_audio.evaluation.nll import Evaluation, evaluate_nll
+from ct_audio.evaluation.nll import Evaluation, Stretch, evaluate_nll
 from ct_audio.evaluation.stored import (
     BlockSums,
     EvaluationSettings,
@@ -55,8 +55,8 @@ def test_blocks_are_sums_of_the_nll_of_each_code(num_lanes: int, monkeypatch: py
         for first, row in zip(positions.tolist(), nll.tolist(), strict=True):
             by_code[first : first + len(row)] = row
 
-    settings = {"start_code": 16, "chunk_length": 16, "num_lanes": num_lanes, "on_nll": collect}
-    evaluate_nll(tiny_model("compressive_transformer"), codes, **settings)
+    stretch = Stretch(codes, start_code=16, chunk_length=16, num_lanes=num_lanes)
+    evaluate_nll(tiny_model("compressive_transformer"), stretch, on_nll=collect)
     found = blocks.to_json()
     assert found["length"] == 10
     assert found["counts"] == [10] * 19 + [7]
@@ -119,18 +119,6 @@ def test_text_has_perplexities_by_exact_counts(tmp_path: Path) -> None:
         "nll_bits_a_byte": 2.0,
     }
     assert _text_measures(evaluation, split, "word") == {"perplexity": pytest.approx(2.0)}
-
-
-def test_no_bits_a_byte_of_words_from_an_earlier_version(run_dir: Path) -> None:
-    path, result, settings = evaluate_and_store(run_dir)
-    for unit, is_kept in (("subword", True), ("word", False)):
-        stored = json.loads(path.read_text(encoding="utf-8")) | {"nll_bits_a_byte": 2.0}
-        stored["protocol"]["unit"] = unit
-        path.write_text(json.dumps(stored), encoding="utf-8")
-        found = find_evaluation(run_dir, load_run_model(run_dir), settings)
-        assert found is not None
-        assert ("nll_bits_a_byte" in found) == is_kept
-        assert found["nll_nats"] == result["nll_nats"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.sampling import sampler
 from ct_audio.sampling.audio_checks import find_faults, measure_sample
 from ct_audio.sampling.sampler import Sampler, draw_codes, estimate_code_seconds, verify_steps
@@ -45,8 +45,7 @@ def collect(model: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
 def evaluator_nll(model: Any, stream: np.ndarray) -> Float64[Tensor, "T"]:
     """NLL of each code of one lane as the evaluator finds it, with whole windows in a forward."""
     parts: list[Tensor] = []
-    arguments: dict[str, Any] = {"start_code": START_CODE, "chunk_length": 16}
-    evaluate_nll(model, stream, on_nll=lambda _, nll: parts.append(nll[0].double()), **arguments)
+    evaluate_nll(model, Stretch(stream, START_CODE, 16), on_nll=lambda _, nll: parts.append(nll[0].double()))
     return torch.cat(parts)
 
 

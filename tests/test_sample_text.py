@@ -18,7 +18,7 @@ from tiny import TINY_MODELS
 from ct_audio.data.codecs import Byte, Codec
 from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.data.vocabulary_codecs import Subword, Word
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models import build_model
 from ct_audio.runs.config import config_from_dict
 from ct_audio.runs.open_run import load_run_model, run_codec
@@ -89,8 +89,8 @@ def test_sample_writes_texts_and_sidecars(
             continue  # other subwords may say the same
         codes = codec.encode(text)
         assert sidecar["distinct_codes"] == len(set(codes.tolist()))
-        whole = evaluate_nll(model, np.r_[start, codes], start_code=codec.start_code, chunk_length=64).nll_nats * 41
-        begin = evaluate_nll(model, start, start_code=codec.start_code, chunk_length=64).nll_nats * 11
+        whole = evaluate_nll(model, Stretch(np.r_[start, codes], codec.start_code, 64)).nll_nats * 41
+        begin = evaluate_nll(model, Stretch(start, codec.start_code, 64)).nll_nats * 11
         assert sidecar["nll_nats"] == pytest.approx((whole - begin) / 30, abs=1e-4)  # equality 8, through a file
     # the same again, in two goes, with the prime before it
     arguments = (*common, "--include-prime", "--resume", "--out", tmp_path / "again", "--length")

@@ -11,7 +11,7 @@ from tiny_runs import tiny_run
 
 from ct_audio.data.audio_files import read_wav, write_wav
 from ct_audio.data.codecs import MuLaw
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models.wavenet import WaveNet
 from ct_audio.training.loop import train
 
@@ -72,7 +72,7 @@ def test_sample_writes_wavs_and_sidecars(
 def nll_of(run: Path, codes: np.ndarray, corpus: Path) -> float:
     from ct_audio.runs.open_run import load_run_model
 
-    return evaluate_nll(load_run_model(run).model, codes, start_code=128, chunk_length=64).nll_nats
+    return evaluate_nll(load_run_model(run).model, Stretch(codes, 128, 64)).nll_nats
 
 
 @pytest.mark.parametrize("name", ["wavenet", "compressive_transformer"])

@@ -11,7 +11,7 @@ from tiny import TINY_MODELS
 
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter, open_corpus
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models import build_model
 from ct_audio.runs.config import config_from_dict
 
@@ -45,7 +45,7 @@ def test_evaluate_prints_one_object(
     )
     assert report["num_parameters"] == sum(p.numel() for p in model.parameters())
     if name == "compressive_transformer":
-        expected = evaluate_nll(model, split.codes, start_code=128, chunk_length=64).nll_nats
+        expected = evaluate_nll(model, Stretch(split.codes, 128, 64)).nll_nats
         assert report["nll_nats"] == pytest.approx(expected, abs=1e-6)
 
 

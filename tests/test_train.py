@@ -18,8 +18,9 @@ from tiny_runs import checkpoint_state, checkpoint_tensors, tiny_run, write_corp
 
 from ct_audio.commands.command_line import run_tool
 from ct_audio.common.errors import UserError
+from ct_audio.common.files import hold_alone
 from ct_audio.data.corpus import open_corpus
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models import build_model
 from ct_audio.models.state import detach_memory
 from ct_audio.runs.config import RunConfig, config_to_yaml
@@ -28,7 +29,7 @@ from ct_audio.runs.open_run import load_run_model
 from ct_audio.training import loop as train_module
 from ct_audio.training.loop import NonFiniteLossError, train
 from ct_audio.training.schedules import learning_rate
-from ct_audio.training.session import ChunkLoss, run_lock
+from ct_audio.training.session import ChunkLoss
 
 QUIET: dict[str, Any] = {"train__valid_every_steps": 0}
 
@@ -111,14 +112,29 @@ def test_curves_have_the_tags_that_all_models_share(tmp_path: Path):
         "nll/train_bits",
         "nll/valid_nats",
         "nll/valid_bits",
-        "nll_by_audio/train_nats",
-        "nll_by_audio/valid_nats",
         "gradient_norm/model",
         "optim/learning_rate",
         "throughput/codes_per_second",
         "throughput/times_real_time",
         "memory_use/process_mib",
     } <= tags["wavenet"]
+
+
+def test_other_ranks_wait_while_rank_0_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On the group of the CPU, which has the time: the gradients' group would give up."""
+    waiting, seen = [False], []
+    on_first_rank, sampler = train_module.on_first_rank, train_module.Sampler
+
+    def wait(function: Callable[[], Any]) -> Any:
+        waiting[0] = True
+        result = on_first_rank(function)
+        waiting[0] = False
+        return result
+
+    monkeypatch.setattr(train_module, "on_first_rank", wait)
+    monkeypatch.setattr(train_module, "Sampler", lambda *a, **k: seen.append(waiting[0]) or sampler(*a, **k))
+    assert train(tiny_run(tmp_path, **QUIET, train__sample_every_steps=3, train__sample_seconds=0.001)) == 0
+    assert seen == [True, True]
 
 
 def test_it_learns_and_reports_what_the_evaluator_says(tmp_path: Path):
@@ -128,9 +144,9 @@ def test_it_learns_and_reports_what_the_evaluator_says(tmp_path: Path):
     curve = [line["nll/train_nats"] for line in lines if "nll/train_nats" in line]
     assert curve[-1] < curve[0] - 0.2
     codes = open_corpus(config.data.corpus).split("valid").codes
-    for which, tag, max_codes in (("best", "nll/valid_nats", 48), ("last", "nll/valid_full_nats", None)):
+    for which, tag, num_codes in (("best", "nll/valid_nats", 48), ("last", "nll/valid_full_nats", None)):
         loaded = load_run_model(config.run_dir, which=which)
-        score = evaluate_nll(loaded.model, codes, start_code=128, chunk_length=16, max_codes=max_codes)
+        score = evaluate_nll(loaded.model, Stretch(codes[:num_codes], 128, 16))
         assert score.nll_nats == pytest.approx(min(line[tag] for line in lines if tag in line), rel=1e-12)
     seconds = [line["wall_seconds"] for line in lines]
     assert seconds == sorted(seconds)
@@ -239,7 +255,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path)
 
 def test_a_second_trainer_of_one_run_is_refused(tmp_path: Path):
     config = tiny_run(tmp_path)
-    with run_lock(config.run_dir), pytest.raises(UserError, match="another process is training"):
+    config.run_dir.mkdir(parents=True)
+    with hold_alone(config.run_dir / "train.lock", "x"), pytest.raises(UserError, match="another process is training"):
         train(config)
     assert train(config) == 0
 

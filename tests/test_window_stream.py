@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ct_audio.common.errors import UserError
-from ct_audio.data.lanes import Chunk, WindowStream, split_chunk
+from ct_audio.data.lanes import Chunk, WindowStream, shift_by_one, split_chunk
 
 START = 255
 CODES = np.arange(107, dtype=np.uint8)
@@ -53,6 +53,16 @@ def test_lanes_are_what_the_oracle_says_over_several_epochs(num_lanes: int, chun
             assert starts[lane].tolist() == [row[2] for row in rows]
         else:
             assert all(c.document_starts is None for c in chunks)
+
+
+@given(st.integers(0, 106), st.integers(1, 30), st.booleans())
+def test_codes_of_any_place_are_shifted_by_one(begin: int, length: int, reset: bool):
+    end = min(begin + length, len(CODES))
+    offsets = OFFSETS if reset else None
+    inputs, targets, starts = shift_by_one(CODES, begin, end, start_code=START, document_offsets=offsets)
+    [rows] = oracle(1, end, 1, reset=reset)
+    assert [*zip(inputs.tolist(), targets.tolist(), starts.tolist(), strict=True)] == [row[:3] for row in rows[begin:]]
+    assert inputs.dtype == targets.dtype == np.int64
 
 
 def test_types_and_the_first_input():

@@ -156,7 +156,6 @@ def prepare_texts(
         source=source,
         num_processes=options.num_processes,
         overwrite=options.overwrite,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if was_there:
         print(f"{options.out} is complete already: the same texts and settings ({corpus.fingerprint[:16]})")

@@ -78,17 +78,20 @@ def read_json(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def hold_alone(lock: Path, busy: str) -> Iterator[None]:
-    """Hold a lock file; the kernel lets go of it even after kill -9. It may be deleted while it is held.
+def hold_alone(place: Path, busy: str) -> Iterator[None]:
+    """Hold a directory, or a lock file, for this process alone; the kernel lets go of it even after kill -9.
 
+    Args:
+        place: a directory that is there, or a file, which is made where it is missing; it may be deleted while held.
     Raises:
         UserError: with the text `busy`, if another process holds it or has just deleted it.
     """
     with contextlib.ExitStack() as stack:
         try:
-            handle = stack.enter_context(lock.open("a"))
+            handle = os.open(place, os.O_RDONLY if place.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_there = os.path.samestat(os.fstat(handle.fileno()), lock.stat())
+            is_there = os.path.samestat(os.fstat(handle), place.stat())
         except (BlockingIOError, FileNotFoundError):
             is_there = False
         if not is_there:

@@ -10,8 +10,6 @@ import torch
 import torchaudio
 from jaxtyping import Float, Float64
 
-
-
 SILENT_RMS_DBFS = -75.0
 """Quieter is no pause: codes 127 and 128 alone give -81 dBFS, the noise floor of quiet recordings is about -60."""
 

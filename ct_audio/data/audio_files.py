@@ -18,7 +18,7 @@ from ct_audio.common.errors import UserError
 from ct_audio.common.files import write_file
 
 AUDIO_SUFFIXES = frozenset(
-    {
+    [
         ".wav",
         ".wave",
         ".flac",
@@ -33,7 +33,7 @@ AUDIO_SUFFIXES = frozenset(
         ".caf",
         ".w64",
         ".rf64",
-    }
+    ]
 )
 MIN_RATE_HZ, MAX_RATE_HZ = 1000, 2**20
 """A header that says less or more lies; resampling from 1 Hz would make a day of audio out of a small file."""

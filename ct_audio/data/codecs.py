@@ -1,7 +1,7 @@
 """Codecs: what turns a waveform or a text into integer codes and back, and what a code means.
 
 Shape letters: N samples, codes or bytes. To add a codec, write a frozen dataclass with the members of `Codec` and name
-it in `CODECS` at the foot. Those with a vocabulary are in `vocabulary_codecs.py`.
+it in `CODECS` at the foot. Those with a vocabulary are in vocabulary_codecs.py.
 """
 
 from dataclasses import dataclass, field
@@ -109,7 +109,7 @@ class MuLaw:
         return {"name": self.name, "sample_rate_hz": self.sample_rate_hz}
 
     def files(self) -> dict[str, bytes]:
-        """None."""
+        """No files: the description says all."""
         return {}
 
 
@@ -142,7 +142,7 @@ class Byte:
         return {"name": self.name}
 
     def files(self) -> dict[str, bytes]:
-        """None."""
+        """No files: the description says all."""
         return {}
 
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer
 
-from ct_audio.data.codecs import Codec, codec_from_json, write_codec_files
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_json
+from ct_audio.data.codecs import Codec, codec_from_json, write_codec_files
 
 FORMAT = "ct_audio corpus"
 FORMAT_VERSION = 1
@@ -58,13 +58,8 @@ class Split:
 
     @property
     def num_codes(self) -> int:
-        """N."""
+        """Length in codes."""
         return len(self.codes)
-
-    @property
-    def duration_seconds(self) -> float | None:
-        """Length of the audio; None for text."""
-        return self.num_codes / self.sample_rate_hz if self.sample_rate_hz else None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int64, Integer
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
@@ -91,13 +91,9 @@ class WindowStream:
         used = self.num_codes_used
         positions = [(lane * self._segment_length + self._codes_per_lane) % used for lane in self._lanes]
         rows = [self._read(position, used) for position in positions]
+        inputs, targets, starts = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True))
         self._codes_per_lane += self._chunk_length
-        return Chunk(
-            inputs=torch.from_numpy(np.stack([inputs for inputs, _, _ in rows])),
-            targets=torch.from_numpy(np.stack([targets for _, targets, _ in rows])),
-            document_starts=torch.from_numpy(np.stack([starts for _, _, starts in rows])) if self._reset else None,
-            positions=torch.tensor(positions, dtype=torch.int64),
-        )
+        return Chunk(inputs, targets, starts if self._reset else None, torch.tensor(positions, dtype=torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able, the same on every rank."""
@@ -126,20 +122,44 @@ class WindowStream:
         """Inputs, targets and document starts [T] of the codes from `position` on, back to 0 where `used` ends."""
         until_end = min(self._chunk_length, used - position)
         spans = [(position, position + until_end), (0, self._chunk_length - until_end)]
-        inputs, targets, starts = [], [], []
-        for begin, end in spans[: 1 + (spans[1][1] > 0)]:
-            span_inputs = np.full(end - begin, self._start_code, dtype=np.int64)
-            skip = int(begin == 0)  # nothing precedes index 0
-            span_inputs[skip:] = self._codes[begin + skip - 1 : end - 1]
-            span_starts = np.zeros(end - begin, dtype=np.bool_)
-            if self._reset:
-                first, last = np.searchsorted(self._document_offsets, [begin, end])
-                span_starts[self._document_offsets[first:last] - begin] = True
-                span_inputs[span_starts] = self._start_code
-            inputs.append(span_inputs)
-            targets.append(np.array(self._codes[begin:end], dtype=np.int64))
-            starts.append(span_starts)
-        return np.concatenate(inputs), np.concatenate(targets), np.concatenate(starts)
+        offsets = self._document_offsets if self._reset else None
+        parts = [
+            shift_by_one(self._codes, begin, end, start_code=self._start_code, document_offsets=offsets)
+            for begin, end in spans
+            if begin < end
+        ]
+        inputs, targets, starts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return inputs, targets, starts
+
+
+def shift_by_one(
+    codes: Integer[np.ndarray, "N"],
+    begin: int,
+    end: int,
+    *,
+    start_code: int,
+    document_offsets: Integer[np.ndarray, "num_documents"] | None = None,
+) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
+    """Inputs, targets and document starts of the codes [begin, end) of a stream.
+
+    Args:
+        codes: all codes of the stream; a memory map will do.
+        start_code: the code that precedes index 0 and, with `document_offsets`, each document.
+        document_offsets: index of the first code of each document, ascending; None: one continuous stream.
+    Returns:
+        inputs [T], the code before each target; targets [T]; document starts [T], True where a target is the first of
+        a document, False everywhere in a continuous stream.
+    """
+    targets = np.array(codes[begin:end], dtype=np.int64)
+    inputs = np.empty_like(targets)
+    inputs[0] = codes[begin - 1] if begin else start_code
+    inputs[1:] = targets[:-1]
+    starts = np.zeros(len(targets), dtype=np.bool_)
+    if document_offsets is not None:
+        first, last = np.searchsorted(document_offsets, [begin, end])
+        starts[document_offsets[first:last] - begin] = True
+        inputs[starts] = start_code
+    return inputs, targets, starts
 
 
 def split_chunk(chunk: Chunk, num_parts: int) -> list[Chunk]:

@@ -1,4 +1,4 @@
-"""Codecs of text with a vocabulary made from a training split: words and subwords. Bytes are in `codec.py`.
+"""Codecs of text with a vocabulary made from a training split: words and subwords. Bytes are in codecs.py.
 
 Both sort their codes by frequency in training, as adaptive softmax wants it, decode to bytes, and encode line by line:
 `encode(a + b)` is `encode(a)` and `encode(b)` where `a` ends with a line feed, so a text can be read in blocks. The
@@ -60,7 +60,7 @@ class Word:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Number of codes."""
         return len(self.words)
 
     @property
@@ -159,7 +159,7 @@ class Subword:
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Number of codes."""
         return len(self.subwords)
 
     @property

@@ -2,7 +2,7 @@
 
 The interval is a paired block bootstrap: both runs are scored on the same codes, the difference is taken block by
 block, and the blocks, not the codes, are drawn again with replacement, since errors on speech come in stretches.
-Evaluations are as `run_evaluation.find_evaluation` returns them.
+Evaluations are as `stored.find_evaluation` returns them.
 
 Shape letters: K blocks.
 """

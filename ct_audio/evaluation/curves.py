@@ -1,19 +1,20 @@
 """NLL curves of runs in one picture: over steps, over audio seen and over wall time."""
 
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ct_audio.common.errors import UserError
-from ct_audio.runs.metrics import read_metrics, read_scalars
+from ct_audio.common.figures import write_figure
+from ct_audio.runs.metrics import read_metrics
 
 Points = list[tuple[float, float]]
-AXES = ("steps", "audio seen", "wall time")
+_KEYS = {"steps": "step", "audio seen": "audio_seconds", "wall time": "wall_seconds"}  # of metrics.jsonl, by axis
 _UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 _MARKERS = "os^Dv<>Ph*"
 
@@ -41,26 +42,22 @@ class Curves:
 
 
 def read_curves(run_dir: Path) -> Curves:
-    """Curves out of a run's event files; those over wall time out of metrics.jsonl, where pauses do not count.
+    """Curves out of a run's metrics.jsonl; pauses between sessions do not count as wall time.
 
     Raises:
         UserError: there is no run, or none that has logged an NLL.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run; expected a directory that tools/train.py made")
-    try:
-        scalars, lines = read_scalars(run_dir), read_metrics(run_dir)
-    except ValueError as error:
-        raise UserError(f"cannot read the metrics.jsonl of {run_dir}: {error}") from error
-    nll: dict[str, dict[str, Points]] = {axis: {} for axis in AXES}
-    for name in ("train", "valid"):
+    lines = read_metrics(run_dir)
+    nll: dict[str, dict[str, Points]] = {axis: {} for axis in _KEYS}
+    for (axis, key), name in itertools.product(_KEYS.items(), ("train", "valid")):
         tag = f"nll/{name}_nats"
-        nll["steps"][name] = [(float(x), y) for x, y in scalars.get(tag, [])]
-        nll["audio seen"][name] = [(float(x), y) for x, y in scalars.get(f"nll_by_audio/{name}_nats", [])]
-        nll["wall time"][name] = [(line["wall_seconds"], line[tag]) for line in lines if tag in line]
+        nll[axis][name] = [(float(line[key]), line[tag]) for line in lines if tag in line and line.get(key) is not None]
     if not any(nll["steps"].values()):
-        raise UserError(f"{run_dir} has no event file with an NLL curve; train the run first")
-    return Curves(nll, [value for _, value in scalars.get("throughput/codes_per_second", [])])
+        raise UserError(f"{run_dir} has no NLL curve in its metrics.jsonl; train the run first")
+    tag = "throughput/codes_per_second"
+    return Curves(nll, [line[tag] for line in lines if tag in line])
 
 
 def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | frozenset[str] = frozenset()) -> None:
@@ -72,8 +69,7 @@ def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | froze
         levels: labels of runs that have nothing to train; their last validation NLL is a level line.
     """
     figure = Figure(figsize=(15, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [axis for axis in AXES if any(curves.last(axis) is not None for curves in runs.values())]
+    axes = [axis for axis in _KEYS if any(curves.last(axis) is not None for curves in runs.values())]
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         unit, divisor = _unit(axis, max(curves.last(axis) or 0.0 for curves in runs.values()))
@@ -87,9 +83,7 @@ def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | froze
     title = "Validation NLL, marked, with its last value; faint: training, smoothed; dashed: nothing to train"
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, title=title, loc="outside upper center", ncols=2, frameon=False)
-    beside = path.with_name(path.name + ".tmp")
-    figure.savefig(beside, dpi=110, format="png")
-    beside.replace(path)
+    write_figure(figure, path)
 
 
 def nll_range(runs: dict[str, Curves]) -> tuple[float, float]:

@@ -19,13 +19,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from einops import reduce
-from jaxtyping import Float, Float64, Int, Int64, Integer
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.units import nats_to_bits
 from ct_audio.data.corpus import Corpus
-from ct_audio.evaluation.nll import Evaluation, evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll, stretch_of
 from ct_audio.evaluation.stored import BlockSums
 from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import push
@@ -43,21 +43,6 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of memory and of compressed memory, in the curve of NLL by available context."""
 
 Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """The codes that are looked at, one stream from its beginning; as `evaluate_nll` takes them."""
-
-    codes: Integer[np.ndarray, "N"]
-    start_code: int
-    chunk_length: int
-    document_offsets: Integer[np.ndarray, "num_documents"] | None = None
-    reset_memory_at_document: bool = False
-
-    def evaluate(self, model: CompressiveTransformer, **changes: Any) -> Evaluation:
-        """`evaluate_nll` of this stretch."""
-        return evaluate_nll(model, **({name: getattr(self, name) for name in self.__dataclass_fields__} | changes))
 
 
 def analyse_run(
@@ -82,13 +67,7 @@ def analyse_run(
     """
     if not isinstance(run.model, CompressiveTransformer):
         raise UserError(f"{run.config.name} is a {run.config.model.name}; expected a compressive_transformer")
-    stretch = Stretch(
-        corpus.split(split).codes[: num_codes or None],
-        start_code=corpus.codec.start_code,
-        chunk_length=run.config.data.chunk_length,
-        document_offsets=corpus.split(split).document_offsets,
-        reset_memory_at_document=run.config.data.reset_memory_at_document,
-    )
+    stretch = stretch_of(corpus, split, run.config.data, num_codes=num_codes or None)
     observations = observe_memory(run.model, stretch)
     tables = {
         "attention": attention_table(observations, run.model),
@@ -138,7 +117,8 @@ def observe_memory(model: CompressiveTransformer, stretch: Stretch) -> Observati
         for layer, observer in zip(layers, observers, strict=True):
             handle = layer.register_forward_hook(observer, with_kwargs=True)
             stack.callback(handle.remove)
-        stretch.evaluate(model, chunk_length=model.window_length, progress="attention")
+        by_window = dataclasses.replace(stretch, chunk_length=model.window_length)
+        evaluate_nll(model, by_window, progress="attention")
     full = np.array([observer.full for observer in observers], dtype=bool).all(axis=0)
     if full.sum() < 2:
         needed = max(
@@ -333,13 +313,13 @@ def context_tables(model: CompressiveTransformer, stretch: Stretch, shares: tupl
     for lengths in context_lengths(model, shares):
         sums = _NLLSums(num_codes, length)
         label = f"memory {lengths['memory_length']} + {lengths['compressed_memory_length']}"
-        nll_nats = stretch.evaluate(model, on_nll=sums, progress=label, **lengths).nll_nats
+        nll_nats = evaluate_nll(model, dataclasses.replace(stretch, **lengths), on_nll=sums, progress=label).nll_nats
         counts = np.array(sums.to_json()["counts"], dtype=np.int64)
         blocks = blocks_of[tuple(lengths.values())] = sums.nll_sums_nats
         gain, error = _gain(blocks_of[0, 0], blocks, counts)
         row = {
             **lengths,
-            "temporal_range_codes": dataclasses.replace(model.config, **lengths).temporal_range,
+            "temporal_range_codes": dataclasses.replace(model.config, **lengths).paper_temporal_range,
             "nll_nats": nll_nats,
             "nll_bits": nats_to_bits(nll_nats),
             "gain_nats": gain,

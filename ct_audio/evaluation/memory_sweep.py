@@ -70,7 +70,7 @@ def sweep_memory(
         report = _score(run_dir, run, corpus, settings)
         config = changed_config(run, settings)
         row = {"memory_length": pair[0], "compressed_memory_length": pair[1]}
-        row |= {"temporal_range": config.temporal_range, "attention_cost": config.attention_cost}
+        row |= {"temporal_range": config.paper_temporal_range, "attention_cost": config.attention_cost}
         row |= {name: report[name] for name in ("nll_nats", "nll_bits", "num_units")}
         rows.append(row | {"as_trained": pair == trained})
         reports.append(report)

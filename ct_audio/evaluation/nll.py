@@ -19,8 +19,11 @@ from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.units import nats_to_bits
+from ct_audio.data.corpus import Corpus
+from ct_audio.data.lanes import shift_by_one
 from ct_audio.models import SequenceModel
 from ct_audio.models.state import detach_memory, map_memory
+from ct_audio.runs.config import DataConfig
 
 
 @dataclass(frozen=True)
@@ -56,19 +59,58 @@ class Lane:
     warmup: int
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Codes that are scored as one stream from its beginning, and how they are run.
+
+    Attributes:
+        codes: a memory map will do.
+        start_code: what precedes the first code (with resets: each document's first code).
+        chunk_length: codes of a lane in one forward; whole windows. It changes speed and memory use, not the result.
+        document_offsets: index of the first code of each document, also of those beyond the stretch; needed with
+            `reset_memory_at_document`.
+        reset_memory_at_document: memory ends where a document begins; else the stretch is one continuous stream.
+        num_lanes: parts of the stretch that run side by side; lowered where there are fewer whole chunks than lanes.
+        warmup_length: codes before a later lane's part that are run, unscored, to fill its memory; whole windows. A
+            lane that begins earlier than that is warmed up from the beginning of the stretch.
+        memory_length, compressed_memory_length: in place of the configuration's, as `zero_memory` takes them.
+    """
+
+    codes: Integer[np.ndarray, "N"]
+    start_code: int
+    chunk_length: int
+    document_offsets: Integer[np.ndarray, "num_documents"] | None = None
+    reset_memory_at_document: bool = False
+    num_lanes: int = 1
+    warmup_length: int = 0
+    memory_length: int | None = None
+    compressed_memory_length: int | None = None
+
+    @property
+    def memory_lengths(self) -> dict[str, int | None]:
+        """As arguments of `zero_memory`."""
+        return {"memory_length": self.memory_length, "compressed_memory_length": self.compressed_memory_length}
+
+
+def stretch_of(
+    corpus: Corpus, split: str, data: DataConfig, *, num_codes: int | None = None, **changes: Any
+) -> Stretch:
+    """The beginning of a split, run as in training: start code, documents, chunk length.
+
+    Args:
+        data: of the run's configuration.
+        num_codes: at the beginning of the split; None: all of it.
+        changes: other fields of `Stretch`.
+    """
+    fields = {"chunk_length": data.chunk_length, "reset_memory_at_document": data.reset_memory_at_document} | changes
+    codes, offsets = corpus.split(split).codes[:num_codes], corpus.split(split).document_offsets
+    return Stretch(codes, corpus.codec.start_code, document_offsets=offsets, **fields)
+
+
 def evaluate_nll(
     model: SequenceModel,
-    codes: Integer[np.ndarray, "N"],
+    stretch: Stretch,
     *,
-    start_code: int,
-    chunk_length: int,
-    num_lanes: int = 1,
-    warmup_length: int = 0,
-    document_offsets: Integer[np.ndarray, "num_documents"] | None = None,
-    reset_memory_at_document: bool = False,
-    memory_length: int | None = None,
-    compressed_memory_length: int | None = None,
-    max_codes: int | None = None,
     on_nll: Callable[[Int[Tensor, "B"], Float[Tensor, "B T"]], None] | None = None,
     update: Callable[[Float[Tensor, ""]], None] | None = None,
     progress: str | None = "evaluate",
@@ -77,16 +119,6 @@ def evaluate_nll(
 
     Args:
         model: any model; its mode (train or eval) is put back afterwards.
-        codes: the stretch, a memory map will do; it begins at the beginning of a stream.
-        start_code: what precedes the first code (with resets: each document's first code).
-        chunk_length: codes of a lane in one forward; whole windows. It changes speed and memory use, not the result.
-        num_lanes: parts of the stretch that run side by side; lowered where there are fewer whole chunks than lanes.
-        warmup_length: codes before a later lane's part that are run, unscored, to fill its memory; whole windows. A
-            lane that begins earlier than that is warmed up from the beginning of the stretch.
-        document_offsets: index of the first code of each document; needed with `reset_memory_at_document`.
-        reset_memory_at_document: memory ends where a document begins; else the stretch is one continuous stream.
-        memory_length, compressed_memory_length: in place of the configuration's, as `zero_memory` takes them.
-        max_codes: score only this many codes at the beginning of `codes`.
         on_nll: called with the positions [B] of the first codes of a piece and its NLL [B, T] in nats, for each piece
             that is scored; every position comes once.
         update: called with the loss of each piece, a mean over its codes with the auxiliary losses as in training,
@@ -94,21 +126,18 @@ def evaluate_nll(
             further on see would change the weights that earlier codes are scored with.
         progress: label of the progress bar (shown on a terminal only); None: no bar.
     Raises:
-        UserError: an argument is out of its range, or a code is not in the model's vocabulary.
+        UserError: the stretch does not fit the model, or a code is not in the model's vocabulary.
     Source: Rae et al. 2019, sections 4.1 and 5.
     """
-    num_codes = len(codes) if max_codes is None else min(len(codes), max_codes)
-    _check_arguments(model, num_codes, start_code, chunk_length, num_lanes, warmup_length)
-    if reset_memory_at_document and document_offsets is None:
-        raise UserError("reset_memory_at_document: expected document_offsets, got none; pass the split's offsets")
-    if update is not None and num_lanes > 1:
-        raise UserError(f"dynamic evaluation: expected num_lanes = 1, got {num_lanes}; later codes must not be known")
-    lanes = cut_lanes(num_codes, chunk_length=chunk_length, num_lanes=num_lanes, warmup_length=warmup_length)
-    offsets = document_offsets if reset_memory_at_document else None
-    stream = _Stream(
-        codes[:num_codes], offsets, start_code=start_code, vocab_size=model.vocab_size, device=model.device
+    _require_fits(model, stretch)
+    if update is not None and stretch.num_lanes > 1:
+        raise UserError(
+            f"dynamic evaluation: expected num_lanes = 1, got {stretch.num_lanes}; later codes must not be known"
+        )
+    num_codes, chunk_length = len(stretch.codes), stretch.chunk_length
+    lanes = cut_lanes(
+        num_codes, chunk_length=chunk_length, num_lanes=stretch.num_lanes, warmup_length=stretch.warmup_length
     )
-    lengths = {"memory_length": memory_length, "compressed_memory_length": compressed_memory_length}
     began, nll_sum, num_scored, memory = time.perf_counter(), 0.0, 0, None
     dtype = ""
     total = num_codes + sum(lane.warmup for lane in lanes)
@@ -117,10 +146,10 @@ def evaluate_nll(
     with model.evaluation_mode(), torch.inference_mode(update is None), bar:
         for piece in _schedule(lanes, chunk_length):
             if piece.joining:
-                fresh = model.zero_memory(piece.joining, **lengths)
+                fresh = model.zero_memory(piece.joining, **stretch.memory_lengths)
                 memory = fresh if memory is None else concatenate_lanes(fresh, memory)
             memory = map_memory(lambda tensor, first=-piece.active: tensor[first:], memory)
-            inputs, targets, document_starts = stream.piece(piece.positions, piece.length)
+            inputs, targets, document_starts = _read(stretch, piece, model)
             features, memory, auxiliary_losses = model(inputs, memory, document_starts=document_starts)
             if piece.scored:
                 nll = model.nll(features, targets)
@@ -134,9 +163,8 @@ def evaluate_nll(
                     memory = detach_memory(memory)
             bar.update(inputs.numel())
     assert num_scored == num_codes, f"scored {num_scored} codes of {num_codes}"
-    settings = {"chunk_length": chunk_length, "reset_memory_at_document": reset_memory_at_document, "dtype": dtype}
     nll_nats = float(nll_sum) / num_codes
-    protocol = _protocol(model, num_codes, lanes, **settings, **lengths)
+    protocol = _protocol(model, stretch, lanes, dtype)
     return Evaluation(nll_nats, nats_to_bits(nll_nats), num_codes, time.perf_counter() - began, protocol)
 
 
@@ -196,63 +224,52 @@ def _schedule(lanes: list[Lane], chunk_length: int) -> Iterator[_Piece]:
         joining = 0
 
 
-class _Stream:
-    """Inputs, targets and document starts of any place of the stretch (the conventions of `window_stream`)."""
-
-    def __init__(
-        self, codes: np.ndarray, document_offsets: np.ndarray | None, *, start_code: int, vocab_size: int, device: Any
-    ) -> None:
-        self._codes, self._start_code, self._vocab_size, self._device = codes, start_code, vocab_size, device
-        self._is_start: np.ndarray | None = None
-        if document_offsets is not None:
-            self._is_start = np.zeros(len(codes), dtype=bool)
-            self._is_start[document_offsets[document_offsets < len(codes)]] = True
-
-    def piece(self, positions: np.ndarray, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Inputs [B, T], targets [B, T] and document starts [B, T] for targets from `positions` [B] on."""
-        targets = np.stack([self._codes[p : p + length] for p in positions]).astype(np.int64)
-        if targets.min() < 0 or targets.max() >= self._vocab_size:
-            raise UserError(
-                f"codes: expected all in [0, {self._vocab_size}), the model's vocabulary, got {targets.min()} to "
-                f"{targets.max()}; use a corpus of the codec that the model was trained on"
-            )
-        before = [self._codes[p - 1] if p else self._start_code for p in positions]
-        inputs = np.concatenate([np.array(before, dtype=np.int64)[:, None], targets[:, :-1]], axis=1)
-        starts = None
-        if self._is_start is not None:
-            is_start = np.stack([self._is_start[p : p + length] for p in positions])
-            inputs[is_start] = self._start_code
-            starts = torch.from_numpy(is_start).to(self._device)
-        return torch.from_numpy(inputs).to(self._device), torch.from_numpy(targets).to(self._device), starts
+def _read(stretch: Stretch, piece: _Piece, model: SequenceModel) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs [B, T], targets [B, T] and document starts [B, T] (None without resets), on the model's device."""
+    offsets = stretch.document_offsets if stretch.reset_memory_at_document else None
+    rows = [
+        shift_by_one(
+            stretch.codes, begin, begin + piece.length, start_code=stretch.start_code, document_offsets=offsets
+        )
+        for begin in piece.positions.tolist()
+    ]
+    inputs, targets, starts = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True))
+    if targets.min() < 0 or targets.max() >= model.vocab_size:
+        raise UserError(
+            f"codes: expected all in [0, {model.vocab_size}), the model's vocabulary, got {targets.min()} to "
+            f"{targets.max()}; use a corpus of the codec that the model was trained on"
+        )
+    device = model.device
+    return inputs.to(device), targets.to(device), None if offsets is None else starts.to(device)
 
 
-def _protocol(model: SequenceModel, num_codes: int, lanes: list[Lane], **settings: Any) -> dict[str, Any]:
+def _protocol(model: SequenceModel, stretch: Stretch, lanes: list[Lane], dtype: str) -> dict[str, Any]:
     """How it was measured; the caller, who knows them, fills in the split and the seconds."""
-    for name in ("memory_length", "compressed_memory_length"):
-        if settings[name] is None:
-            settings[name] = getattr(model.config, name, None)
-    warmup_length = max(lane.warmup for lane in lanes)
+    lengths = stretch.memory_lengths.items()
     return {
         "split": None,
-        "num_units": num_codes,
+        "num_units": len(stretch.codes),
         "seconds": None,
         "num_lanes": len(lanes),
-        "warmup_length": warmup_length,
-        **settings,
+        "warmup_length": max(lane.warmup for lane in lanes),
+        "chunk_length": stretch.chunk_length,
+        "reset_memory_at_document": stretch.reset_memory_at_document,
+        "dtype": dtype,
+        **{name: getattr(model.config, name, None) if given is None else given for name, given in lengths},
     }
 
 
-def _check_arguments(
-    model: SequenceModel, num_codes: int, start_code: int, chunk_length: int, num_lanes: int, warmup_length: int
-) -> None:
+def _require_fits(model: SequenceModel, stretch: Stretch) -> None:
     window_length = model.window_length
-    if num_codes < 1:
+    if len(stretch.codes) < 1:
         raise UserError("codes to evaluate: expected at least one, got none; choose a longer stretch or another split")
-    if not 0 <= start_code < model.vocab_size:
-        raise UserError(f"start_code: expected a code in [0, {model.vocab_size}), got {start_code}")
-    if chunk_length < 1 or chunk_length % window_length:
-        raise UserError(f"chunk_length: expected whole windows of {window_length} codes, got {chunk_length}")
-    if num_lanes < 1:
-        raise UserError(f"num_lanes: expected at least 1, got {num_lanes}")
-    if warmup_length < 0 or warmup_length % window_length:
-        raise UserError(f"warmup_length: expected whole windows of {window_length} codes, got {warmup_length}")
+    if not 0 <= stretch.start_code < model.vocab_size:
+        raise UserError(f"start_code: expected a code in [0, {model.vocab_size}), got {stretch.start_code}")
+    if stretch.chunk_length < 1 or stretch.chunk_length % window_length:
+        raise UserError(f"chunk_length: expected whole windows of {window_length} codes, got {stretch.chunk_length}")
+    if stretch.num_lanes < 1:
+        raise UserError(f"num_lanes: expected at least 1, got {stretch.num_lanes}")
+    if stretch.warmup_length < 0 or stretch.warmup_length % window_length:
+        raise UserError(f"warmup_length: expected whole windows of {window_length} codes, got {stretch.warmup_length}")
+    if stretch.reset_memory_at_document and stretch.document_offsets is None:
+        raise UserError("reset_memory_at_document: expected document_offsets, got none; pass the split's offsets")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ct_audio.common.errors import UserError
 from ct_audio.data.acoustics import level_dbfs
 from ct_audio.data.codecs import Codec
-from ct_audio.evaluation.nll import Evaluation, evaluate_nll
+from ct_audio.evaluation.nll import Evaluation, Stretch, evaluate_nll
 from ct_audio.runs.open_run import LoadedRun
 
 _LONGEST_TEXT = 60
@@ -43,14 +43,8 @@ def score_codes(run: LoadedRun, codec: Codec, codes: Integer[np.ndarray, "N"], *
         for first, row in zip(positions.tolist(), nll.double().cpu().numpy(), strict=True):
             nll_nats[first : first + len(row)] = row
 
-    evaluation = evaluate_nll(
-        run.model,
-        codes,
-        start_code=codec.start_code,
-        chunk_length=run.config.data.chunk_length,
-        on_nll=collect,
-        progress=progress,
-    )
+    stretch = Stretch(codes, codec.start_code, run.config.data.chunk_length)
+    evaluation = evaluate_nll(run.model, stretch, on_nll=collect, progress=progress)
     if not math.isfinite(evaluation.nll_nats):
         raise UserError(f"the NLL is {evaluation.nll_nats}: the model has diverged; use another checkpoint")
     return Score(evaluation, codes, nll_nats)

@@ -26,7 +26,7 @@ from ct_audio.common.files import number_in_name, write_json
 from ct_audio.common.units import perplexity
 from ct_audio.data.corpus import Corpus, Split
 from ct_audio.evaluation.dynamic import DynamicSettings, learning_copy
-from ct_audio.evaluation.nll import Evaluation, evaluate_nll
+from ct_audio.evaluation.nll import Evaluation, evaluate_nll, stretch_of
 from ct_audio.runs.open_run import LoadedRun, run_corpus
 
 FORMAT = "ct_audio evaluation"
@@ -121,33 +121,28 @@ def evaluate_run(
     Raises:
         UserError: a setting does not fit, or the NLL is not finite.
     """
-    split, codec, data = corpus.split(settings.split), corpus.codec, run.config.data
-    rate = codec.sample_rate_hz
-    num_codes, dynamic, model, update = settings.num_codes(split), settings.dynamic, run.model, None
-    if dynamic is not None:
-        model, update = learning_copy(run.model, dynamic)
+    split, codec, dynamic = corpus.split(settings.split), corpus.codec, settings.dynamic
+    rate, num_codes = codec.sample_rate_hz, settings.num_codes(split)
+    model, update = learning_copy(run.model, dynamic) if dynamic is not None else (run.model, None)
+    changes = {"chunk_length": dynamic.chunk_length} if dynamic is not None and dynamic.chunk_length else {}
+    stretch = stretch_of(
+        corpus,
+        settings.split,
+        run.config.data,
+        num_codes=num_codes,
+        num_lanes=settings.num_lanes,
+        warmup_length=_warmup_length(run, settings, rate) if settings.num_lanes > 1 else 0,
+        memory_length=settings.memory_length,
+        compressed_memory_length=settings.compressed_memory_length,
+        **changes,
+    )
     blocks = BlockSums(num_codes)
 
     def collect(positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
         for collector in (blocks, *on_nll):
             collector(positions, nll)
 
-    evaluation = evaluate_nll(
-        model,
-        split.codes,
-        start_code=codec.start_code,
-        chunk_length=dynamic.chunk_length if dynamic and dynamic.chunk_length else data.chunk_length,
-        num_lanes=settings.num_lanes,
-        warmup_length=_warmup_length(run, settings, rate) if settings.num_lanes > 1 else 0,
-        document_offsets=split.document_offsets,
-        reset_memory_at_document=data.reset_memory_at_document,
-        memory_length=settings.memory_length,
-        compressed_memory_length=settings.compressed_memory_length,
-        max_codes=num_codes,
-        on_nll=collect,
-        update=update,
-        progress=progress,
-    )
+    evaluation = evaluate_nll(model, stretch, on_nll=collect, update=update, progress=progress)
     if not math.isfinite(evaluation.nll_nats):
         advice = "use another checkpoint" if dynamic is None else "lower the learning rate of dynamic evaluation"
         raise UserError(f"the NLL is {evaluation.nll_nats}: the model has diverged; {advice}")
@@ -239,8 +234,6 @@ def find_evaluation(
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if fits and found["protocol"].get("unit") == "word":
-        found.pop("nll_bits_a_byte", None)  # earlier versions kept it, see `_text_measures`
     return found if fits else None
 
 

@@ -7,15 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from ct_audio.common.files import write_file, write_json
+from ct_audio.common.text import markdown_table
 
 
 @dataclass(frozen=True)
@@ -70,17 +68,18 @@ def make_report(results: Iterable[tuple[str, str, FileResult]], sample_rate_hz: 
 
 def write_report(directory: Path, report: dict[str, Any], title: str) -> None:
     """Write report.json, report.md and histogram.png into a directory."""
+    from matplotlib.figure import Figure  # here: worker processes import this module and draw nothing
+
+    from ct_audio.common.figures import write_figure
+
     write_json(directory / "report.json", report)
     write_file(directory / "report.md", _markdown(report, title).encode())
-    figure = Figure(figsize=(8, 3))
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.1, 0.17, 0.87, 0.7))
+    figure = Figure(figsize=(8, 3), layout="constrained")
     share = np.array(report["histogram"]) / sum(report["histogram"])
+    axes = figure.subplots()
     axes.stairs(share, np.arange(len(share) + 1) - 0.5, fill=True)
     axes.set(xlabel="code", ylabel="share of all codes", title=title, yscale="log", xlim=(-1, len(share)))
-    picture = BytesIO()
-    figure.savefig(picture, dpi=100)
-    write_file(directory / "histogram.png", picture.getvalue())
+    write_figure(figure, directory / "histogram.png")
 
 
 def summary_lines(report: dict[str, Any]) -> list[str]:
@@ -92,7 +91,7 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         f"peak {total['peak_dbfs']} dBFS (median of files {total['median_peak_dbfs']}), "
         f"RMS {total['rms_dbfs']} dBFS (median of files {total['median_rms_dbfs']}), "
         f"clipped {total['clipped_percent']}% of samples",
-        f"the codes' own entropy: {entropy_nats(report['histogram']):.3f} nats a sample",
+        f"the codes' own entropy: {entropy_nats(report['histogram']):.3f} nats per sample",
     ]
     for name, split in report["splits"].items():
         lines.append(f"{name}: {split['num_files']} files, {60 * split['hours']:.2f} min")
@@ -150,18 +149,24 @@ def _markdown(report: dict[str, Any], title: str) -> str:
         "median_rms_dbfs": "median RMS",
         "clipped_percent": "clipped %",
     }
-    rows = {**report["splits"], "total": report["total"]}
-    lines = [f"# {title}", "", "| split | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(str(row[key]) for key in columns) + " |" for name, row in rows.items()]
+    totals = {**report["splits"], "total": report["total"]}
+    rows = [["split", *columns.values()], *([name, *map(total.get, columns)] for name, total in totals.items())]
     rates = ", ".join(f"{rate} Hz in {count} files" for rate, count in report["source_rates_hz"].items())
-    lines += ["", f"Levels are of what was encoded; 0 dBFS is full scale. Source rates: {rates}."]
-    lines += [f"Entropy of the codes' own frequencies: {entropy_nats(report['histogram']):.4f} nats a code."]
-    lines += [
+    dropped = [f"- `{entry['name']}`: {entry['reason']}" for entry in report["dropped"]] or ["None."]
+    lines = [
+        f"# {title}",
+        "",
+        markdown_table(rows),
+        "",
+        f"Levels are of what was encoded; 0 dBFS is full scale. Source rates: {rates}.",
+        f"Entropy of the codes' own frequencies: {entropy_nats(report['histogram']):.4f} nats per code.",
         "",
         "![histogram of codes](histogram.png)",
         "",
         "`example.wav` is one recording decoded back from its codes.",
+        "",
+        f"## Dropped: {report['num_dropped']} files ({report['dropped_percent']}%)",
+        "",
+        *dropped,
     ]
-    lines += ["", f"## Dropped: {report['num_dropped']} files ({report['dropped_percent']}%)", ""]
-    lines += [f"- `{entry['name']}`: {entry['reason']}" for entry in report["dropped"]] or ["None."]
     return "\n".join(lines) + "\n"

@@ -1,35 +1,38 @@
-"""Downloads of data sets: several mirrors, checksums, resumed with HTTP ranges, parallel over files.
+"""Downloads of data sets: pooch fetches and checks a file; here are several mirrors, retries and many files at a time.
 
-What is being fetched lies in NAME.part; it is renamed to NAME when it is whole and its checksum right. The same command
-again goes on where the last one stopped.
+A file is fetched under a temporary name in its folder and gets its own name when it is whole and its checksum right.
+The same command again fetches what is missing. A file that broke off starts again from its beginning, since pooch does
+not ask for ranges; the largest file of a recipe has 190 MB.
 """
 
 import argparse
-import hashlib
-import http.client
-import json
-import shutil
-import ssl
 import threading
-import time
-import urllib.error
-import urllib.request
 import zipfile
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TypeVar
 
+import pooch
+import requests
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.util import Retry
 
 from ct_audio.common.errors import UserError
 
+Result = TypeVar("Result")
+
+RETRIES = Retry(4, backoff_factor=1.0, status_forcelist=(408, 425, 429, 500, 502, 503, 504), retry_after_max=60)
+"""Of each request, where there is no answer or a mirror is busy; pauses of 0, 2, 4 and 8 seconds."""
+NUM_ATTEMPTS = 3  # at a file of a mirror whose answers break off
+TIMEOUT_SECONDS = 60.0  # without any byte
 _BLOCK_BYTES = 1 << 16
 _HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; ct_audio)", "Accept-Encoding": "identity"}
-"""Some mirrors turn away urllib's own name."""
-_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
-_NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError)
+"""Some mirrors turn away the names of programs; checksums are of files as they are."""
+_ADVICE = "pass --download-mirror URL, or fetch it by hand, put it into --source, and leave out --download"
 
 
 @dataclass(frozen=True)
@@ -47,81 +50,56 @@ class RemoteFile:
     checksum: str | None = None
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long to try.
-
-    Attributes:
-        num_attempts: of each mirror, where it answers, but not as it should.
-        pause_seconds: before the second attempt; doubled before each further one.
-        timeout_seconds: without any byte.
-    """
-
-    num_attempts: int = 4
-    pause_seconds: float = 1.0
-    timeout_seconds: float = 60.0
-
-
-class _MirrorError(Exception):
-    """A mirror does not have the file as it should be; `again` if another attempt may help; `code` of HTTP."""
-
-    def __init__(self, what: str, *, again: bool = False, code: int = 0) -> None:
-        super().__init__(what)
-        self.again, self.code = again, code
-
-
-def download_files(
-    files: Sequence[RemoteFile], directory: Path, *, num_threads: int = 8, patience: Patience | None = None
-) -> int:
-    """Fetch every file that is not in `directory` yet, several at a time.
+def download_files(files: Sequence[RemoteFile], directory: Path, *, num_threads: int = 8) -> None:
+    """Fetch every file that is not in `directory` yet, or has another checksum there.
 
     Args:
         num_threads: files fetched at once.
-    Returns:
-        how many were fetched.
     Raises:
         UserError: no mirror has a file as it should be; it names every mirror and what it answered.
         OSError: it cannot be written.
     """
-    stop, fetch = threading.Event(), _Fetch(directory, patience or Patience())
-    many = len(files) > 1
+    pooch.get_logger().setLevel("WARNING")  # it announces each file
+    stop, many = threading.Event(), len(files) > 1
     with (
+        _connect(num_threads) as session,
         tqdm(total=len(files) if many else None, unit="file" if many else "B", unit_scale=True, disable=None) as bar,
         ThreadPoolExecutor(num_threads) as executor,
     ):
-        advance = (lambda amount: None) if many else bar.update
-        tasks = [executor.submit(fetch.one, file, stop, advance) for file in files]
-        for task in tasks:
-            task.add_done_callback(lambda _: bar.update(many))
+
+        def write_blocks(url: str, output_file: str, _pooch: object) -> None:
+            Path(output_file).unlink()  # pooch made it readable for nobody else
+            with open(output_file, "xb") as handle:
+                for block in _read_blocks(session, url):
+                    if stop.is_set():
+                        raise InterruptedError("another file has failed, or Ctrl-C was pressed")
+                    handle.write(block)
+                    bar.update(0 if many else len(block))
+
+        def fetch(file: RemoteFile) -> None:
+            target = directory.resolve() / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            where = {"fname": target.name, "path": target.parent, "downloader": write_blocks}
+            _try_mirrors(file.name, file.urls, lambda url: pooch.retrieve(url, file.checksum, **where))
+
+        tasks = [executor.submit(fetch, file) for file in files]
         try:
-            done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
-            return sum(task.result() for task in done)
-        finally:  # after an error or Ctrl-C the others stop at their next block
+            for task in as_completed(tasks):
+                task.result()
+                bar.update(many)
+        finally:
             stop.set()
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-def read_url(urls: Sequence[str], *, patience: Patience | None = None) -> bytes:
+def read_url(urls: Sequence[str]) -> bytes:
     """A short answer, as a listing, from the first mirror that gives one.
 
     Raises:
         UserError: none does; it names every mirror and what it answered.
     """
-    patience, problems = patience or Patience(), []
-    for url in urls:
-        for attempt in range(patience.num_attempts):
-            try:
-                with _open(url, {}, patience) as response:
-                    return response.read()
-            except _MirrorError as error:
-                again, problem = error.again, f"{url}: {error}"
-            except _NETWORK_ERRORS as error:
-                again, problem = True, f"{url}: {_reason(error)}"
-            if not again or attempt == patience.num_attempts - 1:
-                break
-            time.sleep(patience.pause_seconds * 2**attempt)
-        problems.append(problem)
-    raise UserError(f"cannot download: {'; '.join(problems)}; {_ADVICE}")
+    with _connect(1) as session:
+        return _try_mirrors("a listing", urls, lambda url: b"".join(_read_blocks(session, url)))
 
 
 def unpack(archive: Path, members: dict[str, Path]) -> None:
@@ -131,40 +109,27 @@ def unpack(archive: Path, members: dict[str, Path]) -> None:
         UserError: it is no zip archive, is damaged, or lacks a file.
     """
     try:
-        with zipfile.ZipFile(archive) as opened:
+        with zipfile.ZipFile(archive) as opened, TemporaryDirectory(dir=archive.parent) as beside:
             for member, target in members.items():
-                if target.is_file():
-                    continue
-                beside = target.with_name(target.name + ".part")
-                try:
-                    with opened.open(member) as source, beside.open("wb") as handle:
-                        shutil.copyfileobj(source, handle, 1 << 20)  # checks the CRC at the end
-                    beside.replace(target)
-                finally:
-                    beside.unlink(missing_ok=True)
+                if not target.is_file():
+                    Path(opened.extract(member, beside)).replace(target)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise UserError(f"{archive}: cannot unpack it: {error}; delete it and run the command again") from error
 
 
 def require_checksum(path: Path, checksum: str) -> None:
     """Raise `UserError` where a file's checksum ("sha256:..." or "md5:...") is another."""
-    found = _checksum(path, checksum)
+    algorithm = checksum.partition(":")[0]
+    found = f"{algorithm}:{pooch.file_hash(path, alg=algorithm)}"
     if found != checksum:
         raise UserError(f"{path}: expected {checksum}, got {found}; delete it and run the command again")
 
 
 def add_download_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a recipe whose data can be downloaded; their names begin with "download"."""
-    parser.add_argument(
-        "--download", action="store_true", help="fetch what is missing into --source (default OUT_source)"
-    )
-    parser.add_argument(
-        "--download-mirror",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="try this folder of files before all others",
-    )
+    fetch, first = "fetch what is missing into --source (default OUT_source)", "try this folder of files first"
+    parser.add_argument("--download", action="store_true", help=fetch)
+    parser.add_argument("--download-mirror", action="append", default=[], metavar="URL", help=first)
 
 
 def mirror_urls(name: str, mirrors: Sequence[str]) -> tuple[str, ...]:
@@ -172,133 +137,40 @@ def mirror_urls(name: str, mirrors: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{mirror.rstrip('/')}/{name}" for mirror in mirrors)
 
 
-_ADVICE = "pass --download-mirror URL, or fetch it by hand, put it into --source, and leave out --download"
+def _connect(num_connections: int) -> requests.Session:
+    session = requests.Session()
+    session.headers.update(_HEADERS)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(pool_maxsize=num_connections, max_retries=RETRIES))
+    return session
 
 
-class _Fetch:
-    def __init__(self, directory: Path, patience: Patience) -> None:
-        self.directory, self.patience = directory, patience
-
-    def one(self, file: RemoteFile, stop: threading.Event, advance: Any) -> bool:
-        """Fetch a file unless it is there; returns whether it was fetched."""
-        target = self.directory / file.name
-        if target.is_file() and (file.checksum is None or _checksum(target, file.checksum) == file.checksum):
-            return False
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part, problems = target.with_name(target.name + ".part"), []
-        for url in file.urls:
-            for attempt in range(self.patience.num_attempts):
-                if stop.is_set():
-                    return False
-                try:
-                    if not self._fetch(url, part, file, stop, advance):
-                        return False
-                    part.replace(target)
-                    _validator(part).unlink(missing_ok=True)
-                    return True
-                except _MirrorError as error:
-                    again, problem = error.again, f"{url}: {error}"
-                except _NETWORK_ERRORS as error:
-                    again, problem = True, f"{url}: {_reason(error)}"
-                if not again or attempt == self.patience.num_attempts - 1:
-                    break
-                stop.wait(self.patience.pause_seconds * 2**attempt)
-            problems.append(problem)
-        raise UserError(f"cannot download {file.name}: {'; '.join(problems)}; {_ADVICE}")
-
-    def _fetch(self, url: str, part: Path, file: RemoteFile, stop: threading.Event, advance: Any) -> bool:
-        """Fetch all or the rest into `part`, and check it; False if it was told to stop."""
-        offset = part.stat().st_size if part.is_file() else 0
-        headers = {"Range": f"bytes={offset}-"} if offset else {}
-        if offset and file.checksum is None:  # the rest must be of the same file
-            headers = self._resume_headers(part, url, headers)
-        try:
-            response = _open(url, headers, self.patience)
-        except _MirrorError as error:
-            if not headers or error.code != 416:
-                raise
-            offset, response = 0, _open(url, {}, self.patience)  # what is there is as long as the file, or longer
-        with response:
-            if response.status != 206:
-                offset = 0
-            elif not (response.headers.get("Content-Range") or "").startswith(f"bytes {offset}-"):
-                raise _MirrorError(f"asked for bytes from {offset} on, got {response.headers.get('Content-Range')}")
-            _write_validator(part, url, response)
-            end = _end(response, offset)
-            if not self._copy(response, part, offset, stop, advance):
-                return False
-        found = part.stat().st_size
-        if end is not None and found < end:
-            raise _MirrorError(f"the connection broke off after {found} of {end} bytes", again=True)
-        if file.checksum and (checksum := _checksum(part, file.checksum)) != file.checksum:
-            part.unlink()
-            raise _MirrorError(f"expected {file.checksum}, got {checksum} ({found} bytes)")
-        return True
-
-    def _resume_headers(self, part: Path, url: str, headers: dict[str, str]) -> dict[str, str]:
-        try:
-            was = json.loads(_validator(part).read_text())
-        except (OSError, ValueError):
-            return {}
-        same = isinstance(was, dict) and was.get("url") == url and isinstance(was.get("validator"), str)
-        return headers | {"If-Range": was["validator"]} if same else {}
-
-    def _copy(self, response: Any, part: Path, offset: int, stop: threading.Event, advance: Any) -> bool:
-        with part.open("r+b" if offset else "wb") as handle:
-            handle.truncate(offset)
-            handle.seek(offset)
-            while not stop.is_set():
-                broke_off = False
-                try:
-                    block = response.read(_BLOCK_BYTES)
-                except http.client.IncompleteRead as error:  # of an answer in chunks, whose length nobody has said
-                    block, broke_off = error.partial, True
-                handle.write(block)
-                advance(len(block))
-                if broke_off:
-                    raise _MirrorError(f"the connection broke off after {handle.tell()} bytes", again=True)
-                if not block:
-                    return True
-        return False
+def _read_blocks(session: requests.Session, url: str) -> Iterator[bytes]:
+    """An answer in blocks; one that is no success, or is shorter than it says, raises `RequestException`."""
+    with session.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        if response.status_code != 200:
+            gone = " (this mirror is gone, or has moved)" if response.status_code in (301, 403, 404, 410) else ""
+            raise requests.HTTPError(f"HTTP {response.status_code} {response.reason}{gone}")
+        yield from response.iter_content(_BLOCK_BYTES)
 
 
-def _end(response: Any, offset: int) -> int | None:
-    """How many bytes there are once all of an answer that begins at `offset` has come; None if it does not say."""
-    length = response.headers.get("Content-Length") or ""
-    if length.isdigit():
-        return offset + int(length)
-    total = (response.headers.get("Content-Range") or "").rpartition("/")[2]
-    return int(total) if response.status == 206 and total.isdigit() else None
-
-
-def _open(url: str, headers: dict[str, str], patience: Patience) -> Any:
-    try:
-        request = urllib.request.Request(url, headers=_HEADERS | headers)
-        return urllib.request.urlopen(request, timeout=patience.timeout_seconds)
-    except urllib.error.HTTPError as error:
-        error.close()
-        gone = " (this mirror is gone, or has moved)" if error.code in (301, 403, 404, 410) else ""
-        what = f"HTTP {error.code} {error.reason}{gone}"
-        raise _MirrorError(what, again=error.code in _TRANSIENT, code=error.code) from error
-    except ValueError as error:
-        raise _MirrorError(f"no address: {error}") from error
-
-
-def _validator(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
-def _write_validator(part: Path, url: str, response: Any) -> None:
-    etag = response.headers.get("ETag")
-    validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
-    _validator(part).write_text(json.dumps({"url": url, "validator": validator}))
-
-
-def _checksum(path: Path, like: str) -> str:
-    algorithm = like.partition(":")[0]
-    with path.open("rb") as handle:
-        return f"{algorithm}:{hashlib.file_digest(handle, algorithm).hexdigest()}"
+def _try_mirrors(name: str, urls: Sequence[str], fetch: Callable[[str], Result]) -> Result:
+    """What the first mirror gives that has it; one whose answer breaks off is asked again."""
+    problems = {}
+    for url in urls:
+        for _ in range(NUM_ATTEMPTS):
+            try:
+                return fetch(url)
+            except requests.exceptions.ChunkedEncodingError as error:
+                problems[url] = f"the connection broke off: {_reason(error)}"
+            except (requests.RequestException, ValueError) as error:  # ValueError: pooch's, of a checksum
+                problems[url] = _reason(error)
+                break
+    found = "; ".join(f"{url}: {problem}" for url, problem in problems.items())
+    raise UserError(f"cannot download {name}: {found}; {_ADVICE}")
 
 
 def _reason(error: Exception) -> str:
-    return str(error.reason if isinstance(error, urllib.error.URLError) else error) or type(error).__name__
+    """What urllib3 found, without the address and the retries around it."""
+    inner = error.args[0] if error.args else error
+    return str(getattr(inner, "reason", inner))

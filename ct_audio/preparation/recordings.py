@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,13 +21,13 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import hold_alone, read_json, write_file
+from ct_audio.common.files import read_json, write_file
 from ct_audio.common.text import printable
 from ct_audio.data.audio_files import read_wav, require_finite, resample, write_wav
 from ct_audio.data.codecs import MuLaw
-from ct_audio.data.corpus import Corpus, CorpusWriter, open_corpus
+from ct_audio.data.corpus import Corpus, CorpusWriter
 from ct_audio.preparation.audio_report import FileResult, count_reasons, make_report, write_report
-from ct_audio.preparation.workers import existing_corpus, run_tasks
+from ct_audio.preparation.workers import existing_corpus, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
 MAX_DROPPED_PERCENT = 5.0
@@ -166,27 +165,20 @@ def prepare_audio(
     out, recordings = Path(out), sorted(recordings, key=lambda recording: (recording.split, recording.name))
     _require_names(recordings)
     source = source | {"num_files": len(recordings), "listing_sha256": _hash_listing(recordings)}
-    partial = out.with_name(out.name + ".partial")
-    there = existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
-    if there is not None and not partial.exists():
-        return there, None
-    partial.mkdir(parents=True, exist_ok=True)
-    with hold_alone(
-        partial / "lock", f"another process is preparing into {partial}; wait for it, or choose another --out"
-    ):
-        # again: another process may have finished in between
-        there = existing_corpus(out, source, settings.to_json(), overwrite=overwrite)
-        if there is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            return there, None
+    report: dict[str, Any] = {}
+
+    def make(partial: Path) -> None:
         (partial / "files").mkdir(exist_ok=True)
         results = _prepare_files(recordings, partial / "files", settings, num_processes)
         named = [(r.name, r.split, result) for r, result in zip(recordings, results, strict=True)]
-        report = make_report(named, settings.sample_rate_hz)
+        report.update(make_report(named, settings.sample_rate_hz))
         _check_dropped(report, partial, allow_dropped=allow_dropped)
         _assemble(recordings, results, report, partial, out, settings, source)
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_corpus(out), report
+
+    corpus, was_there = prepare_once(
+        out, lambda: existing_corpus(out, source, settings.to_json(), overwrite=overwrite), make
+    )
+    return corpus, None if was_there else report
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Text:
 
     @property
     def num_bytes(self) -> int:
-        """Its length."""
+        """Length in bytes."""
         return self.end - self.begin
 
 

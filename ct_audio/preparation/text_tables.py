@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.text import markdown_table
 from ct_audio.data.corpus import Corpus
 
 _COLUMNS = ("corpus", "split", "documents", "words", "words a document", "bytes", "units", "bytes a unit")
@@ -36,12 +37,12 @@ def statistics_table(corpora: Sequence[Corpus]) -> str:
                     f"{split.num_bytes / split.num_codes:.3f}",
                 )
             )
-    return _table(_COLUMNS, rows)
+    return markdown_table([_COLUMNS, *rows])
 
 
 def vocabulary_table(corpora: Sequence[Corpus]) -> str:
     """One row a corpus, as in the paper's Table 1: mean length in words and size of training, vocabulary, unit."""
-    rows = []
+    rows = [("corpus", "words a training document", "training MB", "vocabulary", "unit")]
     for corpus in corpora:
         train = corpus.split("train")
         if train.num_words is None or train.num_bytes is None:
@@ -49,9 +50,4 @@ def vocabulary_table(corpora: Sequence[Corpus]) -> str:
         mean_words = f"{train.num_words / len(train.document_names):,.0f}"
         size = f"{train.num_bytes / 1e6:,.1f}"
         rows.append((corpus.path.name, mean_words, size, f"{corpus.codec.vocab_size:,}", corpus.codec.unit))
-    return _table(("corpus", "words a training document", "training MB", "vocabulary", "unit"), rows)
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(rows)

@@ -16,7 +16,6 @@ Shape letters: N codes, V codes of the vocabulary.
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,16 +29,16 @@ from jaxtyping import Int32, Integer
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import hold_alone, read_json, write_file, write_json
+from ct_audio.common.files import read_json, write_file, write_json
 from ct_audio.data.codecs import VOCABULARY_CODECS, Codec, codec_from_json, write_codec_files
-from ct_audio.data.corpus import Corpus, CorpusWriter, code_dtype, open_corpus
+from ct_audio.data.corpus import Corpus, CorpusWriter, code_dtype
 from ct_audio.data.vocabulary_codecs import Subword, Word
-from ct_audio.preparation.text_blocks import Text, as_words, hash_texts, join_hashes, read_blocks, require_decodes_back
-from ct_audio.preparation.workers import existing_corpus, run_tasks
+from ct_audio.preparation.text_blocks import Text, as_words, hash_texts, join_hashes, read_blocks
+from ct_audio.preparation.workers import existing_corpus, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
 CONTENT_KEY = "content_sha256"
-"""In `source` of corpus.json; corpora made before it was recorded lack it."""
+"""In `source` of corpus.json."""
 SHARD_BYTES = 8 << 20
 _VOCABULARY_BLOCK_BYTES = 1 << 16  # the tokenizers library holds 256 at a time
 _BLOCK_CODES = 1 << 20
@@ -79,7 +78,6 @@ def prepare_text(
     source: dict[str, Any],
     num_processes: int = 1,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Corpus, bool]:
     """Prepare texts into a corpus at `out`; the same texts and settings give the same bytes, however many processes.
 
@@ -87,7 +85,6 @@ def prepare_text(
         texts: documents in their order; empty ones are left out.
         source: where the texts come from, for corpus.json; `path` in it may differ between runs.
         overwrite: replace a corpus that stands at `out` and was made otherwise, or whose texts have changed.
-        say: told what takes time beside the preparation.
     Returns:
         the corpus, opened, and whether it was there already.
     Raises:
@@ -99,25 +96,17 @@ def prepare_text(
         raise UserError("there is nothing to prepare: the recipe found no text")
     listed.sort(key=lambda text: text.split)  # stable
     source = source | {"num_texts": len(listed), "listing_sha256": _hash_listing(listed)}
-    partial = out.with_name(out.name + ".partial")
     content_hash = cache(lambda: hash_texts(listed))
 
     def find_current() -> Corpus | None:
         found = existing_corpus(out, source, settings.to_json(), overwrite=overwrite, ignore=[CONTENT_KEY])
-        is_current = found is not None and _holds_texts(found, listed, content_hash, overwrite=overwrite, say=say)
+        is_current = found is not None and _holds_texts(found, content_hash, overwrite=overwrite)
         return found if is_current else None
 
-    there = find_current()
-    if there is not None and not partial.exists():
-        return there, True
-    partial.mkdir(parents=True, exist_ok=True)
-    busy = f"another process is preparing into {partial}; wait for it, or choose another --out"
-    with hold_alone(partial / "lock", busy):
-        there = find_current()
-        if there is None:
-            _make_corpus(listed, out, partial, settings, source, num_processes)  # in place of what `find_current` saw
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_corpus(out), there is not None
+    def make(partial: Path) -> None:  # in place of what `find_current` saw
+        _make_corpus(listed, out, partial, settings, source, num_processes)
+
+    return prepare_once(out, find_current, make)
 
 
 def _make_corpus(
@@ -134,47 +123,20 @@ def _make_corpus(
     writer.finish(overwrite=True)
 
 
-def _holds_texts(
-    corpus: Corpus, texts: list[Text], content_hash: Callable[[], str], *, overwrite: bool, say: Callable[[str], None]
-) -> bool:
+def _holds_texts(corpus: Corpus, content_hash: Callable[[], str], *, overwrite: bool) -> bool:
     """Whether a corpus of the same names, sizes and settings was made of what the texts hold now.
-
-    Where it does not record what they held, it is decoded back and compared once, which for words leaves open only
-    what makes no difference to the codes; then the hash is recorded in its corpus.json.
 
     Raises:
         UserError: it was not, and `overwrite` is False.
     """
-    path, recorded = corpus.path, corpus.description.get("source", {}).get(CONTENT_KEY)
-    advice = "pass --overwrite to prepare it again, or choose another --out"
-    if recorded is not None:
-        if recorded == content_hash() or overwrite:
-            return recorded == content_hash()
-        raise UserError(
-            f"{path} was made of other texts: their names and sizes are the same, but their bytes have changed "
-            f"({CONTENT_KEY}: {str(recorded)[:12]} there, {content_hash()[:12]} now); {advice}"
-        )
-    say(f"{path} was prepared by an earlier version, which did not record what the texts held: decoding it to compare")
-    try:
-        require_decodes_back(corpus, texts)
-    except UserError as error:
-        if overwrite:
-            return False
-        raise UserError(
-            f"{path} was prepared by an earlier version, and it does not decode back to these texts: {error}; {advice}"
-        ) from error
-    _record_content(path, content_hash())
-    return True
-
-
-def _record_content(path: Path, content_sha256: str) -> None:
-    """Add the hash to the corpus.json of a corpus; one that may not be written is compared again the next time."""
-    description = read_json(path / "corpus.json")
-    description["source"] = description.get("source", {}) | {CONTENT_KEY: content_sha256}
-    try:
-        write_json(path / "corpus.json", description)
-    except OSError:
-        pass
+    recorded = corpus.description.get("source", {}).get(CONTENT_KEY)
+    if recorded == content_hash() or overwrite:
+        return recorded == content_hash()
+    raise UserError(
+        f"{corpus.path} was made of other texts: their names and sizes are the same, but their bytes have changed "
+        f"({CONTENT_KEY}: {str(recorded)[:12]} there, {content_hash()[:12]} now); "
+        "pass --overwrite to prepare it again, or choose another --out"
+    )
 
 
 def _make_codec(texts: list[Text], partial: Path, settings: TextSettings, num_processes: int) -> Codec:

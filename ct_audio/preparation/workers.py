@@ -1,9 +1,10 @@
-"""What preparations of audio and of text share: worker processes, and whether a corpus is there already."""
+"""What preparations of audio and of text share: worker processes, and a corpus that is made once and whole."""
 
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.files import hold_alone
 from ct_audio.data.corpus import Corpus, open_corpus
 
 Key = TypeVar("Key")
@@ -68,6 +70,33 @@ def _begin_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def prepare_once(
+    out: Path, find_current: Callable[[], Corpus | None], make: Callable[[Path], None]
+) -> tuple[Corpus, bool]:
+    """The corpus at `out`, made unless it is there; of several processes only one makes it.
+
+    Args:
+        find_current: the corpus that is there, if it is the one asked for.
+        make: makes it, and goes on from what lies in a folder OUT.partial, which is deleted afterwards.
+    Returns:
+        the corpus, opened, and whether it was there already.
+    Raises:
+        UserError: another process is making it, or what `find_current` and `make` raise.
+    """
+    partial = out.with_name(out.name + ".partial")
+    there = find_current()
+    if there is not None and not partial.exists():
+        return there, True
+    partial.mkdir(parents=True, exist_ok=True)
+    busy = f"another process is preparing into {partial}; wait for it, or choose another --out"
+    with hold_alone(partial / "lock", busy):
+        there = find_current()  # again: another process may have finished in between
+        if there is None:
+            make(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+    return open_corpus(out), there is not None
 
 
 def existing_corpus(

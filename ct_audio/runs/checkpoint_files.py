@@ -1,6 +1,12 @@
-"""Where a run's checkpoints lie, and whether one is whole: what is checked before a tensor is read.
+"""Checkpoints on disk: where they lie, whether one is whole, and the reading of its tensors.
 
-Whatever is read here anybody may have written or damaged; nothing of it is run. Layout: `checkpoint.py`.
+    runs/<name>/checkpoints/step_00001000/  model.safetensors           parameters and buffers
+                                            training.safetensors        optimizer: parameter_name/exp_avg, ...
+                                            memory-rankK.safetensors    memory/... of the rank's lanes, rng/... as uint8
+                                            config.yaml, state.json     state.json holds size and sha256 of the others
+    runs/<name>/checkpoints/{last,best}     links to one of these
+
+Whatever is read here anybody may have written or damaged; nothing of it is run. `training/checkpoint.py` writes it.
 """
 
 import hashlib
@@ -57,18 +63,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or (state.get("format"), state.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise UserError(f"checkpoint {checkpoint}: expected state.json of {FORMAT}, version {FORMAT_VERSION}")
     _check_state(checkpoint, state)
-    for file in sorted({"config.yaml", *state["files"]}):
+    for file, expected in sorted(state["files"].items()):
         path = checkpoint / file
         if not path.is_file() or path.is_symlink():
             raise UserError(f"checkpoint {checkpoint}: {file} is missing or no plain file; {_ADVICE}")
-        # config.yaml has had no entry before version 0.2
-        expected = state["files"].get(file)
-        found = digest(path) if expected else None
-        if found and found != expected:
+        found = digest(path)
+        if found != expected:
             raise UserError(
                 f"checkpoint {checkpoint}: {file} is damaged: expected {expected['bytes']} bytes with sha256 "
-                f"{expected['sha256'][:12]}, got {found['bytes']} with {found['sha256'][:12]}; "
-                f"{_ADVICE}"
+                f"{expected['sha256'][:12]}, got {found['bytes']} with {found['sha256'][:12]}; {_ADVICE}"
             )
     return state
 
@@ -92,8 +95,8 @@ def _check_state(checkpoint: Path, state: dict[str, Any]) -> None:
                 f"checkpoint {checkpoint}: state.json does not fit: {key} is {str(state.get(key))[:80]}; {_ADVICE}"
             )
     memories = {f"memory-rank{rank}.safetensors" for rank in range(state["world_size"])}
-    expected = {"model.safetensors", "training.safetensors"} | memories
-    if state["files"].keys() - {"config.yaml"} != expected:
+    expected = {"config.yaml", "model.safetensors", "training.safetensors"} | memories
+    if state["files"].keys() != expected:
         raise UserError(
             f"checkpoint {checkpoint}: state.json does not fit: expected files {sorted(expected)[:4]}, "
             f"got {sorted(state['files'])[:8]}; {_ADVICE}"
@@ -114,13 +117,17 @@ def digest(path: Path) -> dict[str, Any]:
 
 def model_tensors(model: SequenceModel) -> dict[str, Tensor]:
     """Live parameters (tied ones once) and persistent buffers by name."""
-    module = model
-    kept = module.state_dict(keep_vars=True)
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
-    return {**{name: parameter.detach() for name, parameter in module.named_parameters()}, **buffers}
+    kept = model.state_dict(keep_vars=True)
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **buffers}
 
 
 def load_model(checkpoint: Path, model: SequenceModel) -> None:
+    """Put a checkpoint's parameters and buffers into a model, in place.
+
+    Raises:
+        UserError: the file cannot be read, or its names, shapes or types are not the model's; nothing is changed then.
+    """
     path = checkpoint / "model.safetensors"
     expected, found = model_tensors(model), read_tensors(path)
     if expected.keys() != found.keys():
@@ -133,6 +140,7 @@ def load_model(checkpoint: Path, model: SequenceModel) -> None:
 
 
 def require_like(path: Path, name: str, expected: Tensor, found: Tensor) -> None:
+    """Raise `UserError` where a tensor of a file has another shape or type than the one that it is for."""
     if expected.shape != found.shape or expected.dtype != found.dtype:
         raise UserError(
             f"{path}: {name}: expected {tuple(expected.shape)} {expected.dtype}, "
@@ -141,7 +149,12 @@ def require_like(path: Path, name: str, expected: Tensor, found: Tensor) -> None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file by name, on the CPU.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}; use another checkpoint or start a new run") from error
+        raise UserError(f"cannot read {path}: {error}; {_ADVICE}") from error

@@ -1,24 +1,25 @@
 """Run configuration: frozen dataclasses, one complete YAML a run, overrides `a.b=c`.
 
-The only importer of omegaconf. `model.name` is read first and puts that model's dataclass in the `model` slot.
+The only importer of yaml. `model.name` is read first and puts that model's dataclass in the `model` slot.
 Every rule that one dataclass can check stands in its `__post_init__`; what needs two of them stands in `RunConfig`.
 """
 
 import dataclasses
 import difflib
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.text import printable
 from ct_audio.models import model_config_class
 
 _MAX_CHARACTERS = 1 << 20
+_MAX_DEPTH = 50
 _MAX_LAYERS = 1000
 
 
@@ -33,13 +34,13 @@ class DataConfig:
         reset_memory_at_document: memory ends where a document (recording) begins; False: one continuous stream.
     """
 
-    corpus: str = "???"
+    corpus: str
     chunk_length: int = 3840
     num_lanes: int = 32
     reset_memory_at_document: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "data", "chunk_length", "num_lanes")
+        _require(self, "data", above_0="chunk_length num_lanes")
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,8 @@ class OptimConfig:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        _require_positive(self, "optim", "peak_learning_rate", "max_gradient_norm", "epsilon")
-        _require_not_negative(
-            self, "optim", "initial_learning_rate", "final_learning_rate", "warmup_steps", "decay_steps"
-        )
+        from_0 = "initial_learning_rate final_learning_rate warmup_steps decay_steps"
+        _require(self, "optim", above_0="peak_learning_rate max_gradient_norm epsilon", from_0=from_0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}: expected a number in [0, 1), got {getattr(self, name)}")
@@ -123,17 +122,8 @@ class TrainConfig:
     sample_seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_positive(self, "train", "num_steps", "num_micro_batches", "log_every_steps", "sample_seconds")
-        _require_not_negative(
-            self,
-            "train",
-            "seed",
-            "num_threads",
-            "valid_codes",
-            "valid_every_steps",
-            "checkpoint_every_steps",
-            "sample_every_steps",
-        )
+        from_0 = "seed num_threads valid_codes valid_every_steps checkpoint_every_steps sample_every_steps"
+        _require(self, "train", above_0="num_steps num_micro_batches log_every_steps sample_seconds", from_0=from_0)
 
 
 @dataclass(frozen=True)
@@ -194,7 +184,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from error
-    plain = _parse_yaml(text, str(path)) if text.strip() else {}
+    plain = read_yaml(text, str(path)) or {}  # of an empty file
     if not isinstance(plain, dict):
         raise UserError(f"{path}: expected a mapping of keys at the top level, got {type(plain).__name__}")
     for override in overrides:
@@ -211,12 +201,8 @@ def config_from_dict(plain: dict[str, Any], *, source: str = "configuration") ->
     num_layers = model_section.get("num_layers")
     if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:  # a loop over them comes before any check of memory
         raise UserError(f"{source}: model.num_layers: expected at most {_MAX_LAYERS}, got {num_layers}")
-    sections = {
-        "data": DataConfig,
-        "model": model_config_class(model_section["name"]),
-        "optim": OptimConfig,
-        "train": TrainConfig,
-    }
+    sections = {"data": DataConfig, "model": model_config_class(model_section["name"])}
+    sections |= {"optim": OptimConfig, "train": TrainConfig}
     top_level = [f.name for f in dataclasses.fields(RunConfig)]
     for key in plain:
         if key not in top_level:
@@ -233,44 +219,17 @@ def config_from_dict(plain: dict[str, Any], *, source: str = "configuration") ->
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain dictionaries; the inverse of `config_from_dict`."""
-    return dataclasses.asdict(config)
+    plain = dataclasses.asdict(config)
+    plain["model"] = {"name": plain["model"]["name"], **plain["model"]}  # it says what the other keys are
+    return plain
 
 
 def config_to_yaml(config: RunConfig) -> str:
     """The complete configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def _build_section(cls: type, values: Any, name: str, source: str) -> Any:
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: {name}: expected a mapping of keys, got {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise UserError(f"{source}: unknown key {name}.{key}{_suggest(str(key), list(fields))}")
-    merged: dict[str, Any] = {}
-    schema = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(schema, False)  # a frozen dataclass makes a read-only schema
-    for key, value in values.items():
-        if fields[key].type is float and type(value) is int:
-            value = float(value)
-        try:
-            OmegaConf.update(schema, key, value, merge=False)  # mappings and lists replace the default
-            merged[key] = OmegaConf.to_container(schema)[key]  # type: ignore[index,call-overload]
-        except OmegaConfBaseException as error:
-            raise UserError(
-                f"{source}: {name}.{key}: {_one_line(error)} (expected {_type_name(fields[key].type)}, got {value!r})"
-            ) from error
-        if isinstance(value, bool) and fields[key].type in (int, float):
-            raise UserError(f"{source}: {name}.{key}: expected {_type_name(fields[key].type)}, got {value!r}")
-    for key, item in fields.items():
-        no_default = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if key not in merged and (no_default or item.default == "???"):
-            raise UserError(f"{source}: {name}.{key} is missing; expected {_type_name(item.type)}")
-    return cls(**merged)
-
-
-def _parse_yaml(text: str, what: str) -> Any:
+def read_yaml(text: str, what: str) -> Any:
     """Plain values out of a YAML that anybody may have written; no tag, anchor or interpolation is obeyed.
 
     Raises:
@@ -281,12 +240,82 @@ def _parse_yaml(text: str, what: str) -> Any:
     if "${" in text:
         raise UserError(f"{what}: interpolation (`${{`) is not supported; write the value itself")
     try:
-        if any(isinstance(token, yaml.AnchorToken | yaml.AliasToken) for token in yaml.scan(text)):
-            raise UserError(f"{what}: anchors (`&`) and aliases (`*`) are not supported; write the value itself")
-        plain = OmegaConf.to_container(OmegaConf.create(text))
-    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:  # ValueError: as !!int "many"
-        raise UserError(f"{what} is not valid YAML: {_one_line(error)}") from error
-    return plain
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an int of over 4300 digits
+        raise UserError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads numbers as they are written: 1e-3 is one, while 010, 1:30 and yes, which YAML 1.1 turns into 8, 90 and
+    True, stay text. Refuses tags, anchors, aliases, keys that come twice, and a deep nest before it is read."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (PyYAML's way)
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()
+        is_plain = not isinstance(event, yaml.AliasEvent) and event.anchor is None and event.tag is None
+        if not is_plain or self._depth == _MAX_DEPTH:
+            refused = "anchors (`&`), aliases (`*`) and tags (`!`) are not supported; write the value itself"
+            problem = f"nested deeper than {_MAX_DEPTH}" if is_plain else refused
+            raise yaml.MarkedYAMLError(None, None, problem, event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value):
+            [(key, _)] = Counter(str(key.value) for key, _ in node.value).most_common(1)
+            raise yaml.MarkedYAMLError(None, None, f"the key {key!r} comes twice", node.start_mark)
+        return mapping
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` or YAML 1.1 would read as something else."""
+
+
+for _kind, _pattern in {
+    "null": "~|null|Null|NULL|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?i:inf))|\.(?i:nan)",
+}.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), None)
+
+
+def _build_section(cls: type, values: Any, name: str, source: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: {name}: expected a mapping of keys, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{source}: unknown key {name}.{printable(str(key))}{_suggest(str(key), list(fields))}")
+    typed = {}
+    for key, item in fields.items():
+        if key in values:
+            try:
+                typed[key] = _typed(values[key], item.type)
+            except TypeError:
+                expected = f"expected {_type_name(item.type)}, got {values[key]!r}"
+                raise UserError(f"{source}: {name}.{key}: {expected}") from None
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise UserError(f"{source}: {name}.{key} is missing; expected {_type_name(item.type)}")
+    return cls(**typed)
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A plain value as a field of this type holds it: int becomes float, bool is no number; raises `TypeError`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is dict and isinstance(value, dict):
+        return {_typed(key, arguments[0]): _typed(part, arguments[1]) for key, part in value.items()}
+    if kind is Any or (origin is Literal and isinstance(value, str) and value in arguments) or type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    raise TypeError
 
 
 def _require_plain(value: Any, what: str) -> None:
@@ -307,26 +336,23 @@ def _apply_override(plain: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"override {override!r}: expected key=value, as train.num_steps=100")
-    value = _parse_yaml(f"value: {text}", f"override {override!r}: the value")["value"]
     node = plain
     *parents, last = key.strip().split(".")
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {parent} is not a group of keys")
-    node[last] = value
+    node[last] = read_yaml(text, f"override {override!r}: the value")
 
 
-def _require_positive(config: Any, section: str, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise UserError(f"{section}.{name}: expected a number above 0, got {getattr(config, name)}")
-
-
-def _require_not_negative(config: Any, section: str, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= 0:
-            raise UserError(f"{section}.{name}: expected a number of at least 0, got {getattr(config, name)}")
+def _require(config: Any, section: str, *, above_0: str, from_0: str = "") -> None:
+    """Raise where one of the named numbers is not above 0, or not at least 0."""
+    for name in f"{above_0} {from_0}".split():
+        value, is_above = getattr(config, name), name in above_0.split()
+        if not (value > 0 if is_above else value >= 0):
+            raise UserError(
+                f"{section}.{name}: expected a number {'above 0' if is_above else 'of at least 0'}, got {value}"
+            )
 
 
 def _suggest(key: str, allowed: list[str]) -> str:
@@ -336,7 +362,3 @@ def _suggest(key: str, allowed: list[str]) -> str:
 
 def _type_name(annotation: Any) -> str:
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n    full_key")[0].split())

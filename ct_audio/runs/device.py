@@ -5,28 +5,27 @@ import torch
 from ct_audio.common.errors import UserError
 
 
-
-
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     """The device of this process.
 
     Args:
         name: "auto" (CUDA where there is one), "cpu" or "cuda".
-        local_rank: the number of its CUDA device; where there are more processes than devices, they share them in turn.
+        local_rank: the number of its CUDA device among those of this machine.
     Raises:
-        UserError: CUDA is asked for and there is none.
+        UserError: CUDA is asked for and there is none, or there are more processes than devices.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device cuda: this machine has no usable CUDA device; use --device cpu (in training train.device=cpu)"
         )
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return torch.device("cuda", device_number(local_rank))
-    return torch.device("cpu")
-
-
-def device_number(local_rank: int) -> int:
-    return local_rank % torch.cuda.device_count()
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():  # NCCL refuses two processes on one device
+        raise UserError(
+            f"device {name}: process {local_rank + 1} of this machine, which has {torch.cuda.device_count()} CUDA "
+            "devices; start one process a device (--nproc-per-node), or train on the CPU with train.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def set_up_device(name: str, *, num_threads: int) -> torch.device:

@@ -1,18 +1,20 @@
 """What a run reports: TensorBoard events and metrics.jsonl. The only importer of TensorBoard's writer.
 
 All models log the same tags. metrics.jsonl holds every scalar, one object a line: step, wall_seconds since the run
-began (over all sessions), seconds of audio seen, and the scalars by tag. On resume both are cut at the checkpoint's
-step.
+began (over all sessions), seconds of audio seen, and the scalars by tag. On resume metrics.jsonl is cut at the
+checkpoint's step, and TensorBoard is told to leave out what was logged after it. Its x axis is the step; curves over
+audio seen and over wall time are drawn from metrics.jsonl (tools/compare.py).
 
 Shape letters: N samples.
 """
 
+import contextlib
 import json
 import os
 import resource
 import sys
 import threading
-from io import BytesIO
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from ct_audio.common.errors import UserError
 from ct_audio.common.files import write_file
-
-_BY_AUDIO = "_by_audio/"
 
 
 class MetricsWriter:
@@ -37,27 +34,29 @@ class MetricsWriter:
 
     Args:
         run_dir: where events.* and metrics.jsonl are.
-        step: steps completed; whatever was logged after them is deleted.
-        audio_seconds: seconds of audio seen in these steps.
+        step: steps completed; whatever was logged after them no longer counts.
         enabled: False: every method does nothing.
+    Raises:
+        UserError: metrics.jsonl is damaged.
+        OSError: the disk is full; as in every method.
     """
 
-    def __init__(self, run_dir: Path, *, step: int = 0, audio_seconds: float = 0.0, enabled: bool = True) -> None:
+    def __init__(self, run_dir: Path, *, step: int = 0, enabled: bool = True) -> None:
         self._writer: SummaryWriter | None = None
         if not enabled:
             return
-        _cut_lines(run_dir / "metrics.jsonl", step)
-        for path in run_dir.glob("events.out.tfevents.*.tmp"):  # of a process that was killed while it cut
-            path.unlink()
-        for path in sorted(run_dir.glob("events.out.tfevents.*")):
-            _cut_events(path, step=step, audio_seconds=int(audio_seconds))
-        self._lines = (run_dir / "metrics.jsonl").open("ab", buffering=0)  # what a full disk refused is not kept back
-        self._writer = SummaryWriter(str(run_dir))
+        kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
+        write_file(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_no_second_report())
+            self._lines = stack.enter_context((run_dir / "metrics.jsonl").open("ab", buffering=0))  # see `scalars`
+            self._writer = SummaryWriter(str(run_dir), purge_step=step + 1)
+            self._stack = stack.pop_all()
 
     def scalars(
         self, values: dict[str, float], *, step: int, wall_seconds: float, audio_seconds: float | None = None
     ) -> None:
-        """Log scalars by tag over steps; those of `nll/` also as `nll_by_audio/` over whole seconds of audio seen.
+        """Log scalars by tag.
 
         Args:
             audio_seconds: seconds of audio seen; None for a codec without a rate.
@@ -66,10 +65,8 @@ class MetricsWriter:
             return
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
-            if audio_seconds is not None and tag.startswith("nll/"):
-                self._writer.add_scalar(tag.replace("/", _BY_AUDIO, 1), value, int(audio_seconds))
         line = {"step": step, "wall_seconds": wall_seconds, "audio_seconds": audio_seconds, **values}
-        rest = memoryview(f"{json.dumps(line)}\n".encode())
+        rest = memoryview(f"{json.dumps(line)}\n".encode())  # without a buffer: what a full disk refuses is not kept
         while rest:
             rest = rest[self._lines.write(rest) :]
 
@@ -108,29 +105,25 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and end."""
         if self._writer is not None:
-            try:
+            with self._stack:
                 self._writer.close()
-            finally:
-                self._lines.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics.jsonl; a last line that was cut off is left out."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All lines of a run's metrics.jsonl; a last line that was cut off is left out.
 
-
-def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a run's event files: by tag the points (step, value).
-
-    The tags `nll_by_audio/...` have whole seconds of audio seen in place of the step.
+    Raises:
+        UserError: a line is no JSON object with a step.
     """
-    kept = {"scalars": 0, "images": 1, "audio": 1, "tensors": 1}  # 0: all
-    events = EventAccumulator(str(run_dir), size_guidance=kept).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
+    path = run_dir / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        values = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the metrics.jsonl of {run_dir}: {error}") from error
+    if not all(isinstance(value, dict) and type(value.get("step")) is int for value in values):
+        raise UserError(f"cannot read the metrics.jsonl of {run_dir}: expected an object with a step in every line")
+    return values
 
 
 def memory_use_mib() -> dict[str, float]:
@@ -146,30 +139,22 @@ def memory_use_mib() -> dict[str, float]:
     return use
 
 
-def _cut_lines(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path.parent) if line["step"] <= step]
-    write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+@contextlib.contextmanager
+def _no_second_report() -> Iterator[None]:
+    """For the life of a writer: no traceback for an OSError of its thread, which the writer's next call raises."""
+    report, others = threading.excepthook, set(threading.enumerate())
 
+    def is_writers(thread: threading.Thread | None) -> bool:
+        return type(thread).__module__.startswith("tensorboard.") and thread not in others
 
-def _cut_events(path: Path, *, step: int, audio_seconds: int) -> None:
-    """Drop from an event file what was logged later, and a record that was cut off.
+    def report_others(arguments: threading.ExceptHookArgs) -> None:
+        if not (is_writers(arguments.thread) and isinstance(arguments.exc_value, OSError)):
+            report(arguments)
 
-    TensorBoard's own purge goes by one step for all tags, which those over audio seen would not survive.
-    """
-    kept = BytesIO()
-    writer = RecordWriter(kept)
-    for record in RawEventFileLoader(str(path)).Load():
-        event = Event.FromString(record)
-        by_audio = any(_BY_AUDIO in value.tag for value in event.summary.value)
-        if event.step <= (audio_seconds if by_audio else step):
-            writer.write(record)
-    write_file(path, kept.getvalue())
-
-
-def _no_second_report(arguments: threading.ExceptHookArgs, before: Any = threading.excepthook) -> None:
-    """An OSError of TensorBoard's thread (a full disk) is raised by its writer's next call: no traceback as well."""
-    if not (isinstance(arguments.exc_value, OSError) and type(arguments.thread).__name__ == "_AsyncWriterThread"):
-        before(arguments)
-
-
-threading.excepthook = _no_second_report
+    threading.excepthook = report_others
+    try:
+        yield
+    finally:
+        for thread in filter(is_writers, threading.enumerate()):  # one that has failed may not have reported yet
+            thread.join()
+        threading.excepthook = report

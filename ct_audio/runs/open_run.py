@@ -14,8 +14,6 @@ from ct_audio.runs.checkpoint_files import find_checkpoint, load_model, model_te
 from ct_audio.runs.config import RunConfig, load_config
 
 
-
-
 @dataclass(frozen=True)
 class LoadedRun:
     """A model out of a run's checkpoint.

@@ -5,8 +5,6 @@ from typing import Any
 from ct_audio.common.errors import UserError
 from ct_audio.runs.config import RunConfig, config_to_dict
 
-
-
 _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay as they were
     "name",
     "runs_dir",

@@ -8,13 +8,10 @@ deleted: whenever the process is killed, the state of the last save is there. sa
 Shape letters: B lanes, T sampled codes.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import read_json, write_file, write_json
+from ct_audio.common.files import hold_alone, read_json, write_file, write_json
 
 FORMAT = "ct_audio sampling"
 FORMAT_VERSION = 1
@@ -172,22 +169,13 @@ def require_same_settings(directory: Path, saved: SavedSampling, settings: dict[
         )
 
 
-@contextlib.contextmanager
-def directory_lock(directory: Path) -> Iterator[None]:
+def directory_lock(directory: Path) -> AbstractContextManager[None]:
     """Hold a directory for this process; the lock ends with the process, however that ends.
 
     Raises:
         UserError: another process holds it.
     """
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process samples to {directory}; wait for it, or choose another --out") from None
-        yield
-    finally:
-        os.close(handle)
+    return hold_alone(directory, f"another process samples to {directory}; wait for it, or choose another --out")
 
 
 def _write_header(directory: Path, header: dict[str, Any]) -> None:

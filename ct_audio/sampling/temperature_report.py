@@ -26,7 +26,7 @@ from ct_audio.common.text import markdown_table
 from ct_audio.data.acoustics import find_pitch, frechet_distance, level_dbfs, log_mel_frames, mel_frame_length
 from ct_audio.data.codecs import Codec
 from ct_audio.data.corpus import Corpus
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.runs.open_run import LoadedRun
 from ct_audio.sampling.sample_set import SampleSet
 
@@ -165,8 +165,8 @@ def white_noise(lengths: list[int], level: float) -> list[Float[np.ndarray, "N"]
 
 def nll_of(run: LoadedRun, codec: Codec, stretches: list[Integer[np.ndarray, "N"]]) -> float:
     """Mean NLL in nats of stretches of one length, each a stream of its own, as each sample is."""
-    settings = {"start_code": codec.start_code, "chunk_length": run.config.data.chunk_length, "progress": None}
-    return float(np.mean([evaluate_nll(run.model, codes, **settings).nll_nats for codes in stretches]))
+    streams = [Stretch(codes, codec.start_code, run.config.data.chunk_length) for codes in stretches]
+    return float(np.mean([evaluate_nll(run.model, stream, progress=None).nll_nats for stream in streams]))
 
 
 def markdown_report(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -82,7 +82,7 @@ def require_branch_point(run_dir: Path, *, source: str, step: int, weights_sha25
     try:
         found = read_json(run_dir / BRANCH_FILE)
     except FileNotFoundError as error:
-        what = f"there is no {BRANCH_FILE} that says where it began (an earlier version wrote none, or it is no branch)"
+        what = f"there is no {BRANCH_FILE} that says where it began: it is no branch"
         raise UserError(f"{run_dir}: {where}, but {what}; {advice}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir}: {where}, but {BRANCH_FILE} cannot be read: {error}; {advice}") from error

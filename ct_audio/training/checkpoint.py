@@ -1,10 +1,4 @@
-"""Checkpoints of a run: atomic save, exact load, and what may change between two sessions of one run.
-
-    runs/<name>/checkpoints/step_00001000/  model.safetensors           parameters and buffers
-                                            training.safetensors        optimizer: parameter_name/exp_avg, ...
-                                            memory-rankK.safetensors    memory/... of the rank's lanes, rng/... as uint8
-                                            config.yaml, state.json     state.json holds size and sha256 of the others
-    runs/<name>/checkpoints/{last,best}     links to one of these
+"""Save a training session as a checkpoint, and put one back: exact, and atomic. Layout: `runs/checkpoint_files.py`.
 
 A checkpoint is written to a fresh directory, synced and renamed; then the link is replaced in one instant, and what no
 link points at is deleted. So `last` is loadable whenever the process is killed. safetensors and JSON only, never

@@ -25,7 +25,7 @@ from ct_audio.common.signals import SIGNALS, caught_signals
 from ct_audio.common.units import nats_to_bits
 from ct_audio.data.audio_files import write_wav
 from ct_audio.data.lanes import Chunk, split_chunk
-from ct_audio.evaluation.nll import evaluate_nll
+from ct_audio.evaluation.nll import evaluate_nll, stretch_of
 from ct_audio.models.interface import clip_gradients
 from ct_audio.models.state import detach_memory
 from ct_audio.runs.checkpoint_files import find_checkpoint
@@ -276,27 +276,17 @@ class _Interrupted(Exception):  # noqa: N818
 
 def _valid_nll(session: Session, *, max_codes: int | None) -> float | None:
     """Mean NLL in nats over the beginning of the validation split, on rank 0; None if a signal broke it off."""
-    config, codec, split = session.config, session.corpus.codec, session.corpus.split("valid")
+    stretch = stretch_of(session.corpus, "valid", session.config.data, num_codes=max_codes)
 
     def stop_at_signal(_positions: Any, _nll: Any) -> None:
         if session.signals:
             raise _Interrupted
 
     def score() -> float | None:
-        autocast = config.train.precision == "bfloat16"
+        autocast = session.config.train.precision == "bfloat16"
         try:
             with torch.autocast(session.device.type, torch.bfloat16, enabled=autocast):
-                return evaluate_nll(
-                    session.model,
-                    split.codes,
-                    start_code=codec.start_code,
-                    chunk_length=config.data.chunk_length,
-                    document_offsets=split.document_offsets,
-                    reset_memory_at_document=config.data.reset_memory_at_document,
-                    max_codes=max_codes,
-                    on_nll=stop_at_signal,
-                    progress="validate",
-                ).nll_nats
+                return evaluate_nll(session.model, stretch, on_nll=stop_at_signal, progress="validate").nll_nats
         except _Interrupted:
             return None
 
@@ -304,12 +294,15 @@ def _valid_nll(session: Session, *, max_codes: int | None) -> float | None:
 
 
 def _sample(session: Session) -> None:
-    """Sample some audio on rank 0, to samples/ and to TensorBoard; the seed is the same every time."""
+    """Sample on rank 0, to samples/ and to TensorBoard, while the others wait; the seed is the same every time."""
+    session.progress.last["sample"] = session.progress.step
+    rate = session.corpus.codec.sample_rate_hz
+    if rate is not None:
+        on_first_rank(lambda: _sample_alone(session, rate))
+
+
+def _sample_alone(session: Session, rate: int) -> None:
     progress, codec, settings = session.progress, session.corpus.codec, session.config.train
-    progress.last["sample"] = progress.step
-    rate = codec.sample_rate_hz
-    if rate is None or not session.world.is_first:
-        return
     num_codes, codes = max(1, round(settings.sample_seconds * rate)), []
     sampler = Sampler(session.model, num_lanes=1, seed=settings.seed, start_code=codec.start_code)
     steps = sampler.run(num_codes)

@@ -1,7 +1,7 @@
 """Processes under torchrun: set-up, small collectives, data parallelism. The only importer of torch.distributed.
 
 Everything here also works in a single process without torchrun, where it does nothing. Numbers and messages travel over
-gloo on the CPU; gradients over nccl where they live on CUDA devices.
+gloo on the CPU, and may wait for hours; gradients on CUDA devices over NCCL, with torch's timeout of ten minutes.
 """
 
 import contextlib
@@ -12,16 +12,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ct_audio.common.errors import UserError
-from ct_audio.runs.device import device_number
 
 T = TypeVar("T")
 
-_TIMEOUT = datetime.timedelta(hours=6)  # rank 0 validates while the others wait; torchrun notices a dead process anyway
+_CPU_TIMEOUT = datetime.timedelta(hours=6)  # rank 0 validates while others wait; torchrun notices a dead process anyway
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,7 @@ def distributed_world() -> Iterator[World]:
         yield World()
         return
     world = World(int(os.environ["RANK"]), world_size, int(os.environ.get("LOCAL_RANK", "0")))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device_number(world.local_rank))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
+    dist.init_process_group("gloo", timeout=_CPU_TIMEOUT)
     try:
         yield world
     finally:
@@ -112,10 +106,15 @@ def on_first_rank(function: Callable[[], T]) -> T:
 
 
 def data_parallel(module: nn.Module, world: World) -> nn.Module:
-    """Wrap a module so that its gradients are averaged over processes in backward; alone, the module itself."""
+    """Wrap a module so that its gradients are averaged over processes in backward; alone, the module itself.
+
+    All ranks call it together.
+    """
     if world.world_size == 1:
         return module
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    on_cuda = next(module.parameters()).is_cuda
+    group = dist.new_group(backend="nccl") if on_cuda else None  # None: that of the CPU
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, process_group=group)
 
 
 def no_synchronisation(module: nn.Module) -> AbstractContextManager[None]:

@@ -5,12 +5,8 @@ Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
 
 import contextlib
 import dataclasses
-import fcntl
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.files import hold_alone, write_file
 from ct_audio.data.codecs import write_codec_files
 from ct_audio.data.corpus import Corpus, open_corpus
 from ct_audio.data.lanes import WindowStream
 from ct_audio.models import SequenceModel, build_model
 from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
-from ct_audio.runs.config import RunConfig, config_to_yaml, load_config
+from ct_audio.runs.config import DataConfig, RunConfig, TrainConfig, config_to_yaml, load_config
 from ct_audio.runs.device import choose_device
 from ct_audio.runs.metrics import MetricsWriter, read_metrics
 from ct_audio.runs.same_run import flat_config, require_same_run
@@ -126,7 +123,9 @@ class Session:
 
 def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
     """On rank 0: lock the run's directory and check that it is this configuration's; returns whether it is finished."""
-    stack.enter_context(run_lock(config.run_dir))
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    busy = f"another process is training {config.run_dir}; wait for it, or choose another name"
+    stack.enter_context(hold_alone(config.run_dir / "train.lock", busy))
     checkpoint = find_checkpoint(config.run_dir, "last")
     if checkpoint is not None:
         require_same_run(load_config(checkpoint / "config.yaml"), config)
@@ -141,51 +140,27 @@ def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
             scored = config.train.valid_every_steps == 0 or not config.train.validate_whole_split
             if scored or any("nll/valid_full_nats" in line for line in done):
                 return True
-    _write_config(config.run_dir, config)
+    write_file(config.run_dir / "config.yaml", config_to_yaml(config).encode())
     return False
 
 
 def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     """Open, build and, where there is a checkpoint, load everything."""
-    settings, data = config.train, config.data
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
-    device = choose_device(settings.device, local_rank=world.local_rank)
-    corpus = open_corpus(data.corpus)
-    stream = WindowStream(
-        corpus.split("train").codes,
-        corpus.split("train").document_offsets,
-        start_code=corpus.codec.start_code,
-        chunk_length=data.chunk_length,
-        num_lanes=data.num_lanes,
-        reset_memory_at_document=data.reset_memory_at_document,
-        rank=world.rank,
-        world_size=world.world_size,
-    )
-    num_lanes = data.num_lanes // world.world_size
+    device = _claim_device(config.train, world)
+    corpus = open_corpus(config.data.corpus)
+    stream = _open_stream(config.data, corpus, world)
+    num_lanes = config.data.num_lanes // world.world_size
     _check(config, corpus, num_lanes)
-    torch.manual_seed(settings.seed)
-    model = build_model(config)
-    model.to(device, torch.float64 if settings.precision == "float64" else None)
-    torch.manual_seed(settings.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
-    optimizer = make_optimizer(model, config.optim) if model.has_parameters else None
-    memories = split_memory(model.zero_memory(num_lanes), num_lanes, settings.num_micro_batches)
+    model, optimizer = _build(config, device, world)
+    memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
+    loss = ChunkLoss(model, device_type=device.type, precision=config.train.precision)
     checkpoint, progress = on_first_rank(lambda: find_checkpoint(config.run_dir, "last")), Progress()
     if checkpoint is not None:
-        lanes = {"num_lanes": num_lanes, "num_micro_batches": settings.num_micro_batches}
+        lanes = {"num_lanes": num_lanes, "num_micro_batches": config.train.num_micro_batches}
         memories, state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world, **lanes)
-        if state.get("corpus_fingerprint") != corpus.fingerprint:
-            raise UserError(
-                f"data.corpus = {data.corpus} holds other codes than when {config.run_dir} was started; "
-                "bring that corpus back, or choose another name"
-            )
-        stream.load_state_dict(state.get("stream", {}))
-        progress = _progress_from_json(state.get("progress", {}), step=state["step"])
+        progress = _resume_stream(state, config, corpus, stream)
     if world.is_first:
         write_codec_files(corpus.codec, config.run_dir)  # so that the run alone can be sampled
-    loss = ChunkLoss(model, device_type=device.type, precision=settings.precision)
-    rate = corpus.codec.sample_rate_hz or math.inf
-    codes = progress.step * data.num_lanes * data.chunk_length
     session = Session(
         config=config,
         world=world,
@@ -197,13 +172,55 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
         stream=stream,
         memories=memories,
         progress=progress,
-        metrics=MetricsWriter(config.run_dir, step=progress.step, audio_seconds=codes / rate, enabled=world.is_first),
+        metrics=MetricsWriter(config.run_dir, step=progress.step, enabled=world.is_first),
         signals=signals,
         began=time.perf_counter() - progress.wall_seconds,
         resumed=checkpoint is not None,
     )
     _announce(session)
     return session
+
+
+def _claim_device(settings: TrainConfig, world: World) -> torch.device:
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    device = choose_device(settings.device, local_rank=world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose random generator is saved and whose memory is reported
+    return device
+
+
+def _open_stream(data: DataConfig, corpus: Corpus, world: World) -> WindowStream:
+    return WindowStream(
+        corpus.split("train").codes,
+        corpus.split("train").document_offsets,
+        start_code=corpus.codec.start_code,
+        chunk_length=data.chunk_length,
+        num_lanes=data.num_lanes,
+        reset_memory_at_document=data.reset_memory_at_document,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def _build(config: RunConfig, device: torch.device, world: World) -> tuple[SequenceModel, torch.optim.Adam | None]:
+    """The model, freshly initialised alike on every rank, and its optimizer, if it has anything to train."""
+    torch.manual_seed(config.train.seed)
+    model = build_model(config)
+    model.to(device, torch.float64 if config.train.precision == "float64" else None)
+    torch.manual_seed(config.train.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
+    return model, make_optimizer(model, config.optim) if model.has_parameters else None
+
+
+def _resume_stream(state: dict[str, Any], config: RunConfig, corpus: Corpus, stream: WindowStream) -> Progress:
+    """Put the stream where a checkpoint's state.json says; returns how far the run is."""
+    if state.get("corpus_fingerprint") != corpus.fingerprint:
+        raise UserError(
+            f"data.corpus = {config.data.corpus} holds other codes than when {config.run_dir} was started; "
+            "bring that corpus back, or choose another name"
+        )
+    stream.load_state_dict(state.get("stream", {}))
+    return _progress_from_json(state.get("progress", {}), step=state["step"])
 
 
 def _progress_from_json(fields: dict[str, Any], *, step: int) -> Progress:
@@ -265,29 +282,6 @@ def _announce(session: Session) -> None:
             flat_config(config) | {f"parameters.{group}": count for group, count in counts.items()},
             ["nll/valid_nats", "nll/valid_bits", "nll/train_nats"],
         )
-
-
-@contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run's directory for this process; the lock ends with the process, however that ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "train.lock").open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training {run_dir}; wait for it, or choose another name") from None
-        yield
-
-
-def _write_config(run_dir: Path, config: RunConfig) -> None:
-    """Write the run's config.yaml, whole or not at all."""
-    beside = run_dir / "config.yaml.tmp"
-    beside.write_text(config_to_yaml(config), encoding="utf-8")
-    beside.replace(run_dir / "config.yaml")
 
 
 def say(session: Session, text: str) -> None:

@@ -42,7 +42,7 @@ def download(folder: Path, options: argparse.Namespace) -> None:
 
 
 def settings(options: argparse.Namespace) -> TextSettings:
-    """Bytes."""
+    """Codes are the bytes themselves."""
     return TextSettings(codec="byte")
 
 

@@ -5,6 +5,7 @@ import base64
 import csv
 import json
 import re
+import sys
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,13 +44,30 @@ def settings(options: argparse.Namespace) -> TextSettings:
 
 
 def download(folder: Path, options: argparse.Namespace) -> None:
-    """Fetch every book (28,752 of them, 11 GB) and metadata.csv that is not in a folder yet."""
-    mirrors = [*options.download_mirror, *MIRRORS]
-    checksums: dict[str, str | None] = {"metadata.csv": None}
+    """Fetch every book (28,752 of them, 11 GB) and metadata.csv that is not in a folder yet.
+
+    A book without a checksum cannot be told from a damaged one: where there are such, a warning says so.
+    """
+    if options.download_connections < 1:
+        raise UserError(f"--download-connections: expected at least 1, got {options.download_connections}")
+    mirrors, books = [*options.download_mirror, *MIRRORS], {}
     for name in FOLDERS:
-        checksums |= list_bucket(name) if not options.download_mirror else list_plainly(name, options.download_mirror)
-    files = [RemoteFile(name, mirror_urls(name, mirrors), checksum) for name, checksum in checksums.items()]
-    download_files(files, folder, num_threads=options.download_connections)
+        books |= list_plainly(name, options.download_mirror) if options.download_mirror else list_bucket(name)
+    num_unchecked = sum(checksum is None for checksum in books.values())
+    if num_unchecked:
+        warn(
+            f"{num_unchecked} of {len(books)} books have no checksum: one that is damaged on a mirror or in {folder} "
+            "goes into the corpus unnoticed; to have them compared, run the command again when the bucket's listing "
+            "can be had, without --download-mirror"
+        )
+    files = [RemoteFile(name, mirror_urls(name, mirrors), checksum) for name, checksum in books.items()]
+    metadata = RemoteFile("metadata.csv", mirror_urls("metadata.csv", mirrors))
+    download_files([metadata, *files], folder, num_threads=options.download_connections)
+
+
+def warn(text: str) -> None:
+    """Print a warning."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def list_bucket(folder: str) -> dict[str, str | None]:
@@ -63,7 +81,8 @@ def list_bucket(folder: str) -> dict[str, str | None]:
             if not page.get("nextPageToken"):
                 return _require_books(found, folder)
             query["pageToken"] = str(page["nextPageToken"])
-    except (UserError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warn(f"the bucket's listing of {folder}/, which has the checksums, cannot be used: {printable(str(error))}")
         return list_plainly(folder, ())
 
 

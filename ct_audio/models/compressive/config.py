@@ -1,6 +1,7 @@
 """Configuration of the compressive stack and of the model around it, checked where it is made."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,18 +131,30 @@ class StackConfig:
         return -(-self.memory_length // self.window_length) + 2
 
     @property
-    def temporal_range(self) -> int:
-        """Sum over layers of n_m + c_l n_cm, in codes (paper, section 3).
-
-        Exact where each layer's part is a whole number of windows; otherwise the farthest code is a little farther, as
-        a row in the middle of its window looks back from that window's start. With most_used, what is kept comes from
-        this range, but older codes too have had a say in the choice.
-        """
-        return sum(
-            self.memory_length + rate * self.compressed_memory_length
+    def reach_of_layers(self) -> tuple[int, ...]:
+        """How far before its window's first code each layer looks: n_m + c_l n_cm, 0 for a layer without memory."""
+        return tuple(
+            (self.memory_length + rate * self.compressed_memory_length) * self.keeps_memory(layer)
             for layer, rate in enumerate(self.compression_rates)
-            if self.keeps_memory(layer)
         )
+
+    @property
+    def temporal_range(self) -> int:
+        """Distance from the first code of a window to the farthest code that can change what is said there.
+
+        A row in the middle of its window looks back from that window's start, so that the range is larger than the
+        paper's sum where a layer's reach is not a whole number of windows. With most_used, what is kept comes from this
+        range, but older codes too have had a say in the choice.
+        """
+        distance = 0
+        for reach in reversed(self.reach_of_layers):
+            distance = math.ceil(distance / self.window_length) * self.window_length + reach
+        return distance
+
+    @property
+    def paper_temporal_range(self) -> int:
+        """The sum over layers of n_m + c_l n_cm, l (n_m + c n_cm) in the paper (section 3), for tables."""
+        return sum(self.reach_of_layers)
 
     @property
     def attention_cost(self) -> int:

@@ -28,6 +28,7 @@ from ct_audio.models.compressive.windows import (
     LayerMemory,
     View,
     geometry_of,
+    old_rows_valid,
     remember,
     windows_of_memory,
 )
@@ -251,7 +252,6 @@ class CompressiveLayer(nn.Module):
             return {name: loss}
         if self.compression_decoder is None:
             return {}
-        valid = None
-        if view.documents is not None:
-            valid = view.documents.compressed_stream[:, view.geometry.compressed_memory_length :] >= 0
-        return {name: autoencoding_loss(old_memory, self.compression_decoder(new_compressed), valid)}
+        valid = old_rows_valid(view, old_memory.shape[1])
+        new_valid = None if valid is None else rearrange(valid[1], "(b w) k -> b (w k)", b=len(old_memory))
+        return {name: autoencoding_loss(old_memory, self.compression_decoder(new_compressed), new_valid)}

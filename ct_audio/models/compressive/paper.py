@@ -99,15 +99,18 @@ class PaperStack:
         if not config.compressed_memory_length:
             return []
         rate = self._rate(layer)
+        if config.compression_loss == "none":
+            parameters = held_fixed(parameters)
         if config.compression_function == "most_used":
-            new = most_used(old_memory, weights, len(self.compressed_memory[layer]), rate)
+            new = most_used(old_memory, weights, len(self.compressed_memory[layer]), len(rows) // rate)
         else:
             groups = [old_memory[i : i + rate] for i in range(0, len(old_memory), rate)]
             new = [compress(config.compression_function, part(parameters, "compression."), group) for group in groups]
-        together = self.compressed_memory[layer] + new
+        kept = new if config.compression_loss == "bptt" else [row.detach() for row in new]
+        together = self.compressed_memory[layer] + kept
         self.compressed_memory[layer] = together[max(len(together) - config.compressed_memory_length, 0) :]
         if config.compression_loss == "attention_reconstruction":
-            return [reconstruction_loss(config, parameters, rows, old_memory, new)]
+            return [reconstruction_loss(config, held_fixed(parameters), rows, old_memory, new)]
         if config.compression_loss == "autoencoding":
             return [autoencoding_loss(part(parameters, "compression_decoder."), rows, old_memory, new, rate)]
         return []
@@ -121,6 +124,8 @@ def reconstruction_loss(
 ) -> Tensor:
     """Algorithm 2 for one layer and window: how far attention over the compressed rows is from that over the old ones.
 
+    Parameters, rows and old memory come without a graph (the algorithm's stop_gradient): only f_c, which made
+    `new_compressed`, gets a gradient.
     Differs: the mean of squares in place of the L2 norm, which has no gradient at 0; a share of the queries, evenly
     spaced, where the configuration says so; 0 where nothing has left the memory yet.
     """
@@ -229,8 +234,8 @@ def gated_unit(parameters: Parameters, group: Rows) -> Tensor:
     return state
 
 
-def most_used(old_memory: Rows, weights: list[Tensor], num_compressed: int, rate: int) -> Rows:
-    """The rows with the largest mean attention, a c-th of those that leave, in the order of time.
+def most_used(old_memory: Rows, weights: list[Tensor], num_compressed: int, num_kept: int) -> Rows:
+    """The rows with the largest mean attention, in the order of time; all where no more leave than are kept.
 
     Args:
         weights: of every head and row of the window, over compressed memory, memory and the window so far.
@@ -238,9 +243,9 @@ def most_used(old_memory: Rows, weights: list[Tensor], num_compressed: int, rate
     usage = []
     for index in range(len(old_memory)):
         place = num_compressed + index
-        got = [float(each[place]) for each in weights if place < len(each)]
+        got = [each[place].item() for each in weights if place < len(each)]
         usage.append(sum(got) / len(got))
-    best = sorted(range(len(old_memory)), key=lambda index: -usage[index])[: len(old_memory) // rate]
+    best = sorted(range(len(old_memory)), key=lambda index: -usage[index])[:num_kept]
     return [old_memory[index] for index in sorted(best)]
 
 
@@ -279,6 +284,11 @@ def softmax(scores: list[Tensor]) -> Tensor:
 def weighted_sum(weights: Tensor, values: Rows) -> Tensor:
     """Of rows."""
     return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
+
+
+def held_fixed(parameters: Parameters) -> Parameters:
+    """The same values, of which nothing learns (stop_gradient)."""
+    return {name: value.detach() for name, value in parameters.items()}
 
 
 def part(parameters: Parameters, prefix: str) -> Parameters:

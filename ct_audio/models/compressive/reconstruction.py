@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ct_audio.models.compressive.attention import additive_mask, content_attention
-from ct_audio.models.compressive.windows import View
+from ct_audio.models.compressive.windows import View, old_rows_valid
 
 
 def reconstruct(
@@ -70,13 +70,10 @@ def attention_reconstruction_loss(
         queries = queries[:, torch.arange(num_queries, device=queries.device) * length // num_queries]
     old_mask = new_mask = None
     weight = queries.new_ones(())
-    if view.documents is not None:
-        before = rearrange(view.documents.before, "b w -> (b w) 1")
-        old_valid = rearrange(view.documents.stream[:, : old.shape[1]], "b (w r) -> (b w) r", r=length)
-        compressed = view.documents.compressed_stream[:, view.geometry.compressed_memory_length :]
-        new_valid = rearrange(compressed, "b (w r) -> (b w) r", r=length // rate) >= before
+    if (valid := old_rows_valid(view, old.shape[1])) is not None:
+        old_valid, new_valid = valid
         has_rows = new_valid.any(dim=1, keepdim=True)
-        old_mask = _rows_mask((old_valid >= before) | ~has_rows, queries.dtype)
+        old_mask = _rows_mask(old_valid | ~has_rows, queries.dtype)
         new_mask = _rows_mask(new_valid | ~has_rows, queries.dtype)
         weight = rearrange(has_rows, "n 1 -> n 1 1 1").to(queries.dtype)
     found, wanted = reconstruct(

@@ -96,6 +96,25 @@ def document_numbers(
     return Documents(stream, compressed, before)
 
 
+def old_rows_valid(view: View, num_rows: int) -> tuple[Bool[Tensor, "BW R"], Bool[Tensor, "BW C"]] | None:
+    """Of the rows that leave with each window's push and of their compressed rows: are they of the document that runs
+    when the window begins (or of a later one)? What belongs to earlier documents was forgotten before that push.
+
+    Args:
+        num_rows: that leave in all, as many as the chunk has.
+    Returns:
+        None where all are valid.
+    """
+    documents = view.documents
+    if documents is None:
+        return None
+    num_windows = documents.before.shape[1]
+    before = rearrange(documents.before, "b w -> (b w) 1")
+    old = rearrange(documents.stream[:, :num_rows], "b (w r) -> (b w) r", w=num_windows)
+    compressed = documents.compressed_stream[:, view.geometry.compressed_memory_length :]
+    return old >= before, rearrange(compressed, "b (w r) -> (b w) r", w=num_windows) >= before
+
+
 def window_mask(geometry: Geometry, documents: Documents) -> Bool[Tensor, "BW T S"]:
     """What each query of each window sees, keys ordered compressed memory, memory, own window (lanes outermost)."""
     num_windows = documents.before.shape[1]
