@@ -7,16 +7,8 @@ from ct_audio.commands.command_line import build_parser, refuse_overrides, refus
 from ct_audio.common.errors import UserError
 from ct_audio.common.machine import usable_cpus
 
-PAPER_ROWS = (
-    "conv_bptt",
-    "max",
-    "conv_autoencoding",
-    "mean",
-    "most_used",
-    "dilated_conv_attention",
-    "conv_attention",
-)
-OTHER_ROWS = ("gru_attention",)
+PAPER_ROWS = ["conv_bptt", "max", "conv_autoencoding", "mean", "most_used", "dilated_conv_attention", "conv_attention"]
+OTHER_ROWS = ["gru_attention"]
 
 
 def main() -> int:

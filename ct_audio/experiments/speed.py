@@ -60,12 +60,9 @@ def measure_speed(
     configs = {Path(path).stem: load_config(path, list(overrides)) for path in recipes}
     if len(configs) < len(recipes):
         raise UserError("recipes: two files have the same name; measure them in two calls")
-    rows = []
-    for name in what:
-        found = MEASUREMENTS[name](configs, num_lanes, num_rounds)
-        if not found:
+    for name, applies in APPLIES.items():
+        if name in what and not any(map(applies, configs.values())):
             raise UserError(f"--what {name}: none of the recipes has anything to compare there; leave it out")
-        rows += found
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -73,7 +70,7 @@ def measure_speed(
         "threads": num_threads,
         "lanes": num_lanes,
         "rounds": num_rounds,
-        "rows": rows,
+        "rows": [row for name in what for row in MEASUREMENTS[name](configs, num_lanes, num_rounds)],
     }
 
 
@@ -108,10 +105,10 @@ def measure_chunk(configs: dict[str, RunConfig], num_lanes: int, num_rounds: int
     """The windows of a chunk in one forward pass, layer by layer, against one forward pass a window."""
     rows: list[dict[str, Any]] = []
     for name, config in configs.items():
-        window_length = getattr(config.model, "window_length", None)
-        if window_length and window_length < config.data.chunk_length:
+        if APPLIES["chunk"](config):
+            length = config.model.window_length
             cases = {
-                f"{name}, window after window": _training_step(config, num_lanes, piece_length=window_length),
+                f"{name}, window after window": _training_step(config, num_lanes, piece_length=length),
                 f"{name}, chunk at once": _training_step(config, num_lanes),
             }
             rows += compare("chunk", cases, num_rounds)
@@ -122,7 +119,7 @@ def measure_attention(configs: dict[str, RunConfig], num_lanes: int, num_rounds:
     """A training step with each attention backend."""
     rows: list[dict[str, Any]] = []
     for name, config in configs.items():
-        if hasattr(config.model, "attention_backend"):
+        if APPLIES["attention"](config):
             cases = {
                 f"{name}, {backend}": _training_step(
                     dataclasses.replace(config, model=dataclasses.replace(config.model, attention_backend=backend)),
@@ -211,6 +208,11 @@ def markdown_report(command: str, report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+APPLIES: dict[str, Callable[[RunConfig], bool]] = {
+    "chunk": lambda config: 0 < getattr(config.model, "window_length", 0) < config.data.chunk_length,
+    "attention": lambda config: hasattr(config.model, "attention_backend"),
+}
+"""Whether a recipe has anything to compare in a measurement; those that are not here are of any recipe."""
 MEASUREMENTS = {
     "train": measure_train,
     "chunk": measure_chunk,
