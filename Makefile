@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python tools/demo.py
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -38,6 +38,7 @@ setup(
         "dev": [
             "pytest==9.0.3",
             "pytest-timeout==2.4.0",
+            "pytest-xdist==3.8.0",
             "hypothesis==6.170.15",
             "beartype==0.23.1",
             "ruff==0.17.5",

@@ -35,6 +35,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return noise_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """When all tests of all processes have ended: the report of hostile input, if some test wrote a part of it."""
+    if not hasattr(session.config, "workerinput"):
+        from hostile_report import FOLDER, write_report
+
+        if FOLDER.is_dir():
+            write_report()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Every test starts from the same state of the global generators."""

@@ -1,4 +1,7 @@
-"""The report of what hostile input and faults came to: reports/hostile_input.md, in sections, each from one test."""
+"""The report of what hostile input and faults came to: reports/hostile_input.md, in sections, each from one test.
+
+Tests write their sections, in several processes; when all have ended, `conftest.py` writes the report.
+"""
 
 import json
 from collections import Counter
@@ -25,6 +28,10 @@ def write_section(title: str, rows: Iterable[Row]) -> None:
     """Put a section into the report, in place of the one of that title from an earlier test run."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{title}.json").write_text(json.dumps(list(rows)), encoding="utf-8")
+
+
+def write_report() -> None:
+    """Write the report of all sections that there are."""
     sections = {
         file.stem: [Row(*row) for row in json.loads(file.read_text())] for file in sorted(FOLDER.glob("*.json"))
     }
