@@ -1,10 +1,11 @@
 """Settings shared by all tests: one thread, fixed seeds, no drawing on a display.
 
-ct_audio is not imported here: the jaxtyping hook has to come first.
+ct_audio is not imported at the top: the jaxtyping hook has to come first.
 """
 
 import os
 import random
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -24,6 +25,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of four short documents of noise, which tests must leave as it is."""
+    from handmade_runs import noise_corpus
+
+    return noise_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

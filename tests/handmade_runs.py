@@ -1,7 +1,10 @@
-"""Runs made by hand, without training, a corpus for them, and tools as functions of their command line, for tests."""
+"""Runs made by hand, without training, a corpus for them, and commands as functions of their words, for tests."""
 
-import importlib.util
+import contextlib
+import importlib
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,18 +30,22 @@ Tool = Callable[..., int]
 
 
 def tool(name: str, monkeypatch: pytest.MonkeyPatch) -> Tool:
-    """A tool's main as a function of its command line."""
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """A command as a function of its words, which returns the exit status."""
+    module = importlib.import_module(f"ct_audio.commands.{name}")
 
     def call(*arguments: Any) -> int:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         return run_tool(module.main)
 
     return call
+
+
+def options_of(name: str) -> set[str]:
+    """The options that the help of a command names."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        tool(name, patch)("--help")
+    return set(re.findall(r"--[a-z-]+", printed.getvalue()))
 
 
 def speech_like(num_samples: int, seed: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Small synthetic recordings and access to the preparation tool, for tests."""
+"""Small synthetic recordings and access to the recipes, for tests."""
 
 import importlib.util
 import sys
@@ -47,7 +47,7 @@ def count_calls(
 
 
 def load_script(path: str, name: str) -> ModuleType:
-    """Import a file of the project that is in no package, as tools/prepare.py."""
+    """Import a file of the project that is in no package, as recipes/folder/prepare.py."""
     spec = importlib.util.spec_from_file_location(name, ROOT / path)
     assert spec is not None
     assert spec.loader is not None

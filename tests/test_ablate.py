@@ -1,29 +1,29 @@
-"""tools/ablate.py: its arithmetic by hand, and a tiny ablation from the command line, twice."""
+"""The ablation of compression functions: its arithmetic by hand, and a tiny one from the command line, twice."""
 
-import argparse
 import csv
 import json
 import math
 from pathlib import Path
 
 import pytest
-from recordings import load_script
+from handmade_runs import tool
 from tiny_runs import tiny_run
 
+from ct_audio.commands.ablate import OTHER_ROWS, PAPER_ROWS
+from ct_audio.experiments import ablation
 from ct_audio.runs.config import config_to_yaml, load_config
 
 ROOT = Path(__file__).parents[1]
-ablate = load_script("tools/ablate.py", "ablate_tool")
 
 
 def test_the_best_rate_counts_and_differences_are_paired_by_seed() -> None:
     bits = {("conv_attention", 2): (1.0, 2.0, 3.0), ("conv_attention", 4): (2.0, 3.0, 4.0), ("max", 4): (1.5, 2.5, 4.5)}
     results = {
-        ablate.Trial(row, rate, seed): value
+        ablation.Trial(row, rate, seed): value
         for (row, rate), values in bits.items()
         for seed, value in enumerate(values)
     }
-    worst, best = ablate.summarise(results)
+    worst, best = ablation.summarise(results)
     assert (worst["row"], best["row"]) == ("max", "conv_attention")
     assert (best["best rate"], best["bits"], best["seeds"]) == (2, 2.0, 3)
     assert best["standard error"] == pytest.approx(1 / math.sqrt(3))
@@ -33,14 +33,30 @@ def test_the_best_rate_counts_and_differences_are_paired_by_seed() -> None:
     assert (best["paper (bits)"], worst["paper (bits)"]) == (0.973, 0.986)
 
 
+def test_the_command_knows_the_rows() -> None:
+    assert [*PAPER_ROWS, *OTHER_ROWS] == list(ablation.ROWS)
+    assert list(PAPER_ROWS) == [name for name, row in ablation.ROWS.items() if row.paper_bits is not None]
+
+
+def test_a_result_that_was_cut_off_is_none(tmp_path: Path) -> None:
+    """As after kill -9 in the middle of a line of metrics.jsonl: the run goes on, and has no result yet."""
+    base, trial = tiny_run(tmp_path, train__num_steps=2), ablation.Trial("max", 2, 0)
+    assert ablation.result_of(trial, tmp_path, base) is None
+    lines = tmp_path / "runs" / trial.name / "metrics.jsonl"
+    lines.parent.mkdir(parents=True)
+    whole = [json.dumps({"step": step, "nll/valid_full_bits": 8.0 - step}) for step in (1, 2)]
+    lines.write_text("\n".join(whole)[:-3])
+    assert ablation.result_of(trial, tmp_path, base) is None
+    lines.write_text("\n".join([*whole, "{"]))
+    assert ablation.result_of(trial, tmp_path, base) == 6.0
+
+
 @pytest.mark.parametrize("recipe", ["enwik8/compressive_transformer", "enwik8/ablation", "kathleen/ablation"])
 def test_every_row_is_a_run_with_as_many_codes_a_step(recipe: str) -> None:
     path = ROOT / "recipes" / f"{recipe}.yaml"
     base = load_config(path)
-    arguments = argparse.Namespace(base=path, out=Path("out"), set=[])
-    for row in ablate.ROWS:
-        command = ablate.command_of(ablate.Trial(row, 3, 0), base, arguments)
-        run = load_config(path, command[command.index(str(path)) + 1 :])
+    for row in ablation.ROWS:
+        run = load_config(path, ablation.settings_of(ablation.Trial(row, 3, 0), base, Path("out")))
         assert run.data.num_lanes * run.data.chunk_length == base.data.num_lanes * base.data.chunk_length
         if row == "conv_bptt":
             assert run.data.chunk_length >= 2 * base.data.chunk_length
@@ -51,16 +67,16 @@ def test_every_row_is_a_run_with_as_many_codes_a_step(recipe: str) -> None:
 def test_a_tiny_ablation_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(config_to_yaml(tiny_run(tmp_path, train__num_steps=2, data__chunk_length=32)), encoding="utf-8")
-    arguments = ["ablate.py", base, "--out", tmp_path / "out", "--rates", 2, "--seeds", 0, 1, "--num-processes", 2]
-    monkeypatch.setattr("sys.argv", [*map(str, arguments), "--rows", "conv_bptt", "most_used", "conv_attention"])
-    assert ablate.main() == 0
+    ablate, rows = tool("ablate", monkeypatch), ["conv_bptt", "most_used", "conv_attention"]
+    arguments = [base, "--out", tmp_path / "out", "--rates", 2, "--seeds", 0, 1, "--num-processes", 2, "--rows", *rows]
+    assert ablate(*arguments) == 0
     runs = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(runs) == 6
     assert all(4 < run["bits"] < 9 for run in runs)
     assert len({run["bits"] for run in runs}) == 6
     with (tmp_path / "out" / "table.csv").open() as file:
-        assert {row["row"] for row in csv.DictReader(file)} == {"conv_bptt", "most_used", "conv_attention"}
+        assert {row["row"] for row in csv.DictReader(file)} == set(rows)
     assert (tmp_path / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
     first = {path: path.read_bytes() for path in (tmp_path / "out" / "runs").glob("*/metrics.jsonl")}
-    assert ablate.main() == 0
+    assert ablate(*arguments) == 0
     assert {path: path.read_bytes() for path in first} == first

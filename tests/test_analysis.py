@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 import torch
 from handmade_runs import make_run, noise_corpus, read_json, tool
-from recordings import load_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import TINY_MODELS, tiny_model
 
 from ct_audio.common.errors import UserError
+from ct_audio.evaluation.figures import (
+    MEMORY_FIGURES,
+    attention_by_layer_figure,
+    attention_figure,
+    context_figure,
+)
 from ct_audio.evaluation.memory_analysis import (
     PARTS,
     Observations,
@@ -31,7 +36,7 @@ from ct_audio.evaluation.memory_analysis import (
     observe_memory,
     part_table,
 )
-from ct_audio.evaluation.memory_figures import FIGURES, attention_by_layer_figure, attention_figure, context_figure
+from ct_audio.evaluation.memory_output import analysis_text, log_to_tensorboard
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models.compressive import attention as attention_module
 from ct_audio.models.compressive.transformer import CompressiveTransformer
@@ -262,7 +267,7 @@ def test_the_tool_writes_tables_pictures_and_tensorboard(
 ) -> None:
     run = make_run(noise_corpus(tmp_path / "corpus"), tmp_path / "runs", "compressive_transformer")
     for name in ("attention_by_layer", "context"):  # slow to save; drawn in other tests
-        monkeypatch.delitem(FIGURES, name)
+        monkeypatch.delitem(MEMORY_FIGURES, name)
     options = ["--num-codes", 100, "--shares", 0.5, "--threads", 1, "--tensorboard", "--json"]
     assert tool("analyse", monkeypatch)(run, *options) == 0
     report = read_json(run / "analysis" / "analysis.json")
@@ -278,7 +283,7 @@ def test_the_tool_writes_tables_pictures_and_tensorboard(
     pictures = sorted(path.name for path in (run / "analysis").glob("*.png"))
     assert pictures == ["attention.png", "compression_loss.png"]
     assert all((run / "analysis" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    load_script("tools/analyse.py", "analyse_tool").log_to_tensorboard(report, {}, run / "analysis")  # in its place
+    log_to_tensorboard(report, {}, run / "analysis")  # in its place
     events = EventAccumulator(str(run / "analysis")).Reload()
     [loss] = events.Scalars("compression_loss/layer_01")
     assert (loss.step, loss.value) == (7, pytest.approx(report["compression_loss"][1]["loss"], rel=1e-5))
@@ -294,7 +299,7 @@ def test_transformer_xl_has_no_tables_of_compression(tmp_path: Path) -> None:
     assert sum(row["attention"] for row in report["attention"][:6]) == 0
     gains = np.asarray(context_figure(report).axes[0].lines[0].get_ydata())
     assert list(gains) == [row["gain_nats"] for row in report["context"]]
-    lines = load_script("tools/analyse.py", "analyse_tool").summary(report).splitlines()
+    lines = analysis_text(report).splitlines()
     assert lines[-1].startswith("memory 16, compressed memory 0 (range 48 codes): ")
 
 

@@ -1,42 +1,30 @@
-"""tools/bench.py: every measurement runs on tiny recipes and says what it measured; no test looks at a time."""
+"""Speed: every measurement runs on tiny recipes and says what it measured; no test looks at a time."""
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from handmade_runs import ROOT, Tool, tool
 from tiny_runs import tiny_run
 
+from ct_audio.commands.bench import WHAT
+from ct_audio.experiments import speed
 from ct_audio.runs.config import config_to_yaml
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The tool's main as a function of its command line."""
-    spec = importlib.util.spec_from_file_location("bench_tool", ROOT / "tools" / "bench.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(tool, "SAMPLED_CODES", 4)
-
-    def run(*arguments: Any) -> int:
-        monkeypatch.setattr("sys.argv", ["tools/bench.py", *map(str, arguments)])
-        return tool.run_tool(tool.main)
-
-    return run
+def bench(monkeypatch: pytest.MonkeyPatch) -> Tool:
+    monkeypatch.setattr(speed, "SAMPLED_CODES", 4)
+    return tool("bench", monkeypatch)
 
 
-def test_all_measurements(tmp_path: Path, bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_measurements(tmp_path: Path, bench: Tool, capsys: pytest.CaptureFixture[str]) -> None:
     recipes = []
     for name in ("compressive_transformer", "wavenet"):
         recipes.append(tmp_path / f"{name}.yaml")
         recipes[-1].write_text(config_to_yaml(tiny_run(tmp_path, name)), encoding="utf-8")
-    what = ["train", "chunk", "attention", "sample"]
-    arguments = [*recipes, "--what", *what, "--rounds", 2, "--lanes", 2, "--out", tmp_path / "bench.md"]
+    assert tuple(speed.MEASUREMENTS) == WHAT
+    arguments = [*recipes, "--what", *WHAT, "--rounds", 2, "--lanes", 2, "--out", tmp_path / "bench.md"]
     assert bench(*arguments, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["rounds"], report["lanes"], report["threads"]) == (2, 2, 1)
@@ -58,8 +46,15 @@ def test_all_measurements(tmp_path: Path, bench: Any, capsys: pytest.CaptureFixt
     assert "--lanes 2" in text
 
 
-def test_what_does_not_fit_is_one_line(tmp_path: Path, bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_one_line(
+    tmp_path: Path, bench: Tool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench(tmp_path / "none.yaml") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert bench(ROOT / "recipes/kathleen/wavenet_small.yaml", "--rounds", 0) == 2
     assert "expected 1 to" in capsys.readouterr().err
+    recipe = tmp_path / "wavenet.yaml"
+    recipe.write_text(config_to_yaml(tiny_run(tmp_path, "wavenet")), encoding="utf-8")
+    monkeypatch.setattr(speed, "compare", lambda *_: pytest.fail("it is said before anything is measured"))
+    assert bench(recipe, "--what", "train", "chunk") == 2
+    assert "--what chunk: none of the recipes" in capsys.readouterr().err

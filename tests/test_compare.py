@@ -13,7 +13,7 @@ from test_curves import write_curves
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter
 from ct_audio.evaluation import comparison
-from ct_audio.evaluation import stored as run_evaluation
+from ct_audio.evaluation import stored as stored_evaluations
 from ct_audio.runs.open_run import load_run_model
 from ct_audio.training.checkpoint import save_checkpoint
 from ct_audio.training.parallel import World
@@ -23,7 +23,7 @@ from ct_audio.training.schedules import make_optimizer
 @pytest.fixture
 def compare_and_draw(monkeypatch: pytest.MonkeyPatch) -> Tool:
     """The tool, with blocks so short that the 621 codes of the validation split have an interval."""
-    monkeypatch.setattr(run_evaluation, "BLOCK_LENGTH", 8)
+    monkeypatch.setattr(stored_evaluations, "BLOCK_LENGTH", 8)
     monkeypatch.setattr(comparison, "BOOTSTRAP_SECONDS", 16 / 24_000)
     monkeypatch.setattr(comparison, "NUM_RESAMPLES", 1_000)
     return tool("compare", monkeypatch)
@@ -159,7 +159,7 @@ def test_a_read_only_run_is_warned_of(
     def refuse(path: Path, _value: Any) -> None:
         raise PermissionError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(run_evaluation, "write_json", refuse)
+    monkeypatch.setattr(stored_evaluations, "write_json", refuse)
     run = run_of(corpus, tmp_path, "run")
     assert compare(run, "--out", tmp_path / "out") == 0
     assert "warning: run, valid, step_00000007: the result is not kept" in capsys.readouterr().err

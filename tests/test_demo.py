@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from recordings import ROOT, load_script
+from handmade_runs import options_of
+from recordings import ROOT
 
+from ct_audio.commands import demo
 from ct_audio.commands.command_line import run_tool
 from ct_audio.runs.config import load_config
 
-demo = load_script("tools/demo.py", "demo_tool")
 PLACES = demo.Places(Path("data/espeak"), Path("runs"), Path("reports/demo"))
 
 
@@ -25,8 +26,8 @@ def test_commands_at_their_defaults_are_short_and_name_what_exists():
     assert commands[3] == "python tools/train.py recipes/espeak/demo_compressive_transformer.yaml"
     for step in steps:
         for words in step.commands.values():
-            source = (ROOT / words[1]).read_text(encoding="utf-8")
-            assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
+            options = options_of(Path(words[1]).stem)
+            assert all(word in options for word in words if word.startswith("--")), words
             assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml")), words
     for name in (*demo.MODELS, *demo.BASELINES):
         assert sum(f"tools/evaluate.py runs/espeak_demo_{name} --split" in command for command in commands) == 2
@@ -150,14 +151,14 @@ def test_results_stand_best_first(tmp_path):
 
 def test_ignored_interruptions_end_the_demo_and_nohup_holds():
     program = (
-        "import signal, sys; sys.path[:0] = sys.argv[1:]; from recordings import load_script\n"
+        "import signal, sys; sys.path[:0] = sys.argv[1:]; from ct_audio.commands.demo import catch_signals\n"
         "for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)\n"
-        "load_script('tools/demo.py', 'demo_tool').catch_signals()\n"
+        "catch_signals()\n"
         "signal.raise_signal(signal.SIGHUP); print('held', flush=True)\n"
         "try: signal.raise_signal(signal.SIGINT)\n"
         "except KeyboardInterrupt: print('ended')\n"
     )
-    command = [sys.executable, "-c", program, str(ROOT / "tests"), str(ROOT)]
+    command = [sys.executable, "-c", program, str(ROOT)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "held\nended\n"
 
 

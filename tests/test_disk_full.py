@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from hostile_report import Row, write_section
-from recordings import ROOT, load_script, voice, write
+from recordings import ROOT, voice, write
 from tiny_runs import assert_same_checkpoint, tiny_run, write_corpus
 
+from ct_audio.commands import prepare, sample
 from ct_audio.commands.command_line import run_tool
 from ct_audio.common.errors import UserError
 from ct_audio.data.corpus import open_corpus
@@ -71,7 +72,6 @@ def test_prepare(
 ) -> None:
     for index in range(40):
         write(tmp_path / "source" / f"speaker{index}" / "take.wav", voice(index, 0.2))
-    prepare = load_script("tools/prepare.py", "prepare_tool")
     out = disk.path / "corpus"
     arguments = ["recipes/folder", "--source", tmp_path / "source", "--out", out, "--num-processes", 1]
     arguments[0] = ROOT / "recipes/folder"
@@ -117,7 +117,6 @@ def test_samples(
 ) -> None:
     config = tiny_run(tmp_path, train__num_steps=2)
     assert train(config) == 0
-    sample = load_script("tools/sample.py", "sample_tool")
     common = ["sample.py", str(config.run_dir), "--seconds", "0.01", "--num", "2", "--threads", "1", "--out"]
     monkeypatch.setattr("sys.argv", [*common, str(tmp_path / "other")])
     assert run_tool(sample.main) in (0, 4)

@@ -14,23 +14,31 @@ import numpy as np
 import pytest
 from hostile_audio import ACCEPTED, GOOD, KINDS, RATE, VOICE, Kind, encoded, make_hostile_corpus, unlock
 from hostile_report import Row, write_section
-from recordings import ROOT, load_script, voice, write
+from recordings import ROOT, voice, write
 
+from ct_audio.commands import prepare as prepare_command
+from ct_audio.commands.command_line import run_tool
 from ct_audio.common.errors import UserError
 from ct_audio.common.text import printable
 from ct_audio.data.audio_files import read_wav
 from ct_audio.data.corpus import open_corpus
 from ct_audio.preparation.recordings import AudioSettings, Recording, prepare_audio, prepare_waveform
 
-TOOL = load_script("tools/prepare.py", "prepare_tool")
+BY_FILE = ("--group", "file")
+ALL_TRAIN = ("--valid-percent", "0", "--test-percent", "0")
 
 
-def prepare(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, *options: str, recipe_options: tuple = ()) -> int:
+def prepare(
+    monkeypatch: pytest.MonkeyPatch,
+    source: Path,
+    out: Path,
+    *options: str,
+    recipe_options: tuple[str, ...] = (*BY_FILE, *ALL_TRAIN),
+) -> int:
     """Run the tool in this process."""
     common = ["prepare.py", str(ROOT / "recipes" / "folder"), "--source", str(source), "--out", str(out)]
-    rest = ["--", "--group", "file", "--valid-percent", "0", "--test-percent", "0", *recipe_options]
-    monkeypatch.setattr("sys.argv", [*common, "--num-processes", "1", *options, *rest])
-    return TOOL.run_tool(TOOL.main)
+    monkeypatch.setattr("sys.argv", [*common, "--num-processes", "1", *options, "--", *recipe_options])
+    return run_tool(prepare_command.main)
 
 
 @contextlib.contextmanager
@@ -162,9 +170,12 @@ def test_folders_that_nobody_can_read_do_not_stop_the_other_options(tmp_path, mo
         write(tmp_path / "in" / f"{name}_take1.wav", voice(1))
     (tmp_path / "in" / "ring").symlink_to(".")
     (tmp_path / "list").write_text("a_take1.wav\n")
-    value = {"--valid-list": str(tmp_path / "list"), "--group-regex": "^(.*)_take[0-9]"}[option]
+    recipe_options = {
+        "--valid-list": (option, str(tmp_path / "list"), *BY_FILE),
+        "--group-regex": (option, "^(.*)_take[0-9]", *ALL_TRAIN),
+    }[option]
     options = ("--allow-dropped",)
-    assert prepare(monkeypatch, tmp_path / "in", tmp_path / "out", *options, recipe_options=(option, value)) == 0
+    assert prepare(monkeypatch, tmp_path / "in", tmp_path / "out", *options, recipe_options=recipe_options) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [entry["name"] for entry in report["dropped"]] == ["ring"]
 

@@ -5,18 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from handmade_runs import Tool, make_run, noise_corpus, read_json, tool
+from handmade_runs import Tool, make_run, read_json, tool
 
 from ct_audio.common.errors import UserError
 from ct_audio.evaluation import memory_sweep
 from ct_audio.evaluation.memory_sweep import sweep_memory
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.runs.open_run import LoadedRun, load_run_model, run_corpus
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return noise_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 @pytest.fixture

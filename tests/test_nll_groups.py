@@ -13,7 +13,7 @@ from tiny import tiny_model
 from ct_audio.common.errors import UserError
 from ct_audio.data.codecs import Byte, MuLaw
 from ct_audio.data.corpus import Corpus, CorpusWriter, open_corpus
-from ct_audio.evaluation import groups as nll_groups
+from ct_audio.evaluation import groups
 from ct_audio.evaluation.groups import Grouping, GroupSums, count_codes, make_groupings, surrounding_level_dbfs
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.evaluation.stored import EvaluationSettings, evaluate_run
@@ -63,7 +63,7 @@ def grouping(name: str, corpus: Corpus, split: str, model: Any = None, num_codes
 
 
 def test_codes_by_how_often_they_occur_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nll_groups, "_COUNT_CODES", 1000)
+    monkeypatch.setattr(groups, "_COUNT_CODES", 1000)
     corpus = text_corpus(tmp_path / "corpus")
     found = grouping("count", corpus, "valid")
     assert found.labels == ("> 10K", "1K-10K", "100-1K", "< 100")
@@ -144,8 +144,8 @@ def test_voicing_is_that_of_the_nearest_frame(tmp_path: Path, monkeypatch: pytes
         seen.append(len(waveform))
         return np.where(frames % 3 == 0, 100.0, np.nan)
 
-    monkeypatch.setattr(nll_groups, "_PIECE_SECONDS", 0.3)
-    monkeypatch.setattr(nll_groups, "find_pitch", pitch)
+    monkeypatch.setattr(groups, "_PIECE_SECONDS", 0.3)
+    monkeypatch.setattr(groups, "find_pitch", pitch)
     found = grouping("voicing", tones_corpus(tmp_path / "corpus"), "valid", num_codes=20_000)
     assert seen == [7200, 4800, 7200, 800]
     expected = []

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
-from recordings import load_script
 from tiny_runs import assert_same_checkpoint, checkpoint_state, checkpoint_tensors, tiny_run
 
+from ct_audio.commands import optimisation
 from ct_audio.common.errors import UserError
+from ct_audio.experiments import update_frequency
 from ct_audio.runs.config import RunConfig, config_to_yaml
 from ct_audio.runs.metrics import read_metrics
 from ct_audio.training.branch import branch_run, require_branch_point
 from ct_audio.training.loop import train
 from ct_audio.training.schedules import learning_rate, update_period
-
-optimisation = load_script("tools/optimisation.py", "optimisation_tool")
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def test_settings_of_branches(tmp_path: Path) -> None:
     base = tiny_run(tmp_path, optim__update_period={0: 1, 4: 2})
     rates = {}
     for name in ("kept", "rate_0", "rate_0.1", "period_4"):
-        changes = dict(override.split("=") for override in optimisation.settings_of(name, base, 8))
+        changes = dict(override.split("=") for override in update_frequency.settings_of(name, base, 8))
         if name.startswith("period"):
             assert changes == {"optim.update_period": "{0: 1, 4: 2, 8: 4}"}
         optim: dict[str, Any] = {
@@ -115,20 +114,20 @@ def test_settings_of_branches(tmp_path: Path) -> None:
     assert rates["kept"] == rates["period_4"] == [learning_rate(step, base.optim) for step in (8, 15)]
     for name in ("rate", "rate_x", "period_0", "period_1.5", "other_2", "rate_-1"):
         with pytest.raises(UserError, match=f"got '{name}'"):
-            optimisation.settings_of(name, base, 8)
+            update_frequency.settings_of(name, base, 8)
 
 
 def test_the_summary_by_hand() -> None:
     kept = {"train": [(1, 9.0), (2, 9.0), (3, 2.0), (4, 3.0)], "valid": [(2, 5.0), (4, 4.0)]}
     other = {"train": [(1, 0.0), (2, 1.0), (3, 2.5), (4, 4.0)], "valid": [(4, 4.5)]}
-    text, rows = optimisation.summary({"kept": kept, "rate_0": other}, 0, 4)
+    text, rows = update_frequency.summary({"kept": kept, "rate_0": other}, 0, 4)
     assert list(rows[0].values()) == ["kept", 9.0, 0.0, 0.0, 2.5, 0.0, 0.0, 4.0]
     # The standard error of 0.5 and 1: their standard deviation, 0.25 sqrt(2), over sqrt(2).
     assert list(rows[1].values()) == ["rate_0", 0.5, -8.5, 0.5, 3.25, 0.75, pytest.approx(0.25), 4.5]
     assert "| rate_0 | 0.5000 | -8.5000 | 0.5000 | 3.2500 | 0.7500 | 0.2500 | 4.5000 |" in text
 
 
-def run_tool(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) -> int:
+def optimise(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) -> int:
     base = directory / "base.yaml"
     base.write_text(config_to_yaml(tiny_run(directory)), encoding="utf-8")
     arguments = [base, "--out", directory / "out", "--base-steps", 4, "--branch-steps", 4]
@@ -149,17 +148,17 @@ def test_branches_of_another_point_are_refused_before_anything_is_trained(
         (tmp_path / "out" / "runs" / "kept" / "branch.json").unlink()
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     trained: list[RunConfig] = []
-    monkeypatch.setattr("ct_audio.training.loop.train", trained.append)
+    monkeypatch.setattr("ct_audio.experiments.update_frequency.train", trained.append)
     found = r"got one of base at step 2" if is_branch else r"there is no branch\.json .*it is no branch"
     with pytest.raises(UserError, match=rf"kept: expected a branch of base at step 4, .*{found}.*choose another --out"):
-        run_tool(tmp_path, monkeypatch, "--branches", "rate_0")
+        optimise(tmp_path, monkeypatch, "--branches", "rate_0")
     assert not trained
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
 def test_the_experiment_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_tool(tmp_path, monkeypatch, "--branches", "rate_0", "period_4") == 0
+    assert optimise(tmp_path, monkeypatch, "--branches", "rate_0", "period_4") == 0
     out = tmp_path / "out"
     runs = {name: tiny_run(tmp_path, name=name, runs_dir=str(out / "runs")) for name in ("base", "rate_0", "period_4")}
     assert weights(runs["rate_0"]) == weights(runs["base"])  # a rate of zero changes nothing
@@ -182,7 +181,7 @@ def test_the_experiment_and_the_same_command_again(tmp_path: Path, monkeypatch: 
     assert (out / "optimisation.png").read_bytes().startswith(b"\x89PNG")
     logged = {path: path.read_bytes() for path in (out / "runs").glob("*/metrics.jsonl")}
     assert len(logged) == 4
-    assert run_tool(tmp_path, monkeypatch, "--branches", "rate_0", "period_4") == 0
+    assert optimise(tmp_path, monkeypatch, "--branches", "rate_0", "period_4") == 0
     assert {path: path.read_bytes() for path in logged} == logged
 
 
@@ -198,5 +197,5 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(
     options: list[Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=message):
-        run_tool(tmp_path, monkeypatch, *options)
+        optimise(tmp_path, monkeypatch, *options)
     assert not (tmp_path / "out").exists()

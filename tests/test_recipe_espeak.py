@@ -9,10 +9,10 @@ import espeakng_loader
 import numpy as np
 from recordings import ROOT, load_script
 
+from ct_audio.commands import prepare as prepare_command
 from ct_audio.commands.command_line import run_tool
 from ct_audio.data.corpus import open_corpus
 
-tool = load_script("tools/prepare.py", "prepare_tool")
 espeak = load_script("recipes/espeak/prepare.py", "recipe_espeak")
 FEWEST_SENTENCES = 10  # with these no split is empty
 
@@ -21,7 +21,7 @@ def prepare(monkeypatch, out, *options, num_sentences=FEWEST_SENTENCES):
     """Run the tool in this process; returns its exit status."""
     arguments = ["prepare.py", str(ROOT / "recipes/espeak"), "--out", str(out), "--num-processes", "1", *options]
     monkeypatch.setattr(sys, "argv", [*arguments, "--", "--num-sentences", str(num_sentences)])
-    return run_tool(tool.main)
+    return run_tool(prepare_command.main)
 
 
 def samples(path):
@@ -103,7 +103,7 @@ def test_without_the_synthesizer_there_is_one_clear_error(tmp_path, monkeypatch,
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(espeak.sys.modules["recipe_espeak"], "version", missing)
-    monkeypatch.setattr(tool, "load_recipe", lambda folder: espeak)
+    monkeypatch.setattr(prepare_command, "load_recipe", lambda folder: espeak)
     assert prepare(monkeypatch, tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -116,7 +116,7 @@ def test_without_the_synthesizer_there_is_one_clear_error(tmp_path, monkeypatch,
 
 def test_a_synthesizer_that_fails_is_one_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(espeak, "VOICES", ("no-such-voice",))
-    monkeypatch.setattr(tool, "load_recipe", lambda folder: espeak)
+    monkeypatch.setattr(prepare_command, "load_recipe", lambda folder: espeak)
     assert prepare(monkeypatch, tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert "stopped after 0 of 20" in message
@@ -134,7 +134,7 @@ def test_wrong_numbers_of_sentences(tmp_path, monkeypatch, capsys):
 
 def test_a_recipe_that_reads_recordings_needs_a_source(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(ROOT / "recipes/folder"), "--out", str(tmp_path / "out")])
-    assert run_tool(tool.main) == 2
+    assert run_tool(prepare_command.main) == 2
     assert "error: --source: expected the folder of the data" in capsys.readouterr().err
 
 

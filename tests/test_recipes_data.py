@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from recordings import ROOT, load_script, voice, write
 
+from ct_audio.commands import prepare
 from ct_audio.commands.command_line import run_tool
 from ct_audio.data.corpus import open_corpus
 
-tool = load_script("tools/prepare.py", "prepare_tool")
 kathleen = load_script("recipes/kathleen/prepare.py", "recipe_kathleen")
 
 
@@ -17,7 +17,7 @@ def run(monkeypatch, recipe, source, out, *options):
     """Run the tool in this process; returns its exit status."""
     arguments = ["prepare.py", str(ROOT / "recipes" / recipe), "--source", str(source), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", [*arguments, "--num-processes", "1", *options])
-    return run_tool(tool.main)
+    return run_tool(prepare.main)
 
 
 def splits_of(out):
@@ -28,7 +28,7 @@ def splits_of(out):
 
 def test_every_recipe_with_data_can_be_loaded():
     for file in sorted((ROOT / "recipes").glob("*/prepare.py")):
-        recipe = tool.load_recipe(file.parent)
+        recipe = prepare.load_recipe(file.parent)
         assert callable(recipe.add_arguments)
         texts = hasattr(recipe, "list_texts")
         assert callable(recipe.list_texts if texts else recipe.list_recordings)

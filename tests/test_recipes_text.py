@@ -12,12 +12,10 @@ import pytest
 from http_mirror import Mirror, serve
 from recordings import ROOT, load_script
 
+from ct_audio.commands import describe, prepare
 from ct_audio.commands.command_line import run_tool
 from ct_audio.data.corpus import open_corpus
 from ct_audio.preparation import download
-
-tool = load_script("tools/prepare.py", "prepare_tool")
-describe = load_script("tools/describe.py", "describe_tool")
 
 ENWIK8 = b"<page>\n caf\xc3\xa9 " + bytes(range(256)) + b"x" * 741 + b"\xff"
 CUTS = [len(ENWIK8) * 90 // 100, len(ENWIK8) * 95 // 100]
@@ -34,7 +32,7 @@ BOOKS = {
 }
 
 
-def run(monkeypatch, recipe, out, *options, script=tool):
+def run(monkeypatch, recipe, out, *options, script=prepare):
     """Run the preparation tool in this process; returns its exit status."""
     arguments = ["prepare.py", str(ROOT / "recipes" / recipe), "--out", str(out), "--num-processes", "1", *options]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -157,11 +155,11 @@ def zipped(members):
 
 def with_recipe(monkeypatch, name, **constants):
     """Let the tool see a recipe with other constants."""
-    recipe = tool.load_recipe(ROOT / "recipes" / name)
+    recipe = prepare.load_recipe(ROOT / "recipes" / name)
     for key, value in constants.items():
         assert type(getattr(recipe, key)) is type(value)
         setattr(recipe, key, value)
-    monkeypatch.setattr(tool, "load_recipe", lambda folder: recipe)
+    monkeypatch.setattr(prepare, "load_recipe", lambda folder: recipe)
 
 
 def test_enwik8_is_downloaded(tmp_path, monkeypatch, capsys):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ct_audio.common.errors import UserError
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
-from ct_audio.sampling import sampler as sample
+from ct_audio.sampling import sampler
 from ct_audio.sampling.audio_checks import find_faults, measure_sample
-from ct_audio.sampling.sampler import draw_codes, estimate_code_seconds, sample_codes, verify_steps
+from ct_audio.sampling.sampler import Sampler, draw_codes, estimate_code_seconds, verify_steps
 
 START_CODE = 16
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
@@ -30,10 +30,15 @@ def lively_model(name: str, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
+def sampled(model: Any, *, num_codes: int = 20, **arguments: Any) -> Any:
+    """The iterator over codes and log-probabilities."""
+    settings: dict[str, Any] = {"num_lanes": 3, "seed": 0, "start_code": START_CODE} | arguments
+    return Sampler(model, **settings).run(num_codes)
+
+
 def collect(model: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Codes [B, T] and log-probabilities [B, T]."""
-    settings: dict[str, Any] = {"num_lanes": 3, "num_codes": 20, "seed": 0, "start_code": START_CODE} | arguments
-    pairs = list(sample_codes(model, **settings))
+    pairs = list(sampled(model, **arguments))
     return torch.stack([codes for codes, _ in pairs], 1), torch.stack([logs for _, logs in pairs], 1)
 
 
@@ -92,7 +97,7 @@ def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: p
     again, log_probabilities_again = collect(model, seed=7)
     assert torch.equal(codes, again)
     assert torch.equal(log_probabilities, log_probabilities_again)
-    monkeypatch.setattr(sample, "_DRAWS_AHEAD", 7)
+    monkeypatch.setattr(sampler, "_DRAWS_AHEAD", 7)
     assert torch.equal(codes, collect(model, seed=7)[0])
     longer, _ = collect(model, seed=7, num_codes=23)
     assert torch.equal(longer[:, :20], codes)
@@ -101,7 +106,7 @@ def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: p
 
 
 def test_lanes_draw_from_their_own_generators() -> None:
-    uniforms = sample._LaneUniforms(3, 2, torch.device("cpu"))
+    uniforms = sampler._LaneUniforms(3, 2, torch.device("cpu"))
     found = torch.stack([uniforms.next() for _ in range(5000)], 1)
     for lane in range(2):
         word = int(np.random.SeedSequence((3, lane)).generate_state(1, np.uint32)[0])
@@ -129,7 +134,7 @@ def test_long_primes_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("compressive_transformer", "wavenet"):
         model = lively_model(name)
         whole = collect(model, num_lanes=2, prime=prime)
-        monkeypatch.setattr(sample, "_PIECE_LENGTH", 16)
+        monkeypatch.setattr(sampler, "_PIECE_LENGTH", 16)
         pieces = collect(model, num_lanes=2, prime=prime)
         monkeypatch.undo()
         assert torch.equal(whole[0], pieces[0])
@@ -201,7 +206,7 @@ def test_ties_keep_exactly_k_codes_and_cold_is_greedy() -> None:
 
 def test_model_and_caller_are_left_as_they_were() -> None:
     model = tiny_model("compressive_transformer", dropout=0.5).train()
-    iterator = sample_codes(model, num_lanes=1, num_codes=5, seed=0, start_code=START_CODE)  # type: ignore[arg-type]
+    iterator = sampled(model, num_codes=5)
     next(iterator)
     assert not torch.is_inference_mode_enabled()
     iterator.close()
@@ -209,11 +214,7 @@ def test_model_and_caller_are_left_as_they_were() -> None:
     first, _ = collect(model)
     assert torch.equal(first, collect(model)[0])  # no dropout
     assert model.training
-    assert collect_nothing(model) == []
-
-
-def collect_nothing(model: Any) -> list[Any]:
-    return list(sample_codes(model, num_lanes=1, num_codes=0, seed=0, start_code=START_CODE))
+    assert list(sampled(model, num_codes=0)) == []
 
 
 def test_nan_is_reported_with_its_lane() -> None:
@@ -243,9 +244,8 @@ def test_nan_is_reported_with_its_lane() -> None:
     ],
 )
 def test_arguments_are_checked_before_the_first_code(changes: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"num_lanes": 3, "num_codes": 1, "seed": 0, "start_code": START_CODE} | changes
     with pytest.raises(UserError, match=message):
-        sample_codes(tiny_model("wavenet"), **arguments)
+        sampled(tiny_model("wavenet"), **changes)
 
 
 def test_estimate_is_a_plausible_time() -> None:

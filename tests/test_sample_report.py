@@ -7,7 +7,7 @@ import librosa
 import numpy as np
 import pytest
 import scipy.linalg
-from handmade_runs import make_run, read_json, tool
+from handmade_runs import make_run, noise_corpus, read_json, tool
 
 from ct_audio.data.acoustics import (
     MEL_BANDS,
@@ -21,6 +21,7 @@ from ct_audio.data.acoustics import (
 )
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter
+from ct_audio.sampling.session import Outcome
 from ct_audio.sampling.temperature_report import make_reference, markdown_report, measure_row, white_noise
 
 RATE = 8000
@@ -180,6 +181,24 @@ def test_a_sweep_writes_sets_and_a_report(
     assert (out / "temperatures.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_temperatures_that_are_nearly_equal_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Any] = []
+
+    def remember(sets: list[Any], **_: Any) -> Outcome:
+        opened.extend(sets)
+        return Outcome(0, True, False)
+
+    monkeypatch.setattr("ct_audio.sampling.session.sample_sets", remember)
+    run = make_run(noise_corpus(tmp_path / "corpus"), tmp_path)
+    temperatures = "0.8,0.80000001,1,1e-7,1.0000000001e-7"
+    assert tool("sample", monkeypatch)(run, "--temperatures", temperatures, "--out", tmp_path / "out") == 0
+    names = ["0.8", "0.80000001", "1", "1e-07", "1.0000000001e-07"]
+    assert [one.directory.name for one in opened] == [f"temperature_{name}" for name in names]
+    assert [one.request.temperature for one in opened] == [float(name) for name in names]
+
+
 @pytest.mark.parametrize("temperatures", ["0.5,x", "1,1.0", "-1,1"])
 def test_temperatures_that_are_none(
     temperatures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -191,4 +210,4 @@ def test_temperatures_that_are_none(
     run = make_run(corpus, tmp_path)
     assert tool("sample", monkeypatch)(run, f"--temperatures={temperatures}", "--out", tmp_path / "out") == 2
     assert "temperature" in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not list(tmp_path.glob("out/*"))

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from ct_audio.common.errors import UserError
-from ct_audio.sampling import resume as sample_state
+from ct_audio.sampling import resume
 from ct_audio.sampling.resume import (
     SavedSampling,
     directory_lock,
@@ -78,7 +78,7 @@ def test_a_save_that_is_cut_off_leaves_the_one_before(
     num_writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_sampling(tmp_path, saved_sampling(5))
-    write, written = sample_state.write_file, []
+    write, written = resume.write_file, []
 
     def full_disk(path: Path, content: bytes) -> None:
         if len(written) == num_writes:
@@ -86,8 +86,8 @@ def test_a_save_that_is_cut_off_leaves_the_one_before(
         written.append(path)
         write(path, content)
 
-    monkeypatch.setattr(sample_state, "write_file", full_disk)
-    monkeypatch.setattr(sample_state, "write_json", lambda path, value: full_disk(path, json.dumps(value).encode()))
+    monkeypatch.setattr(resume, "write_file", full_disk)
+    monkeypatch.setattr(resume, "write_json", lambda path, value: full_disk(path, json.dumps(value).encode()))
     with pytest.raises(OSError, match="No space"):
         save_sampling(tmp_path, saved_sampling(9))
     assert_same(load_sampling(tmp_path), saved_sampling(5))

@@ -125,13 +125,12 @@ def test_text_goes_to_stdout_as_it_is_sampled(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--seconds", 1), "--seconds is for audio, this is a model of bytes; see --length"),
-        (("--seconds", 0), "--seconds is for audio"),
-        (("--plots",), "--plots is for audio"),
-        (("--temperatures", "1,2"), "--temperatures is for audio"),
-        (("--prime", "a.txt", "--prime-seconds", 1), "--prime-seconds is for audio"),
+        (("--seconds", 1), "--seconds: for audio, this is a model of bytes; see --length"),
+        (("--seconds", 0), "--seconds: for audio"),
+        (("--plots",), "--plots: for audio"),
+        (("--temperatures", "1,2", "--corpus", "x"), "--temperatures, --corpus: for audio"),
+        (("--prime", "a.txt", "--prime-seconds", 1), "--prime-seconds: for audio"),
         (("--length", 0), "--length: expected at least one byte, got 0"),
-        (("--prime-length", 3), "need --prime"),
         (("--prime", "nowhere.txt"), "nowhere.txt"),
     ],
 )

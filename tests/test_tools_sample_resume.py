@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from handmade_runs import RATE, ROOT, Tool, make_run, noise_corpus, read_json, speech_like, tool
+from handmade_runs import RATE, ROOT, Tool, make_run, read_json, speech_like, tool
 
 from ct_audio.data.audio_files import write_wav
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter
-from ct_audio.sampling import sample_set as sample_session
-from ct_audio.sampling import sampler as sample_module
+from ct_audio.sampling import sample_set, session
 from ct_audio.sampling.resume import directory_lock
 from ct_audio.sampling.sample_set import SampleStream
 from ct_audio.sampling.sampler import Sampler
@@ -32,11 +31,6 @@ OK = (0, 4)  # 4: so short a sample of a made-up model may well be faulty audio
 @pytest.fixture
 def sample(monkeypatch: pytest.MonkeyPatch) -> Tool:
     return tool("sample", monkeypatch)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return noise_corpus(tmp_path_factory.mktemp("data") / "corpus")
 
 
 @pytest.fixture(scope="session")
@@ -168,8 +162,8 @@ def test_stdout_gets_the_samples_of_the_wav_while_they_are_made(
         samplers.append(self)
 
     monkeypatch.setattr(Sampler, "__init__", remembering)
-    monkeypatch.setattr(sample_session, "_STREAM_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(sample_module, "estimate_code_seconds", lambda *_, **__: 0.0)  # it has a sampler of its own
+    monkeypatch.setattr(sample_set, "_STREAM_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(session, "estimate_code_seconds", lambda *_, **__: 0.0)  # it has a sampler of its own
     prime = tmp_path / "prime.wav"
     write_wav(prime, speech_like(40, 5), RATE)
     arguments = ("--prime", prime, "--include-prime", "--stdout", "--num", 1, "--threads", 1, "--out", tmp_path / "out")
@@ -199,26 +193,6 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
         stream.write(np.zeros(1))
         assert not stream.is_open
         stream.write(np.zeros(1))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "--out (or --stdout)"),
-        (("--stdout",), "pass --num 1"),
-        (("--stdout", "--num", 1, "--resume"), "--resume needs --out"),
-        (("--stdout", "--num", 1, "--plots"), "--plots needs --out"),
-        (("--out", "x", "--save-every", -1), "--save-every"),
-        (("--out", "x", "--temperature", 1, "--temperatures", "1,2"), "not allowed with"),
-    ],
-)
-def test_options_that_do_not_go_together(
-    arguments: tuple[Any, ...], message: str, sample: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        sample("run", *arguments)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 def patient(test: Callable[..., None]) -> Callable[..., None]:

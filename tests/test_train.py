@@ -123,7 +123,7 @@ def test_curves_have_the_tags_that_all_models_share(tmp_path: Path):
 def test_other_ranks_wait_while_rank_0_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On the group of the CPU, which has the time: the gradients' group would give up."""
     waiting, seen = [False], []
-    on_first_rank, sample_codes = train_module.on_first_rank, train_module.sample_codes
+    on_first_rank, sampler = train_module.on_first_rank, train_module.Sampler
 
     def wait(function: Callable[[], Any]) -> Any:
         waiting[0] = True
@@ -132,7 +132,7 @@ def test_other_ranks_wait_while_rank_0_samples(tmp_path: Path, monkeypatch: pyte
         return result
 
     monkeypatch.setattr(train_module, "on_first_rank", wait)
-    monkeypatch.setattr(train_module, "sample_codes", lambda *a, **k: seen.append(waiting[0]) or sample_codes(*a, **k))
+    monkeypatch.setattr(train_module, "Sampler", lambda *a, **k: seen.append(waiting[0]) or sampler(*a, **k))
     assert train(tiny_run(tmp_path, **QUIET, train__sample_every_steps=3, train__sample_seconds=0.001)) == 0
     assert seen == [True, True]
 

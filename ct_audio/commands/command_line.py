@@ -1,7 +1,8 @@
-"""What every command-line tool shares: help that shows defaults, one-line errors, exit statuses.
+"""What all commands share: a parser whose help shows defaults, common options, one-line errors, exit statuses.
 
-A tool ends with `sys.exit(run_tool(main))`. Exit statuses: 0 success, 1 the machine failed (disk full, out of memory),
-2 the user's input does not fit, 130 interrupted; a tool may return others of its own.
+A script of tools/ ends with `sys.exit(run_tool(main))`. Exit statuses: 0 success, 1 the machine failed (disk full, out
+of memory), 2 the user's input does not fit, 130 interrupted; a command may return others of its own.
+Modules of this package import torch and the like inside of functions, so that --help is there at once.
 """
 
 import argparse
@@ -9,7 +10,9 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 from ct_audio.common.errors import UserError
 
@@ -22,6 +25,91 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
+    """Parse a command line (None: this process's); `given` of the result holds the options on it, as "--out"."""
+    arguments = parser.parse_args(words)
+    missing: list[Any] = []  # a list, so that what appends to its default appends to a copy
+    parser.set_defaults(**dict.fromkeys(vars(arguments), missing))
+    found = vars(parser.parse_args(words)).items()
+    arguments.given = {f"--{name.replace('_', '-')}" for name, value in found if value is not missing}
+    return arguments
+
+
+def refuse(arguments: argparse.Namespace, *options: str, why: str, unless: bool = False) -> None:
+    """An option that would do nothing is an error.
+
+    Args:
+        arguments: of `parse`.
+        options: as "--out".
+        why: what they need, or what makes them useless.
+        unless: True where they do something.
+    Raises:
+        UserError: one of them was given.
+    """
+    found = [option for option in options if option in arguments.given]
+    if found and not unless:
+        raise UserError(f"{', '.join(found)}: {why}")
+
+
+def refuse_twice(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise `UserError` where a list of values, by its name in `arguments`, has one twice."""
+    for name in names:
+        values = getattr(arguments, name)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name}: {values} has a value twice")
+
+
+def refuse_overrides(overrides: list[str], own_keys: Iterable[str]) -> None:
+    """Raise `UserError` where --set names a key that the command sets in every run itself."""
+    for override in overrides:
+        if override.split("=")[0].strip() in own_keys:
+            raise UserError(f"--set {override}: the command sets it itself in every run; leave it out")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that opens one run, see `open_run`."""
+    parser.add_argument("run", type=Path, help="directory of the run, as runs/NAME")
+    parser.add_argument(
+        "--checkpoint", choices=["best", "last"], default="best", help="best by validation NLL, or last"
+    )
+    add_device_options(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Where to compute, see `open_device`."""
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's default")
+
+
+def add_corpus_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a command that reads a run's corpus, see `open_corpus`."""
+    parser.add_argument("--corpus", metavar="DIR", help="prepared corpus; default: the one that the run was trained on")
+    parser.add_argument("--allow-other-corpus", action="store_true", help="go on if the corpus holds other codes")
+
+
+def open_device(arguments: argparse.Namespace) -> Any:
+    """The torch.device of `add_device_options`."""
+    from ct_audio.runs.device import set_up_device
+
+    if arguments.threads < 0:
+        raise UserError(f"--threads: expected at least 0, got {arguments.threads}")
+    return set_up_device(arguments.device, num_threads=arguments.threads)
+
+
+def open_run(arguments: argparse.Namespace) -> Any:
+    """The `LoadedRun` of `add_run_options`."""
+    from ct_audio.runs.open_run import load_run_model
+
+    return load_run_model(arguments.run, which=arguments.checkpoint, device=open_device(arguments))
+
+
+def open_corpus(arguments: argparse.Namespace, run: Any) -> Any:
+    """The `Corpus` of `add_corpus_options`."""
+    from ct_audio.runs.open_run import run_corpus
+
+    return run_corpus(run, arguments.corpus, allow_other=arguments.allow_other_corpus)
 
 
 def run_tool(main: Callable[[], int | None]) -> int:

@@ -13,6 +13,9 @@ from typing import Any
 
 from ct_audio.common.errors import UserError
 
+PROJECT = Path(__file__).resolve().parents[2]
+"""The copy of the project that this package is in, with tools/ and recipes/."""
+
 
 def write_file(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write beside, fsync, rename: what is at `path` is whole, whatever happens.

@@ -1,15 +1,24 @@
-"""Pictures of evaluations: a sweep over memory lengths, NLL by kind of code, bits a unit over time of a file."""
+"""Pictures of evaluations and of analyses of memory; none of them needs a model.
+
+Shape letters: N samples.
+"""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from ct_audio.common.figures import draw_spectrogram
 from ct_audio.evaluation.groups import Grouping
+from ct_audio.evaluation.memory_analysis import NUM_BUCKETS, PARTS
 
 _BEST, _TRAINED = "#d95f02", "#1b9e77"
+_COLORS: dict[str, str] = dict(zip(PARTS, ("#d95f02", "#7570b3", "#1b9e77"), strict=True))
+_LABELS: dict[str, str] = dict(zip(PARTS, ("compressed memory", "memory", "window"), strict=True))
 
 
 def sweep_figure(report: dict[str, Any]) -> Figure:
@@ -74,7 +83,7 @@ def score_figure(
     """Bits a unit over time, over the waveform and its spectrogram where the file is a recording.
 
     Args:
-        rows: of `score.bins_over_time`.
+        rows: of `over_time.bins_over_time`.
         waveform, sample_rate_hz: of a recording; None for a text.
     """
     mean = sum(row["nll_bits"] * row["num_units"] for row in rows) / sum(row["num_units"] for row in rows)
@@ -102,11 +111,151 @@ def _draw_recording(upper: Any, lower: Any, waveform: Float[np.ndarray, "N"], sa
     low, high = np.minimum.reduceat(waveform, starts), np.maximum.reduceat(waveform, starts)
     upper.fill_between(starts / sample_rate_hz, low, high, linewidth=0.4, color="C7")
     upper.set_ylabel("amplitude")
-    padded = np.pad(waveform, (0, max(0, 1024 - len(waveform))))
-    hop = max(256, 2 ** math.floor(math.log2(len(padded) / 2000 + 1)))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, 1024)[::hop]
-    power = np.abs(np.fft.rfft(frames * np.hanning(1024), axis=1)).T / 256
-    extent = (0.0, len(waveform) / sample_rate_hz, 0.0, sample_rate_hz / 2000)
-    decibels = 20 * np.log10(np.maximum(power, 1e-5))
-    lower.imshow(decibels, origin="lower", aspect="auto", extent=extent, vmin=-100, vmax=0)
-    lower.set_ylabel("kHz")
+    hop_length = max(256, 2 ** math.floor(math.log2(len(waveform) / 2000 + 1)))  # about as many columns
+    draw_spectrogram(lower, waveform, sample_rate_hz, hop_length=hop_length)
+
+
+def attention_figure(report: dict[str, Any]) -> Figure:
+    """Attention in each bucket, mean over all layers, with standard errors (the paper's Figure 2)."""
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
+    panel = figure.subplots()
+    _draw_buckets(panel, [row for row in report["attention"] if row["layer"] is None])
+    shares = {row["part"]: row["attention"] for row in report["attention_by_part"] if row["layer"] is None}
+    patches = [
+        Patch(color=_COLORS[part], label=f"{_LABELS[part]}: {shares[part]:.1%}") for part in PARTS if shares[part]
+    ]
+    panel.legend(handles=patches)
+    panel.set(ylabel="share of attention", xlabel="bucket: a sixth of each part, oldest rows first")
+    _memory_title(
+        figure, report, f"attention by distance, {report['num_windows_with_full_memory']:,} windows with full memory"
+    )
+    return figure
+
+
+def attention_by_layer_figure(report: dict[str, Any]) -> Figure:
+    """The same for each layer, in one scale that shows small shares (logarithmic)."""
+    layers = sorted({row["layer"] for row in report["attention"] if row["layer"] is not None})
+    columns = min(5, len(layers))
+    lines = math.ceil(len(layers) / columns)
+    figure = Figure(figsize=(max(8, 3.1 * columns), 1.2 + 2.3 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).ravel()
+    for panel in panels[len(layers) :]:
+        panel.set_visible(False)
+    for panel, layer in zip(panels, layers, strict=False):
+        _draw_buckets(panel, [row for row in report["attention"] if row["layer"] == layer], as_points=True)
+        shares = [
+            f"{row['attention']:.1%}"
+            for row in report["attention_by_part"]
+            if row["layer"] == layer and row["attention"] > 0
+        ]
+        panel.set_title(f"layer {layer} ({', '.join(shares)})", fontsize=9)
+        panel.set_yscale("log")
+    for panel in panels[::columns]:
+        panel.set_ylabel("share (log)")
+    _memory_title(figure, report, "attention by distance, by layer (compressed memory, memory, window)")
+    return figure
+
+
+def compression_figure(report: dict[str, Any]) -> Figure:
+    """Attention-reconstruction loss of each layer, and as a share of what is reconstructed (the paper's Figure 6)."""
+    rows = report["compression_loss"]
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    layers = [row["layer"] for row in rows]
+    left.bar(layers, [row["loss"] for row in rows], yerr=[row["standard_error"] for row in rows], capsize=3)
+    left.set(ylabel="attention-reconstruction loss")
+    right.bar(layers, [row["relative_loss"] for row in rows], color="C1")
+    right.set(ylabel="loss / mean square of the attention")
+    for panel in (left, right):
+        panel.set(xlabel="layer")
+        panel.set_xticks(layers)
+        panel.grid(alpha=0.3, axis="y")
+    _memory_title(figure, report, "loss of compression by layer")
+    return figure
+
+
+def context_figure(report: dict[str, Any]) -> Figure:
+    """Gain as memory grows, the further gain as compressed memory grows, and NLL by position in the window."""
+    rows = report["context"]
+    memory_only = [row for row in rows if not row["compressed_memory_length"]]
+    with_compressed = [row for row in rows if row["compressed_memory_length"]]
+    figure = Figure(figsize=(15 if with_compressed else 10.5, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3 if with_compressed else 2)
+    _draw_gain(panels[0], memory_only, "gain", "memory", report["sample_rate_hz"])
+    panels[0].set_ylabel("gain over the window alone (nats a code)")
+    chosen = {"window": rows[0], "memory": memory_only[-1]}
+    if with_compressed:
+        start = next(row for row in memory_only if row["memory_length"] == with_compressed[0]["memory_length"])
+        start = start | {"gain_over_memory_nats": 0.0, "gain_over_memory_standard_error": 0.0}
+        _draw_gain(
+            panels[1],
+            [start, *with_compressed],
+            "gain_over_memory",
+            "compressed_memory",
+            report["sample_rate_hz"],
+        )
+        panels[1].set_ylabel("further gain of compressed memory (nats a code)")
+        chosen |= {"memory": start, "compressed_memory": with_compressed[-1]}
+    labels = {"window": "window alone", "memory": "with memory", "compressed_memory": "with both memories"}
+    for part, row in chosen.items():
+        lengths = (row["memory_length"], row["compressed_memory_length"])
+        points = [p for p in report["position"] if (p["memory_length"], p["compressed_memory_length"]) == lengths]
+        panels[-1].plot(
+            [(point["first_code"] + point["last_code"]) / 2 for point in points],
+            [point["nll_nats"] for point in points],
+            marker=".",
+            linestyle="--" if part == "compressed_memory" else "-",  # it often lies on the curve of memory
+            color=_COLORS[part],
+            label=f"{labels[part]} ({lengths[0]} + {lengths[1]}): {row['nll_nats']:.3f}",
+        )
+    panels[-1].set(xlabel="position in the window (codes)", ylabel="NLL (nats a code)")
+    panels[-1].legend()
+    panels[-1].grid(alpha=0.3)
+    _memory_title(figure, report, "NLL by available context: one model, its memories made shorter")
+    return figure
+
+
+def _draw_gain(panel: Any, rows: list[dict[str, Any]], gain: str, part: str, rate: int | None) -> None:
+    panel.errorbar(
+        [row["temporal_range_codes"] for row in rows],
+        [row[f"{gain}_nats"] for row in rows],
+        yerr=[row[f"{gain}_standard_error"] or 0.0 for row in rows],
+        marker="o",
+        capsize=3,
+        color=_COLORS[part],
+    )
+    panel.set_xlabel(f"temporal range over all layers (codes), growing {_LABELS[part]}")
+    panel.grid(alpha=0.3)
+    if rate:
+        to_ms = 1000 / rate
+        upper = panel.secondary_xaxis("top", functions=(lambda x: x * to_ms, lambda x: x / to_ms))
+        upper.set_xlabel("milliseconds")
+
+
+MEMORY_FIGURES: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "attention": attention_figure,
+    "attention_by_layer": attention_by_layer_figure,
+    "compression_loss": compression_figure,
+    "context": context_figure,
+}
+
+
+def _draw_buckets(panel: Any, rows: list[dict[str, Any]], *, as_points: bool = False) -> None:
+    """Bars, or points for a logarithmic scale, which has no zero; a part that has no rows is left out."""
+    for part in PARTS:
+        here = [row for row in rows if row["part"] == part and row["attention"] > 0]
+        x, y = [row["bucket"] for row in here], [row["attention"] for row in here]
+        errors = [row["standard_error"] for row in here]
+        if as_points:
+            panel.errorbar(x, y, yerr=errors, color=_COLORS[part], marker="o", markersize=4, capsize=2)
+        else:
+            panel.bar(x, y, yerr=errors, color=_COLORS[part], ecolor="black", capsize=2)
+    panel.set_xlim(-0.6, len(PARTS) * NUM_BUCKETS - 0.4)
+    panel.set_xticks([NUM_BUCKETS * part - 0.5 for part in range(1, len(PARTS))], labels=[])
+    panel.grid(alpha=0.3, axis="y")
+    panel.set_axisbelow(True)
+
+
+def _memory_title(figure: Figure, report: dict[str, Any], what: str) -> None:
+    where = f"{report['name']}, step {report['step']}, {report['split']}, {report['num_codes']:,} codes"
+    figure.suptitle(f"{what}\n{where}", fontsize=10)

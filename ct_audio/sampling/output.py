@@ -7,13 +7,13 @@ Shape letters: N codes.
 
 import math
 import sys
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer
 
+from ct_audio.common.figures import spectrogram_figure, write_figure
 from ct_audio.common.files import write_file, write_json
 from ct_audio.data.audio_files import write_wav
 from ct_audio.sampling.audio_checks import find_faults, measure_sample
@@ -54,13 +54,6 @@ def write_samples(
     return all_faults
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as PNG, whole or not at all."""
-    picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_file(path, picture.getvalue())
-
-
 def _measure(
     samples: SampleSet, codes: Integer[np.ndarray, "N"], logs: Float[np.ndarray, "N"], decoded: Any
 ) -> tuple[dict[str, Any], list[str]]:
@@ -92,6 +85,4 @@ def _write_lane(
         write_wav(path, whole, sidecar["sample_rate_hz"])
     write_json(path.with_suffix(".json"), dict(sorted(sidecar.items())))
     if plots and not isinstance(whole, bytes):
-        from ct_audio.common.figures import spectrogram_figure  # TensorBoard takes seconds to load
-
-        save_figure(spectrogram_figure(whole, sidecar["sample_rate_hz"]), path.with_suffix(".png"))
+        write_figure(spectrogram_figure(whole, sidecar["sample_rate_hz"]), path.with_suffix(".png"), dpi=120)

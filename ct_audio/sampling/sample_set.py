@@ -37,7 +37,7 @@ _STREAM_EVERY_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be sampled; the arguments of `sample_codes` are explained there.
+    """What is to be sampled; the arguments of `Sampler` are explained there.
 
     Attributes:
         num_codes: of each lane.
@@ -55,6 +55,11 @@ class Request:
     prime: Integer[np.ndarray, "P"] | None = None
     prime_name: str | None = None
     include_prime: bool = False
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """What decides the codes beside model and prime: arguments of `Sampler` and keys of the sidecars."""
+        return {name: getattr(self, name) for name in ("num_lanes", "seed", "temperature", "top_k", "top_p")}
 
 
 class SampleStream:
@@ -105,16 +110,7 @@ class SampleSet:
         if request.prime is not None:
             prime = torch.from_numpy(request.prime.astype(np.int64)).to(device)
             self._prime = repeat(prime, "p -> b p", b=request.num_lanes)
-        self._sampler = Sampler(
-            run.model,
-            num_lanes=request.num_lanes,
-            seed=request.seed,
-            start_code=codec.start_code,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            prime=self._prime,
-        )
+        self._sampler = Sampler(run.model, start_code=codec.start_code, prime=self._prime, **request.drawing)
         self._codes: list[Tensor] = []  # each [B, T]
         self._log_probabilities: list[Tensor] = []
         self._num_saved = self.num_resumed = self.stopped_by = 0
@@ -154,7 +150,7 @@ class SampleSet:
         """Sample what is left and save it, in between too; a signal or the end of the stream's reader ends it early.
 
         Args:
-            signals: a list to which signals are appended (see `session.caught_signals`).
+            signals: a list to which signals are appended (see `caught_signals`).
             stream: gets lane 0 as it is sampled.
             save_every_seconds: wall time between two saves (longer where saving itself takes long).
             label: of the progress bar.
@@ -214,16 +210,17 @@ class SampleSet:
             "checkpoint": run.checkpoint_path.name,
             "step": run.step,
             "codec": self.codec.to_json(),
-            "seed": request.seed,
-            "num_lanes": request.num_lanes,
-            "temperature": request.temperature,
-            "top_k": request.top_k,
-            "top_p": request.top_p,
             "prime": request.prime_name,
             "prime_included": request.include_prime,
             "device": run.model.device.type,
             "version": _version(),
-        } | ({"sample_rate_hz": rate, "prime_seconds": prime_length / rate} if rate else {"prime_units": prime_length})
+            **request.drawing,
+            **(
+                {"sample_rate_hz": rate, "prime_seconds": prime_length / rate}
+                if rate
+                else {"prime_units": prime_length}
+            ),
+        }
 
     def _resume_settings(self) -> dict[str, Any]:
         """What must be the same for the sampling to go on bit for bit."""

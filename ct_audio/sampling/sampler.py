@@ -26,58 +26,25 @@ _CHECK_EVERY = 64  # codes between two looks for NaN; each look waits for the de
 _PIECE_LENGTH = 4096  # codes of a prime, or of a re-scored sample, that one forward takes at most
 
 
-def sample_codes(
-    model: SequenceModel,
-    *,
-    num_lanes: int,
-    num_codes: int,
-    seed: int,
-    start_code: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    prime: Int[Tensor, "B P"] | None = None,
-) -> Generator[tuple[Int[Tensor, "B"], Float[Tensor, "B"]], None, None]:
-    """Sample code by code; the cost of a code does not depend on how many came before.
+class Sampler:
+    """Samples code by code; the cost of a code does not depend on how many came before.
+
+    Its state can be taken out between two codes and put back: it goes on bit for bit.
 
     Args:
         num_lanes: samples made side by side (B).
-        num_codes: codes to sample in each lane.
         seed: at least 0.
         start_code: what precedes the stream (and the prime).
         temperature: divides the log-probabilities; 0 takes the most probable code.
         top_k: draw from this many most probable codes only, in [1, V].
         top_p: then, of these, from the fewest whose share of the probability reaches this, in (0, 1].
         prime: codes that come first, computed in parallel; the sample goes on after them.
-    Returns:
-        iterator of the codes [B] and of their log-probabilities [B] in nats, at temperature 1 before top-k and top-p.
-        The model is in evaluation mode until the iterator is exhausted or closed.
-    Raises:
-        UserError: an argument is out of its range, or the model says NaN (seen with a delay of up to 64 codes).
-    Source: top-p is nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
-    """
-    return Sampler(
-        model,
-        num_lanes=num_lanes,
-        seed=seed,
-        start_code=start_code,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        prime=prime,
-    ).run(num_codes)
-
-
-class Sampler:
-    """`sample_codes` with a state that can be taken out between two codes and put back: it goes on bit for bit.
-
-    Args:
-        as of `sample_codes`.
     Attributes:
         num_lanes: samples made side by side (B).
         num_codes: codes sampled so far in each lane.
     Raises:
         UserError: an argument is out of its range.
+    Source: top-p is nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
     """
 
     def __init__(
@@ -113,7 +80,14 @@ class Sampler:
         self.num_lanes, self.num_codes = num_lanes, 0
 
     def run(self, num_codes: int) -> Generator[tuple[Int[Tensor, "B"], Float[Tensor, "B"]], None, None]:
-        """Sample so many more codes; the iterator is `sample_codes`'s."""
+        """Sample so many more codes.
+
+        Returns:
+            iterator of the codes [B] and of their log-probabilities [B] in nats, at temperature 1 before top-k and
+            top-p. The model is in evaluation mode until the iterator is exhausted or closed.
+        Raises:
+            UserError: the model says NaN (seen with a delay of up to 64 codes).
+        """
         if num_codes < 0:
             raise UserError(f"expected no negative number of codes, got {num_codes}")
         return self._run(self.num_codes + num_codes)
@@ -171,8 +145,8 @@ def verify_steps(
     """Score sampled codes again, with forward passes over many codes at once in place of steps.
 
     Args:
-        codes, log_probabilities: what `sample_codes` gave, in the order of time.
-        start_code, prime: what it was given.
+        codes, log_probabilities: what `Sampler.run` gave, in the order of time.
+        start_code, prime: what the sampler was given.
     Returns:
         largest absolute difference of a code's two log-probabilities in nats; NaN where either is NaN.
     """
@@ -199,7 +173,7 @@ def estimate_code_seconds(
         max_codes: at least 1; codes of the throw-away sample at most, not counting two to warm up.
         budget_seconds: it is broken off after this time.
     """
-    iterator = sample_codes(model, num_lanes=num_lanes, num_codes=max_codes + 2, seed=0, start_code=start_code)
+    iterator = Sampler(model, num_lanes=num_lanes, seed=0, start_code=start_code).run(max_codes + 2)
     for codes, _ in islice(iterator, 2):  # first calls are slower
         codes.tolist()
     began, count = time.perf_counter(), 0
@@ -235,7 +209,7 @@ def draw_codes(
     Args:
         log_probabilities: in nats.
         uniforms: a number in [0, 1) for each lane.
-        temperature, top_k, top_p: as in `sample_codes`.
+        temperature, top_k, top_p: as in `Sampler`.
     """
     if temperature == 0:
         return log_probabilities.argmax(dim=-1)

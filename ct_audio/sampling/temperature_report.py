@@ -20,13 +20,14 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import write_file, write_json
+from ct_audio.common.figures import write_figure
+from ct_audio.common.files import number_in_name, write_file, write_json
+from ct_audio.common.text import markdown_table
 from ct_audio.data.acoustics import find_pitch, frechet_distance, level_dbfs, log_mel_frames, mel_frame_length
 from ct_audio.data.codecs import Codec
 from ct_audio.data.corpus import Corpus
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.runs.open_run import LoadedRun
-from ct_audio.sampling.output import save_figure
 from ct_audio.sampling.sample_set import SampleSet
 
 MAX_REFERENCE_SECONDS = 600.0
@@ -133,7 +134,7 @@ def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> list
     noise = white_noise([len(codes) for codes in recordings], level_dbfs(np.concatenate(recordings)))
     noise_codes = [codec.encode(waveform) for waveform in noise]
     jobs: list[tuple[str, float | None, list[np.ndarray], list[np.ndarray] | SampleSet]] = [
-        (f"{one.request.temperature:g}", one.request.temperature, one.decoded(), one) for one in sets
+        (number_in_name(one.request.temperature), one.request.temperature, one.decoded(), one) for one in sets
     ]
     jobs += [("validation", None, recordings, reference.stretches)]
     jobs += [("white noise", None, [codec.decode(codes) for codes in noise_codes], noise_codes)]
@@ -151,7 +152,7 @@ def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> list
     write_json(directory / "temperatures.json", about | {"rows": rows})
     table = markdown_report(about, rows)
     write_file(directory / "temperatures.md", table.encode())
-    save_figure(draw_report(rows, [job[2][0] for job in jobs], rate), directory / "temperatures.png")
+    write_figure(draw_report(rows, [job[2][0] for job in jobs], rate), directory / "temperatures.png", dpi=120)
     print(table, end="")
     return rows
 
@@ -170,12 +171,11 @@ def nll_of(run: LoadedRun, codec: Codec, stretches: list[Integer[np.ndarray, "N"
 
 def markdown_report(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The table, and below it how to read it."""
-    lines = ["temperature", *(title for title, _ in _MEASURES.values())], ["---"] * (1 + len(_MEASURES))
+    header = ["temperature", *(title for title, _ in _MEASURES.values())]
     cells = [[row["row"], *(_cell(row[key], decimals) for key, (_, decimals) in _MEASURES.items())] for row in rows]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in (*lines, *cells))
     samples = f"{about['num_lanes']} samples of {rows[0]['seconds'] / about['num_lanes']:g} s a temperature"
     return (
-        f"# {about['name']} by temperature\n\n{table}\n"
+        f"# {about['name']} by temperature\n\n{markdown_table([header, *cells])}\n\n"
         f"{samples}, seed {about['seed']}, checkpoint {about['checkpoint']}. NLL is under the model at temperature 1, "
         "each sample or stretch a stream of its own. Pitch by probabilistic YIN, 5% and 95% of the voiced frames. The "
         f"Frechet distance is between log-mel frames of the row and of {about['reference_seconds']:.1f} s of the "
@@ -193,13 +193,10 @@ def draw_report(rows: list[dict[str, Any]], waveforms: list[Float[np.ndarray, "N
     """The numbers over temperature, lines for recordings and noise; below, a log-mel spectrogram of each row."""
     figure = Figure(figsize=(max(12.0, 2.1 * len(rows)), 6.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
-    _draw_measures(above, sorted((row for row in rows if row["temperature"] is not None), key=_temperature), rows[-2:])
+    of_samples = sorted((row for row in rows if row["temperature"] is not None), key=lambda row: row["temperature"])
+    _draw_measures(above, of_samples, rows[-2:])
     _draw_spectrograms(below, rows, waveforms, sample_rate_hz)
     return figure
-
-
-def _temperature(row: dict[str, Any]) -> float:
-    return row["temperature"]
 
 
 def _draw_measures(figure: Any, rows: list[dict[str, Any]], references: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from ct_audio.models.state import detach_memory
 from ct_audio.runs.checkpoint_files import find_checkpoint
 from ct_audio.runs.config import RunConfig
 from ct_audio.runs.metrics import memory_use_mib
-from ct_audio.sampling.sampler import sample_codes
+from ct_audio.sampling.sampler import Sampler
 from ct_audio.training.checkpoint import save_checkpoint
 from ct_audio.training.parallel import all_gather, all_reduce_sum, distributed_world, no_synchronisation, on_first_rank
 from ct_audio.training.schedules import completes_update, learning_rate, set_learning_rate, update_steps
@@ -304,9 +304,8 @@ def _sample(session: Session) -> None:
 def _sample_alone(session: Session, rate: int) -> None:
     progress, codec, settings = session.progress, session.corpus.codec, session.config.train
     num_codes, codes = max(1, round(settings.sample_seconds * rate)), []
-    steps = sample_codes(
-        session.model, num_lanes=1, num_codes=num_codes, seed=settings.seed, start_code=codec.start_code
-    )
+    sampler = Sampler(session.model, num_lanes=1, seed=settings.seed, start_code=codec.start_code)
+    steps = sampler.run(num_codes)
     for code, _ in tqdm(steps, total=num_codes, desc="sample", unit="code", leave=False, disable=None):
         codes.append(int(code))
         if session.signals:

@@ -15,6 +15,12 @@ from ct_audio.common.text import printable
 from ct_audio.data.audio_files import AUDIO_SUFFIXES
 from ct_audio.preparation.recordings import Recording, split_by_hash
 
+USELESS_WITH = {
+    "--group": ("--group-regex",),
+    "--valid-percent": ("--valid-list", "--test-list"),
+    "--test-percent": ("--valid-list", "--test-list"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that stand after -- on the command line."""
