@@ -126,7 +126,7 @@ def test_input_rows_are_projected_rows_of_their_bands() -> None:
 def test_fresh_input_rows_have_unit_variance_in_every_band() -> None:
     embedding = AdaptiveInput(400, 64, [100, 200], 4)
     for band in range(2):
-        rows, _ = embedding(torch.arange(100 * band, 100 * band + 100)[None], ())
+        rows, _, _ = embedding(torch.arange(100 * band, 100 * band + 100)[None], ())
         assert rows.var().item() == pytest.approx(1.0, rel=0.25)
 
 

@@ -49,8 +49,8 @@ def test_layers_share_one_mask(*, narrow: bool, with_documents: bool) -> None:
 def test_embeddings_are_as_wide_as_their_tables_in_narrow_arithmetic(name: str) -> None:
     """What all layers add to stays float32; with adaptive bands too."""
     model = tiny_model(name)
-    rows, _ = model.get_submodule("front_end")(random_codes(16), ())
+    rows, _, _ = model.get_submodule("front_end")(random_codes(16), ())
     with bfloat16():
-        in_narrow, _ = model.get_submodule("front_end")(random_codes(16), ())
+        in_narrow, _, _ = model.get_submodule("front_end")(random_codes(16), ())
     assert in_narrow.dtype == torch.float32
     assert torch.equal(in_narrow, rows)

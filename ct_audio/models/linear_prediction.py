@@ -41,7 +41,8 @@ class Config:
         order: samples that a prediction is made from.
         adaptation: how the weights follow the signal: "recursive_least_squares", or "autocorrelation", which is stable
             whatever the signal; "none": they are fitted once.
-        prediction_window_length, prediction_hop_length: of the autocorrelation method, in samples (see `AutocorrelationSettings`).
+        prediction_window_length, prediction_hop_length: of the autocorrelation method, in samples (see
+            `AutocorrelationSettings`).
         forgetting: weight of an error in least squares against that of the next sample's, in (0, 1).
         regularisation: least squares as if white noise of this power were added to the past samples, above 0.
         scale_decay: of the exponential average of the residuals' size, in [0, 1]; 1: the scale is fixed (that of all
