@@ -16,7 +16,11 @@ from ct_audio.models.compressive.paper import PaperStack, part
 from ct_audio.models.layers import shared_linear
 from ct_audio.models.state import detach_memory
 
-TRANSFORMERS = [name for name, config in TINY_MODELS.items() if config["name"] == "compressive_transformer"]
+TRANSFORMERS = [  # the other front ends and heads have tests of their own
+    name
+    for name, config in TINY_MODELS.items()
+    if config["name"] == "compressive_transformer" and "front_end" not in config
+]
 COMPRESSIVE = [name for name in TRANSFORMERS if name != "transformer_xl"]
 
 

@@ -98,7 +98,7 @@ def test_the_tool_writes_a_table_and_a_picture_for_each_file(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("x$1$.wav: ")
-    assert "bits a sample, 1,000 samples (0.0 s)" in lines[0]
+    assert "bits per sample, 1,000 samples (0.0 s)" in lines[0]
     out = run_dir / "scores"
     assert {file.name for file in out.iterdir()} == {
         f"x$1${k}.{end}" for k in ("", "_2") for end in ("csv", "png", "json")
@@ -121,7 +121,7 @@ def test_the_tool_scores_texts_and_says_what_is_wrong(
     file.write_text("a" * 250)
     empty.write_text("")
     assert score(run_dir, file, "--out", tmp_path / "out") == 0
-    assert "8.0000 bits a byte, 250 bytes" in capsys.readouterr().out
+    assert "8.0000 bits per byte, 250 bytes" in capsys.readouterr().out
     assert len((tmp_path / "out" / "some.csv").read_text().splitlines()) == 1 + 3
     for arguments, message in (
         ([empty], "is empty"),

@@ -262,7 +262,7 @@ def results(table: Path) -> list[str]:
     """Lines with the NLL of every run, best first; the whole table has a column for everything else."""
     with table.open(encoding="utf-8", newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: float(row[f"{SPLITS[-1]} (nats)"]))
-    lines = [f"{'NLL in nats a sample, less is better':40}" + "".join(f"{split:>8}" for split in SPLITS)]
+    lines = [f"{'NLL in nats per sample, less is better':40}" + "".join(f"{split:>8}" for split in SPLITS)]
     for row in rows:
         lines.append(f"  {row['run']:38}" + "".join(f"{float(row[f'{split} (nats)']):8.4f}" for split in SPLITS))
     return lines

@@ -14,8 +14,8 @@ AUDIO_BIN_SECONDS = 0.1
 def main() -> int:
     """Parse, score each file, write, print, and return the exit status."""
     parser = build_parser(
-        "Score recordings or texts with a trained model: bits a unit over time. Each file is a stream of its own, from "
-        "its first code on. Writes NAME.csv, NAME.png and NAME.json for each FILE."
+        "Score recordings or texts with a trained model: bits per unit over time. Each file is a stream of its own, "
+        "from its first code on. Writes NAME.csv, NAME.png and NAME.json for each FILE."
     )
     add_run_options(parser)
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a recording of any format, or a text")

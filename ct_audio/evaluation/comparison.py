@@ -31,7 +31,7 @@ _OF_THE_MODEL = {"memory_length", "compressed_memory_length", "chunk_length", "c
 
 
 class Difference(NamedTuple):
-    """Mean NLL of a run less that of the first, nats a code; the interval is None for fewer than MIN_BLOCKS blocks."""
+    """Mean NLL of a run less that of the first (nats per code); no interval for fewer than MIN_BLOCKS blocks."""
 
     nats: float
     low: float | None

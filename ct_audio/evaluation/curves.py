@@ -24,7 +24,7 @@ class Curves:
     """What a run has logged.
 
     Attributes:
-        nll: by axis and "train" or "valid" the points (step or seconds, nats a code); none over audio seen for text.
+        nll: by axis and "train" or "valid" the points (step or seconds, nats per code); none over audio seen for text.
         throughput: codes a second in training, one value a log.
     """
 
@@ -77,9 +77,9 @@ def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | froze
             _draw_run(panel, curves.nll[axis], divisor, index=index, label=label, is_level=label in levels)
         panel.set(xlabel=axis + unit, xlim=(0, None), ylim=nll_range(runs))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("NLL (nats a code)")
+    panels[0].set_ylabel("NLL (nats per code)")
     bits = panels[-1].secondary_yaxis("right", functions=(lambda y: y / math.log(2), lambda y: y * math.log(2)))
-    bits.set_ylabel("bits a code")
+    bits.set_ylabel("bits per code")
     title = "Validation NLL, marked, with its last value; faint: training, smoothed; dashed: nothing to train"
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, title=title, loc="outside upper center", ncols=2, frameon=False)

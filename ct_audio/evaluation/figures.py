@@ -42,7 +42,7 @@ def sweep_figure(report: dict[str, Any]) -> Figure:
             label = f"{flag.replace('_', ' ').removeprefix('is ')}: {row['nll_nats']:.4f} nats"
             style = {"markersize": size, "markerfacecolor": "none", "markeredgewidth": 1.8, "linestyle": "none"}
             panel.plot(row[along], row["nll_nats"], marker="o", color=color, label=label, **style)
-    panel.set(xlabel=f"{along.replace('_', ' ')} (rows)", ylabel=f"NLL on {report['split']} (nats a code)")
+    panel.set(xlabel=f"{along.replace('_', ' ')} (rows)", ylabel=f"NLL on {report['split']} (nats per code)")
     panel.set_xticks(sorted({row[along] for row in rows}))
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
@@ -53,7 +53,7 @@ def sweep_figure(report: dict[str, Any]) -> Figure:
 
 
 def groups_figure(tables: list[tuple[Grouping, list[dict[str, Any]]]], title: str) -> Figure:
-    """Bits a code of each group, a panel for each grouping; dashed: all codes; under the label the group's share."""
+    """Bits per code of each group, a panel for each grouping; dashed: all codes; under the label the group's share."""
     figure = Figure(figsize=(8, 0.8 + 2.7 * len(tables)), layout="constrained")
     for panel, (grouping, rows) in zip(figure.subplots(len(tables), 1, squeeze=False)[:, 0], tables, strict=True):
         *groups, everything = rows
@@ -66,7 +66,7 @@ def groups_figure(tables: list[tuple[Grouping, list[dict[str, Any]]]], title: st
         if everything["nll_bits"] is not None:
             panel.axhline(everything["nll_bits"], color="black", linestyle="--", linewidth=1)
         panel.margins(y=0.15)
-        panel.set_ylabel("bits a code")
+        panel.set_ylabel("bits per code")
         panel.set_title(grouping.title, fontsize=10)
     figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
@@ -80,7 +80,7 @@ def score_figure(
     waveform: Float[np.ndarray, "N"] | None = None,
     sample_rate_hz: int | None = None,
 ) -> Figure:
-    """Bits a unit over time, over the waveform and its spectrogram where the file is a recording.
+    """Bits per unit over time, over the waveform and its spectrogram where the file is a recording.
 
     Args:
         rows: of `over_time.bins_over_time`.
@@ -95,7 +95,7 @@ def score_figure(
     edges.append((rows[-1]["start"] + rows[-1]["num_units"]) / scale)
     panels[0].stairs([row["nll_bits"] for row in rows], edges, color="C0", linewidth=1.2)
     panels[0].axhline(mean, color="black", linestyle="--", linewidth=1, label=f"mean {mean:.3f}")
-    panels[0].set(ylabel=f"bits a {unit}", xlim=(edges[0], edges[-1]))
+    panels[0].set(ylabel=f"bits per {unit}", xlim=(edges[0], edges[-1]))
     panels[0].legend(loc="upper right", fontsize=8)
     panels[0].grid(alpha=0.3)
     if waveform is not None and sample_rate_hz is not None:
@@ -182,7 +182,7 @@ def context_figure(report: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(15 if with_compressed else 10.5, 4.4), layout="constrained")
     panels = figure.subplots(1, 3 if with_compressed else 2)
     _draw_gain(panels[0], memory_only, "gain", "memory", report["sample_rate_hz"])
-    panels[0].set_ylabel("gain over the window alone (nats a code)")
+    panels[0].set_ylabel("gain over the window alone (nats per code)")
     chosen = {"window": rows[0], "memory": memory_only[-1]}
     if with_compressed:
         start = next(row for row in memory_only if row["memory_length"] == with_compressed[0]["memory_length"])
@@ -194,7 +194,7 @@ def context_figure(report: dict[str, Any]) -> Figure:
             "compressed_memory",
             report["sample_rate_hz"],
         )
-        panels[1].set_ylabel("further gain of compressed memory (nats a code)")
+        panels[1].set_ylabel("further gain of compressed memory (nats per code)")
         chosen |= {"memory": start, "compressed_memory": with_compressed[-1]}
     labels = {"window": "window alone", "memory": "with memory", "compressed_memory": "with both memories"}
     for part, row in chosen.items():
@@ -208,7 +208,7 @@ def context_figure(report: dict[str, Any]) -> Figure:
             color=_COLORS[part],
             label=f"{labels[part]} ({lengths[0]} + {lengths[1]}): {row['nll_nats']:.3f}",
         )
-    panels[-1].set(xlabel="position in the window (codes)", ylabel="NLL (nats a code)")
+    panels[-1].set(xlabel="position in the window (codes)", ylabel="NLL (nats per code)")
     panels[-1].legend()
     panels[-1].grid(alpha=0.3)
     _memory_title(figure, report, "NLL by available context: one model, its memories made shorter")

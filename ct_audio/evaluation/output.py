@@ -20,7 +20,7 @@ def write_groups(groupings: list[Grouping], tables: dict[str, Any], report: dict
         report: of `evaluate_run`.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{report['name']}, step {report['step']}, {report['split']}: {report['nll_bits']:.3f} bits a code"
+    title = f"{report['name']}, step {report['step']}, {report['split']}: {report['nll_bits']:.3f} bits per code"
     for name, rows in tables.items():
         write_csv(_file(place, f"-{name}.csv"), rows)
     write_json(_file(place, ".json"), report | {"groups": tables})
@@ -63,7 +63,7 @@ def write_score(
     }
     figure = score_figure(
         rows,
-        title=f"{file_name} under {run.config.name}, step {run.step}: {evaluation.nll_bits:.3f} bits a {codec.unit}",
+        title=f"{file_name} under {run.config.name}, step {run.step}: {evaluation.nll_bits:.3f} bits per {codec.unit}",
         unit=codec.unit,
         waveform=codec.decode(score.codes) if rate else None,
         sample_rate_hz=rate,
@@ -78,11 +78,11 @@ def evaluation_text(report: dict[str, Any]) -> str:
     """Lines that say what `evaluate_run` found; with "groups", tables by kind of code."""
     audio = "" if report["seconds"] is None else f" ({report['seconds']:.1f} s of audio)"
     protocol = ", ".join(f"{key} {value}" for key, value in report["protocol"].items())
-    names = {"perplexity": "perplexity", "perplexity_a_word": "perplexity a word", "nll_bits_a_byte": "bits a byte"}
+    names = {"perplexity": "perplexity", "perplexity_a_word": "perplexity per word", "nll_bits_a_byte": "bits per byte"}
     text = "".join(f", {label} {report[key]:.4g}" for key, label in names.items() if report.get(key) is not None)
     lines = [
         f"{report['name']}: {report['model']}, {report['num_parameters']:,} parameters, step {report['step']}",
-        f"nll of {report['split']}: {report['nll_nats']:.4f} nats, {report['nll_bits']:.4f} bits a code{text}",
+        f"nll of {report['split']}: {report['nll_nats']:.4f} nats, {report['nll_bits']:.4f} bits per code{text}",
         f"{report['num_units']:,} codes{audio} in {report['wall_seconds']:.1f} s: {report['units_per_second']:.0f}/s",
         f"protocol: {protocol}",
     ]
@@ -102,7 +102,7 @@ def sweep_text(report: dict[str, Any]) -> str:
         lengths = f"{row['memory_length']:8d} {row['compressed_memory_length']:10d} {row['temporal_range']:9,d}"
         lines.append(f"{lengths} {row['nll_nats']:8.4f} {row['nll_bits']:8.4f}{marks}")
     if test := report["test"]:
-        lines.append(f"{test['split']} at the best: {test['nll_nats']:.4f} nats, {test['nll_bits']:.4f} bits a code")
+        lines.append(f"{test['split']} at the best: {test['nll_nats']:.4f} nats, {test['nll_bits']:.4f} bits per code")
     return "\n".join(lines)
 
 
@@ -114,7 +114,7 @@ def score_line(report: dict[str, Any]) -> str:
     where = (
         f"{highest['start_seconds']:.1f} s" if "start_seconds" in highest else f"{report['unit']} {highest['start']}"
     )
-    mean = f"{report['nll_bits']:.4f} bits a {report['unit']}"
+    mean = f"{report['nll_bits']:.4f} bits per {report['unit']}"
     return f"{report['file']}: {mean}, {extent}; highest {highest['nll_bits']:.2f} at {where}; {report['written']}"
 
 

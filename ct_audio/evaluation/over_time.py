@@ -1,4 +1,4 @@
-"""Bits a unit over time of any recording or text, under any run's model.
+"""Bits per unit over time of any recording or text, under any run's model.
 
 Shape letters: N codes, K bins.
 """

@@ -173,7 +173,7 @@ def evaluate_run(
 def _text_measures(evaluation: Evaluation, split: Split, unit: str) -> dict[str, Any]:
     """Perplexity of words; of other text that was scored as a whole also what it is a word and a byte, by exact counts.
 
-    Words have no bits a byte: the bytes of what has become `<unk>` are in the text, but not in the NLL.
+    Words have no bits per byte: the bytes of what has become `<unk>` are in the text, but not in the NLL.
     """
     measures: dict[str, Any] = {"perplexity": perplexity(evaluation.nll_nats)} if unit == "word" else {}
     if evaluation.num_units == split.num_codes and unit != "word" and split.num_words:

@@ -1,7 +1,7 @@
 """The paper's ablation of compression functions and losses (its Table 5), at any scale, on speech or text.
 
 Each row is trained at each compression rate with each seed by tools/train.py, in parallel and resumable; a row's result
-is that of its best rate, as in the paper. Published numbers: Rae et al. 2019, Table 5 (enwik8, bits a character).
+is that of its best rate, as in the paper. Published numbers: Rae et al. 2019, Table 5 (enwik8, bits per character).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
     Attributes:
         function, loss: as in the configuration.
-        paper_bits: published bits a character; None beyond the paper.
+        paper_bits: published bits per character; None beyond the paper.
     """
 
     function: str
@@ -168,7 +168,7 @@ def train_all(commands: dict[str, list[str]], out: Path, num_processes: int) -> 
 
 
 def result_of(trial: Trial, out: Path, base: RunConfig) -> float | None:
-    """Bits a unit of validation at the end of a trial (see `scored_codes`); None where it has not ended."""
+    """Bits per unit of validation at the end of a trial (see `scored_codes`); None where it has not ended."""
     key = "nll/valid_full_bits" if base.train.validate_whole_split else "nll/valid_bits"
     lines = read_metrics(out / "runs" / trial.name)
     found = [line[key] for line in lines if key in line and line["step"] == base.train.num_steps]
@@ -236,7 +236,7 @@ def write_report(results: dict[Trial, float], out: Path, base: RunConfig) -> str
         ]
         rows.append([show(value) for value in (*line.values(), *(fmean(bits) if bits else None for bits in by_rate))])
     text = [
-        f"{base.data.corpus}, {scored_codes(base)}, bits a unit; "
+        f"{base.data.corpus}, {scored_codes(base)}, bits per unit; "
         f"{base.train.num_steps} steps of {base.data.num_lanes} x "
         f"{base.data.chunk_length} codes; window {base.model.window_length}, memory {base.model.memory_length}, "
         f"compressed memory {base.model.compressed_memory_length}.",
@@ -256,11 +256,11 @@ def ablation_figure(lines: list[dict[str, Any]]) -> Figure:
     names = [line["row"] for line in lines]
     errors = [0 if math.isnan(line["standard error"]) else line["standard error"] for line in lines]
     panels[0].errorbar([line["bits"] for line in lines], names, xerr=errors, fmt="o", capsize=4)
-    panels[0].set_xlabel("bits a unit, this run (mean, standard error)")
+    panels[0].set_xlabel("bits per unit, this run (mean, standard error)")
     published = [(line["paper (bits)"], line["row"]) for line in lines if line["paper (bits)"] is not None]
     if published:
         panels[1].plot(*zip(*published, strict=True), "s", color="C1")
-    panels[1].set_xlabel("bits a character, Rae et al. 2019, Table 5")
+    panels[1].set_xlabel("bits per character, Rae et al. 2019, Table 5")
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.ticklabel_format(axis="x", useOffset=False)

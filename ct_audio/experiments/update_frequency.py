@@ -152,7 +152,7 @@ def summary(curves: dict[str, dict[str, Curve]], begin: int, end: int) -> tuple[
             }
         )
     cells = [[value if isinstance(value, str) else f"{value:.4f}" for value in row.values()] for row in rows]
-    about = f"Branches from step {begin} to {end}; nats a code, training NLL on the same codes.\n"
+    about = f"Branches from step {begin} to {end}; nats per code, training NLL on the same codes.\n"
     return f"{about}\n{markdown_table([list(rows[0]), *cells])}", rows
 
 
@@ -194,9 +194,9 @@ def draw(curves: dict[str, dict[str, Curve]], base: dict[str, Curve], title: str
         relative.plot(*zip(*running_mean(gap, length), strict=True), **look)
         if curve["valid"]:
             validation.plot(*zip(*base["valid"][-1:], *curve["valid"], strict=True), marker="o", **look)
-    absolute.set_ylabel("training NLL (nats a code)" + (f", means of {length} logs" if length > 1 else ""))
-    relative.set_ylabel("training NLL less that of the kept rate (nats a code)")
-    validation.set_ylabel("validation NLL (nats a code)")
+    absolute.set_ylabel("training NLL (nats per code)" + (f", means of {length} logs" if length > 1 else ""))
+    relative.set_ylabel("training NLL less that of the kept rate (nats per code)")
+    validation.set_ylabel("validation NLL (nats per code)")
     for panel in (absolute, relative, validation):
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)

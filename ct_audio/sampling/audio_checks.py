@@ -96,10 +96,10 @@ def find_faults(measures: dict[str, Any], *, vocab_size: int, valid_nll_nats: fl
     if seconds >= STUCK_RUN_SECONDS and abs(dc) > RUNAWAY_DC:
         faults.append(f"runaway: mean {dc:.2f} instead of about 0")
     if measures["nll_nats"] > RUNAWAY_NLL_SHARE * math.log(vocab_size):
-        faults.append(f"runaway: {measures['nll_nats']:.2f} nats a sample, even odds are {math.log(vocab_size):.2f}")
+        faults.append(f"runaway: {measures['nll_nats']:.2f} nats per sample, even odds are {math.log(vocab_size):.2f}")
     elif valid_nll_nats is not None and seconds >= DRIFT_SECONDS and measures["nll_nats"] > valid_nll_nats + DRIFT_NATS:
         faults.append(
-            f"runaway: {measures['nll_nats']:.2f} nats a sample, recordings have {valid_nll_nats:.2f} under this "
+            f"runaway: {measures['nll_nats']:.2f} nats per sample, recordings have {valid_nll_nats:.2f} under this "
             "model: it has drifted into noise; lower --temperature, or train longer"
         )
     return faults

@@ -45,7 +45,7 @@ def write_samples(
         if directory is not None:
             path = directory / f"sample_{lane}.{'txt' if isinstance(decoded, bytes) else 'wav'}"
             _write_lane(path, samples, codes, sidecar, plots=plots)
-        print(f"{path}: {measures['nll_nats']:.4f} nats a {unit}, {_in_short(measures)}")
+        print(f"{path}: {measures['nll_nats']:.4f} nats per {unit}, {_in_short(measures)}")
         for fault in faults:
             print(f"warning: {path}: {fault}", file=sys.stderr)
         all_faults.append(faults)

@@ -69,7 +69,7 @@ def find_text_faults(measures: dict[str, Any], *, vocab_size: int) -> list[str]:
     if measures["undecodable_share"] > UNDECODABLE_SHARE:
         faults.append(f"undecodable: {measures['undecodable_share']:.1%} of the bytes are no UTF-8")
     if measures["nll_nats"] > RUNAWAY_NLL_SHARE * math.log(vocab_size):
-        faults.append(f"runaway: {measures['nll_nats']:.2f} nats a unit, even odds are {math.log(vocab_size):.2f}")
+        faults.append(f"runaway: {measures['nll_nats']:.2f} nats per unit, even odds are {math.log(vocab_size):.2f}")
     return faults
 
 

@@ -266,7 +266,7 @@ def _validate_whole_split(session: Session) -> int:
         return 128 + on_first_rank(lambda: session.signals[0])
     _write_scalars(session, {"nll/valid_full_nats": nll_nats, "nll/valid_full_bits": nats_to_bits(nll_nats)})
     session.metrics.flush()
-    say(session, f"whole validation split: {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits a code")
+    say(session, f"whole validation split: {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits per code")
     return 0
 
 
