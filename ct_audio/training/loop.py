@@ -33,7 +33,14 @@ from ct_audio.runs.config import RunConfig
 from ct_audio.runs.metrics import memory_use_mib
 from ct_audio.sampling.sampler import Sampler
 from ct_audio.training.checkpoint import save_checkpoint
-from ct_audio.training.parallel import all_gather, all_reduce_sum, distributed_world, no_synchronisation, on_first_rank
+from ct_audio.training.parallel import (
+    World,
+    all_gather,
+    all_reduce_sum,
+    distributed_world,
+    no_synchronisation,
+    on_first_rank,
+)
 from ct_audio.training.schedules import completes_update, learning_rate, set_learning_rate, update_steps
 from ct_audio.training.session import Session, enter_run, say, set_up
 
@@ -53,17 +60,21 @@ def train(config: RunConfig) -> int:
         NonFiniteLossError: the loss is NaN or infinite.
     """
     with distributed_world() as world, contextlib.ExitStack() as stack:
-        if on_first_rank(lambda: enter_run(stack, config)):
-            if world.is_first:
-                print(f"{config.run_dir} is finished: {config.train.num_steps} steps; nothing to do", flush=True)
-            return 0
-        session = set_up(config, world, stack.enter_context(caught_signals()))
-        stack.callback(session.metrics.close)
-        if session.optimizer is None:
-            return _without_steps(session) or _validate_whole_split(session)
-        if not session.resumed and config.train.checkpoint_every_steps:
-            _save(session, is_best=False)  # so that from here on there is always one to go on from
-        return _loop(session) or _validate_whole_split(session)
+        return _train(config, world, stack)
+
+
+def _train(config: RunConfig, world: World, stack: contextlib.ExitStack) -> int:
+    if on_first_rank(lambda: enter_run(stack, config)):
+        if world.is_first:
+            print(f"{config.run_dir} is finished: {config.train.num_steps} steps; nothing to do", flush=True)
+        return 0
+    session = set_up(config, world, stack.enter_context(caught_signals()))
+    stack.callback(session.metrics.close)
+    if session.optimizer is None:
+        return _without_steps(session) or _validate_whole_split(session)
+    if not session.resumed and config.train.checkpoint_every_steps:
+        _save(session, is_best=False)  # so that from here on there is always one to go on from
+    return _loop(session) or _validate_whole_split(session)
 
 
 def _loop(session: Session) -> int:

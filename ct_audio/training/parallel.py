@@ -6,6 +6,7 @@ gloo on the CPU, and may wait for hours; gradients on CUDA devices over NCCL, wi
 
 import contextlib
 import datetime
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -57,6 +58,7 @@ def distributed_world() -> Iterator[World]:
     try:
         yield world
     finally:
+        gc.collect()  # data parallelism holds the group in a cycle; the group's threads must end before the interpreter
         dist.destroy_process_group()
 
 
