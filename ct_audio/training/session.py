@@ -90,7 +90,8 @@ class Progress:
 class Session:
     """What one call of the training command works with; signals that come and losses that are NaN are noted here.
 
-    `optimizer` is None for a model without parameters.
+    `optimizer` is None for a model without parameters; `last_has_held` says that a step from the last checkpoint has
+    been finite.
     """
 
     config: RunConfig
@@ -108,6 +109,7 @@ class Session:
     began: float
     resumed: bool
     failures: list[str] = field(default_factory=list)
+    last_has_held: bool = False
 
     @property
     def codes_per_step(self) -> int:
