@@ -240,6 +240,36 @@ def test_other_codes_in_the_same_place(run_of_six_steps: Path):
         (run_of_six_steps / "before").rename(run_of_six_steps / "corpus")
 
 
+def test_the_same_corpus_in_another_place_or_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What decides is the fingerprint, not the path."""
+    first = tiny_run(tmp_path, train__num_steps=2, **QUIET)
+    assert train(first) == 0
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    config = tiny_run(tmp_path, train__num_steps=3, data__corpus=str(tmp_path / "corpus" / "gone"), **QUIET)
+    with pytest.raises(UserError, match=r"is not there .* add data\.corpus=DIR to the command"):
+        train(config)
+    for num_steps, place in enumerate([str(tmp_path / "moved"), "moved", "./moved", "x/../moved/"], start=3):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path)
+        assert train(tiny_run(tmp_path, train__num_steps=num_steps, data__corpus=place, **QUIET)) == 0
+    straight = tiny_run(tmp_path, name="straight", train__num_steps=6, data__corpus="moved", **QUIET)
+    assert train(straight) == 0
+    assert largest_difference(weights(first), weights(straight)) == 0.0
+
+
+def test_with_dropout_micro_batches_may_not_change(tmp_path: Path):
+    """Each part draws its own numbers; without dropout the result is the same, so they may."""
+    for dropout in (0.0, 0.1):
+        changes = {"name": f"run{dropout}", "model__dropout": dropout, **QUIET}
+        assert train(tiny_run(tmp_path, train__num_steps=2, **changes)) == 0
+        config = tiny_run(tmp_path, train__num_steps=4, train__num_micro_batches=2, **changes)
+        if not dropout:
+            assert train(config) == 0
+            continue
+        with pytest.raises(UserError, match=r"train\.num_micro_batches \(was 1, now 2\)"):
+            train(config)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path):
     for changes, message in [
         ({"model__vocab_size": 32}, "model.vocab_size = 32, but the corpus .* codec of 256 codes"),

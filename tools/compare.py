@@ -27,12 +27,14 @@ class Run:
     Attributes:
         curves: see `ct_audio.evaluation.curves.Curves`.
         valid_codes: length of the stretch that the validation curve is of; 0: the whole split.
+        precision: of the forward pass that the validation curve is of.
         evaluations: by split, as they are stored.
     """
 
     path: Path
     curves: Any
     valid_codes: int = 0
+    precision: str = "float32"
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -99,7 +101,7 @@ def score_runs(runs: dict[str, Run], arguments: argparse.Namespace) -> None:
     device = set_up_device(arguments.device, num_threads=arguments.threads)
     for label, run in runs.items():
         loaded = load_run_model(run.path, device=device)
-        run.valid_codes = loaded.config.train.valid_codes
+        run.valid_codes, run.precision = loaded.config.train.valid_codes, loaded.config.train.precision
         for split in arguments.splits:
             settings = EvaluationSettings(split=split, max_seconds=arguments.max_seconds)
             run.evaluations[split] = find_evaluation(run.path, loaded, settings) or measure(
@@ -110,6 +112,9 @@ def score_runs(runs: dict[str, Run], arguments: argparse.Namespace) -> None:
     if len({run.valid_codes for run in runs.values()}) > 1:
         lengths = ", ".join(f"{label} {run.valid_codes}" for label, run in runs.items())
         print(f"warning: the validation curves are of stretches of different length ({lengths} codes)", file=sys.stderr)
+    if len(precisions := {run.precision for run in runs.values()}) > 1 and "bfloat16" in precisions:
+        kinds = ", ".join(f"{label} {run.precision}" for label, run in runs.items())
+        print(f"warning: the validation curves were measured in different precision ({kinds})", file=sys.stderr)
 
 
 def measure(label: str, path: Path, loaded: "LoadedRun", settings: "EvaluationSettings") -> dict[str, Any]:

@@ -226,8 +226,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Args:
         path: the run's YAML.
-        overrides: each `key=value`, the value in YAML syntax; lists and `optim.update_period` replace, never merge. What
-            is meant for text is taken as it is written: `name=0042`, `name=42`.
+        overrides: each `key=value`, the value in YAML syntax; lists and `optim.update_period` replace, never merge.
+            Where the key is of text, a number is text as it is written: `name=0042`, `name=42`.
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or does not fit; the
             message names the allowed ones.
