@@ -76,7 +76,7 @@ def follow_link(link: Path) -> Path:
     if link.is_symlink() or not link.is_file():
         return link
     with link.open("rb") as handle:
-        return link.parent / os.fsdecode(handle.read(256).strip())
+        return link.parent / os.fsdecode(handle.read(64).strip())
 
 
 def number_in_name(value: int | float) -> str:
