@@ -198,6 +198,32 @@ def test_without_symbolic_links_files_name_the_checkpoints(
     assert trained.load()["step"] == 5
 
 
+def test_a_checkpoint_that_cannot_be_deleted_yet_is_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """NFS keeps a file that another process reads, and refuses to delete its folder."""
+    trained = Trained(tiny_run(tmp_path))
+    root = trained.config.run_dir / "checkpoints"
+    trained.save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "os.rmdir", lambda *_a, **_k: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "Directory not empty"))
+        )
+        trained.save(2)
+    assert trained.load()["step"] == 2
+    assert sorted(path.name for path in root.glob("step_*")) == ["step_00000001", "step_00000002"]
+    trained.save(3)
+    assert [path.name for path in root.glob("step_*")] == ["step_00000003"]
+
+
+def test_nothing_of_a_loaded_checkpoint_stays_open(tmp_path: Path):
+    """A file that is mapped cannot be deleted on NFS and on Windows."""
+    trained = Trained(tiny_run(tmp_path))
+    trained.save(1)
+    trained.load()
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(trained.config.run_dir) not in maps.read_text()
+
+
 def test_a_lost_link_can_be_written_by_hand(tmp_path: Path):
     trained = Trained(tiny_run(tmp_path))
     trained.save(3)

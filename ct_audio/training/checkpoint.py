@@ -203,7 +203,8 @@ def _load_optimizer(checkpoint: Path, model: SequenceModel, optimizer: torch.opt
             require_like(path, f"{name}/{key}", parameter, found[f"{name}/{key}"])
         require_like(path, f"{name}/step", torch.zeros((), dtype=torch.float32), found[f"{name}/step"])
         optimizer.state[parameter] = {
-            key: found[f"{name}/{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            key: found[f"{name}/{key}"].to(parameter.device, copy=True)  # else the file stays mapped, and NFS keeps it
+            for key in ("step", "exp_avg", "exp_avg_sq")
         }
 
 
@@ -252,7 +253,7 @@ def _unused(path: Path) -> Path:
 
 def _delete_unreferenced(root: Path) -> None:
     for directory in set(root.glob("step_*")) - _referenced(root):
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)  # NFS keeps what somebody reads; the next save tries again
 
 
 def _referenced(root: Path) -> set[Path]:
