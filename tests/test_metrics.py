@@ -2,7 +2,14 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +99,49 @@ def test_what_was_logged_after_the_checkpoint_is_in_no_file(
     write_steps(tmp_path, range(42, 44), step=41)
     assert steps_of_all_files(tmp_path, "nll/train_nats") == list(range(1, 44))
     assert len(list(tmp_path.glob("*.kept"))) == 1
+
+
+def shown(url: str, tag: str) -> list[int]:
+    """Steps of a curve as TensorBoard's page gets them; empty while it has not read any."""
+    query = urllib.parse.urlencode({"run": ".", "tag": tag})
+    try:
+        with urllib.request.urlopen(f"{url}data/plugin/scalars/scalars?{query}", timeout=10) as answer:
+            return [step for _, step, _ in json.load(answer)]
+    except urllib.error.HTTPError:
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("loader", ["true", "false"])
+def test_an_open_tensorboard_shows_a_resumed_run_right(tmp_path: Path, loader: str):
+    """With its fast loader (a program of its own) and with the other; the second tag is not logged again at once."""
+
+    def session(step: int, stop: int) -> dict[str, list[int]]:
+        writer = MetricsWriter(tmp_path, step=step)
+        for now in range(step + 10, stop + 10, 10):
+            writer.scalars({"train": 1.0} | ({"valid": 1.0} if now % 100 == 0 else {}), step=now, wall_seconds=1.0)
+        writer.close()
+        return {"train": list(range(10, stop + 10, 10)), "valid": list(range(100, stop + 10, 100))}
+
+    expected = session(0, 530)
+    command = ["-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "0", "--reload_interval", "1"]
+    process = subprocess.Popen(
+        [sys.executable, *command, f"--load_fast={loader}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout is not None
+        url = next(match[0] for line in process.stdout if (match := re.search(r"http://\S+/", line)))
+        for step, stop in ((400, 440), (400, 410), (400, 700)):
+            for tag, steps in expected.items():
+                until = time.monotonic() + 40
+                while shown(url, tag) != steps and time.monotonic() < until:
+                    time.sleep(0.5)
+                assert shown(url, tag) == steps
+            expected = session(step, stop)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
 
 
 def interrupt(*_arguments: Any) -> None:
