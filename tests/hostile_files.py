@@ -174,6 +174,17 @@ def link_last(target: str) -> Callable[[Run], None]:
     return apply
 
 
+def file_last(content: bytes) -> Callable[[Run], None]:
+    """A file in the place of both links, as where there are no symbolic links; it should hold a checkpoint's name."""
+
+    def apply(run: Run) -> None:
+        for name in ("last", "best"):
+            (run.checkpoint.parent / name).unlink(missing_ok=True)
+            (run.checkpoint.parent / name).write_bytes(content)
+
+    return apply
+
+
 def checkpoint_elsewhere(run: Run) -> None:
     """The whole checkpoint outside of the run's directory."""
     elsewhere = run.config.run_dir / "elsewhere"
@@ -248,6 +259,24 @@ CHECKPOINTS: dict[str, Callable[[Run], object]] = {
     "last: a link to itself": link_last("last"),
     "last: a link to nothing": link_last("step_99999999"),
     "last: a link to /": link_last("/"),
+    "last: a file with a path out of the run": lambda run: (
+        (run.checkpoint.parent / run.checkpoint.name).rename(run.config.run_dir / "elsewhere"),
+        file_last(b"../elsewhere\n")(run),
+    )[1],
+    **{
+        f"last: a file with {what}": file_last(content)
+        for what, content in {
+            "nothing": b"",
+            "a name that is not there": b"step_99999999",
+            "its own name": b"last",
+            "/": b"/",
+            "..": b"..",
+            "a NUL": b"step\0_00000002",
+            "no text": b"\xff\xfe" * 50,
+            "two lines": b"step_00000002\nstep_00000002",
+            "a million characters": b"a" * 10**6,
+        }.items()
+    },
     "model: a pickle": put(MODEL, pickle.dumps(Bait())),
     "model: a checkpoint of torch.save": lambda run: (
         torch.save(Bait(), run.checkpoint / MODEL),

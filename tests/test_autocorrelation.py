@@ -130,7 +130,7 @@ def test_silence_keeps_a_scale_of_its_cell() -> None:
 def test_bad_settings_and_memories_are_named() -> None:
     for settings in ({"order": 0}, {"order": 500}, {"hop_length": 0}, {"scale_decay": 1.0}, {"floor_cells": 0.0}):
         with pytest.raises(UserError, match="linear prediction: expected"):
-            AutocorrelationSettings(**settings)
+            AutocorrelationSettings(**settings)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="expected a memory of 2 lanes of 20 samples"):
         predictor().follow(torch.zeros(2, 3, dtype=torch.int64), predictor().zero_memory(1, CPU))
 

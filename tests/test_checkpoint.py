@@ -1,7 +1,12 @@
 """Checkpoints: exact, atomic at every instant, and one clear error for everything that does not fit."""
 
+import errno
 import json
+import os
+import re
 import shutil
+import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ from ct_audio.runs.checkpoint_files import digest, find_checkpoint, read_state
 from ct_audio.runs.config import RunConfig
 from ct_audio.runs.open_run import load_run_model
 from ct_audio.training import checkpoint as checkpoint_module
-from ct_audio.training.checkpoint import load_checkpoint, save_checkpoint, split_memory
+from ct_audio.training.checkpoint import drop_previous, go_back, load_checkpoint, save_checkpoint, split_memory
 from ct_audio.training.parallel import World
 from ct_audio.training.schedules import make_optimizer
 
@@ -41,7 +46,7 @@ class Trained:
             self.optimizer.zero_grad()
             self.memory = detach_memory(output.memory)
 
-    def save(self, step: int, *, is_best: bool = False) -> None:
+    def save(self, step: int, *, is_best: bool = False, keep_previous: bool = False) -> None:
         save_checkpoint(
             self.config.run_dir,
             config=self.config,
@@ -51,6 +56,7 @@ class Trained:
             state={"step": step},
             world=World(),
             is_best=is_best,
+            keep_previous=keep_previous,
         )
 
     def load(self, which: str = "last", *, num_micro_batches: int = 1) -> dict[str, Any]:
@@ -127,17 +133,122 @@ def test_a_step_saved_twice_replaces_itself(tmp_path: Path):
     assert names == ["best", "last", "step_00000003-2"]
 
 
-def test_links_that_became_directories_in_a_copy(tmp_path: Path):
+def test_the_one_before_stays_until_the_last_has_held(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path))
+    run_dir = trained.config.run_dir
+
+    def kept() -> dict[str, int]:
+        found = {which: find_checkpoint(run_dir, which) for which in ("last", "best", "previous")}
+        steps = {which: read_state(path)["step"] for which, path in found.items() if path}
+        assert len(list((run_dir / "checkpoints").glob("step_*"))) == len(set(steps.values()))
+        return steps
+
+    trained.save(1)
+    trained.save(2, keep_previous=True)
+    assert kept() == {"last": 2, "previous": 1}
+    trained.save(3, is_best=True)  # no step between the two: what was before stays
+    assert kept() == {"last": 3, "best": 3, "previous": 1}
+    assert go_back(run_dir) == "step_00000003"
+    assert kept() == {"last": 1, "best": 3}
+    trained.save(4, keep_previous=True)
+    drop_previous(run_dir)
+    drop_previous(run_dir)
+    assert kept() == {"last": 4, "best": 3}
+    assert go_back(run_dir) is None
+    trained.save(5, keep_previous=True)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
+    assert go_back(run_dir) is None
+    drop_previous(run_dir)
+    assert kept() == {"last": 5, "best": 3}
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_without_symbolic_links_files_name_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    """A mounted cloud drive that cannot sync directories either; the run goes on where there are links."""
+
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    sync = os.fsync
+    monkeypatch.setattr("os.symlink", refuse)
+    monkeypatch.setattr(
+        "os.fsync", lambda handle: refuse_sync() if stat.S_ISDIR(os.fstat(handle).st_mode) else sync(handle)
+    )
+
+    def refuse_sync() -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    trained = Trained(tiny_run(tmp_path))
+    root = trained.config.run_dir / "checkpoints"
+    for step in range(1, 5):
+        trained.save(step, is_best=step == 2, keep_previous=step == 4)
+    assert sorted(p.name for p in root.iterdir()) == [
+        *("best", "last", "previous", "step_00000002", "step_00000003", "step_00000004")
+    ]
+    assert (root / "last").read_text() == "step_00000004\n"
+    assert load_run_model(trained.config.run_dir).step == 2
+    assert trained.load()["step"] == 4
+    assert go_back(trained.config.run_dir) == "step_00000004"
+    assert trained.load()["step"] == 3
+    monkeypatch.undo()
+    trained.save(5)
+    assert (root / "last").is_symlink()
+    assert trained.load()["step"] == 5
+
+
+def test_a_checkpoint_that_cannot_be_deleted_yet_is_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """NFS keeps a file that another process reads, and refuses to delete its folder."""
+    trained = Trained(tiny_run(tmp_path))
+    root = trained.config.run_dir / "checkpoints"
+    trained.save(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "os.rmdir", lambda *_a, **_k: (_ for _ in ()).throw(OSError(errno.ENOTEMPTY, "Directory not empty"))
+        )
+        trained.save(2)
+    assert trained.load()["step"] == 2
+    assert sorted(path.name for path in root.glob("step_*")) == ["step_00000001", "step_00000002"]
+    trained.save(3)
+    assert [path.name for path in root.glob("step_*")] == ["step_00000003"]
+
+
+def test_nothing_of_a_loaded_checkpoint_stays_open(tmp_path: Path):
+    """A file that is mapped cannot be deleted on NFS and on Windows."""
+    trained = Trained(tiny_run(tmp_path))
+    trained.save(1)
+    trained.load()
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(trained.config.run_dir) not in maps.read_text()
+
+
+def test_a_lost_link_can_be_written_by_hand(tmp_path: Path):
     trained = Trained(tiny_run(tmp_path))
     trained.save(3)
+    (trained.config.run_dir / "checkpoints" / "last").unlink()
+    with pytest.raises(UserError, match="no link named last") as caught:
+        trained.load()
+    [command] = re.findall("(echo .*?);", str(caught.value))
+    subprocess.run(command, shell=True, check=True)
+    assert trained.load()["step"] == 3
+
+
+def test_links_that_became_directories_in_a_copy(tmp_path: Path):
+    trained = Trained(tiny_run(tmp_path))
+    trained.save(2)
+    trained.save(3, keep_previous=True)
     root = trained.config.run_dir / "checkpoints"
     copy = root.with_name("copy")
     shutil.copytree(root, copy)
     shutil.rmtree(root)
     copy.rename(root)
     assert load_run_model(trained.config.run_dir, which="last").step == 3
-    trained.save(4)
+    trained.save(4, keep_previous=True)
+    drop_previous(trained.config.run_dir)
     assert load_run_model(trained.config.run_dir, which="last").step == 4
+    assert sorted(path.name for path in root.iterdir()) == ["last", "step_00000004"]
 
 
 class Killed(BaseException):
@@ -179,7 +290,7 @@ def test_a_kill_at_any_instant_leaves_a_loadable_last(tmp_path: Path, monkeypatc
                 patch.setattr(owner, name, counted(getattr(owner, name)))
             remaining = operations
             try:
-                trained.save(operations + 2)
+                trained.save(operations + 2, keep_previous=True)
                 finished = True
             except Killed:
                 finished = False
@@ -193,7 +304,7 @@ def test_a_kill_at_any_instant_leaves_a_loadable_last(tmp_path: Path, monkeypatc
     assert operations > 20
     assert outcomes[-1] == operations + 2
     assert len(set(outcomes)) > 2  # some kills came after the switch
-    assert len(list(root.glob("step_*"))) == 2
+    assert len(list(root.glob("step_*"))) == 3  # last, best and previous
     assert not list(root.glob("writing-*"))
 
 

@@ -1,8 +1,11 @@
 """What every tool shares: exit statuses and one-line errors."""
 
 import errno
+import os
+import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -40,6 +43,92 @@ def fails_with(error):
 def test_errors_are_one_line(capsys, error, status, message):
     assert run_tool(fails_with(error)) == status
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("error", "names"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "/dev/shm is full or missing"),
+        (OSError(errno.ENOENT, "No such file or directory"), "/dev/shm is full or missing"),
+        (OSError(errno.ENOSYS, "Function not implemented"), "/dev/shm is full or missing"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: Success (0)"), "/dev/shm is"),
+        (RuntimeError("unable to write to file </torch_77_1>"), "/dev/shm is full or missing"),
+        (OSError("AF_UNIX path too long"), "set TMPDIR=/tmp"),
+        (RuntimeError("cannot cache function '__o_fold': no locator available for file 'x.py'"), "NUMBA_CACHE_DIR="),
+    ],
+)
+@pytest.mark.parametrize("free", [0, None])
+def test_what_the_environment_lacks_is_named(monkeypatch, capsys, error, names, free):
+    """The errors are those of Python's locks and torch's tensors with a /dev/shm that is full, and of numba."""
+
+    def usage(_path):
+        if free is None:
+            raise FileNotFoundError
+        return shutil._ntuple_diskusage(10, 10 - free, free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert run_tool(fails_with(error)) == 1
+    message = capsys.readouterr().err
+    assert names in message
+    assert message.count("\n") == 1
+
+
+def test_a_full_disk_is_not_blamed_on_shared_memory(monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device", "x")
+    for free, error in ((0, full), (2**30, OSError(errno.ENOSPC, "No space left on device"))):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(2**30, 0, free))
+        assert run_tool(fails_with(error)) == 1
+        assert "shm" not in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_without_the_characters_gets_escapes(environment):
+    """The work is done by then; what is printed must not fail."""
+    code = textwrap.dedent(
+        r"""
+        import sys
+        from ct_audio.commands.command_line import run_tool
+        from ct_audio.common.errors import UserError
+
+        def main():
+            print("caf\u00e9 \udcff")
+            print("\u266b", file=sys.stderr)
+            raise UserError("no \u00e9")
+
+        sys.exit(run_tool(main))
+        """
+    )
+    environment = {"PYTHONCOERCECLOCALE": "0"} | environment
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | environment)
+    assert result.returncode == 2
+    assert result.stdout == b"caf\\xe9 \\udcff\n"
+    assert result.stderr == b"\\u266b\nerror: no \\xe9\n"
+
+
+@pytest.mark.distributed
+def test_every_module_can_be_imported_without_what_linux_alone_has():
+    """macOS has no sched_getaffinity, Windows no fcntl, resource and SIGUSR1."""
+    code = textwrap.dedent(
+        """
+        import importlib, os, pkgutil, signal, sys
+
+        sys.modules["fcntl"] = sys.modules["resource"] = None
+        del os.sched_getaffinity, signal.SIGUSR1
+        import ct_audio
+
+        for module in pkgutil.walk_packages(ct_audio.__path__, "ct_audio."):
+            importlib.import_module(module.name)
+        from ct_audio.common.machine import usable_cpus
+        from ct_audio.common.signals import SIGNALS
+        from ct_audio.runs.metrics import memory_use_mib
+
+        print(len(SIGNALS), memory_use_mib(), usable_cpus() > 0)
+        """
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "2 {} True\n"
 
 
 def test_success_and_own_statuses():

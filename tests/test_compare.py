@@ -1,13 +1,14 @@
 """tools/compare.py on runs that are made by hand: files, table, stored evaluations, what is refused."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import Tool, make_run, noise_corpus, speech_like, tool
+from handmade_runs import Tool, make_run, noise_corpus, save, speech_like, tool
 from test_curves import write_curves
 
 from ct_audio.data.codecs import MuLaw
@@ -237,7 +238,7 @@ def test_what_is_missing_is_named(
         "no_checkpoint": "no checkpoint",
         "no_split": "no split 'dev'",
         "twice": "each run once",
-        "no_corpus": "no prepared corpus",
+        "no_corpus": "which is not there",
     }
     assert messages[what] in error
     assert error.splitlines()[-1].startswith("error: ")
@@ -251,3 +252,16 @@ def test_runs_of_one_name_are_told_apart(corpus: Path, tmp_path: Path, compare: 
         runs.append(run_of(corpus, tmp_path / folder, "run"))
     assert compare(*runs, "--out", tmp_path / "out") == 0
     assert [row["run"] for row in table(tmp_path / "out")] == [str(run) for run in runs]
+
+
+def test_curves_of_different_precision_are_said(
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run in bfloat16 validates under autocast."""
+    run = run_of(corpus, tmp_path, "run")
+    loaded = load_run_model(run)
+    settings = dataclasses.replace(loaded.config.train, precision="bfloat16")
+    config = dataclasses.replace(loaded.config, name="mixed", runs_dir=str(tmp_path), train=settings)
+    save(config, loaded.model, fingerprint=loaded.state["corpus_fingerprint"])
+    assert compare(run, write_curves(config.run_dir), "--out", tmp_path / "out") == 0
+    assert "in different precision (run float32, mixed bfloat16)" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Configuration: what is wrong is named, with what is allowed; what is right goes round."""
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,13 @@ import pytest
 import yaml
 
 from ct_audio.common.errors import UserError
+from ct_audio.models import MODELS
 from ct_audio.runs.config import (
+    BOUNDS,
+    DataConfig,
+    OptimConfig,
     RunConfig,
+    TrainConfig,
     config_from_dict,
     config_to_dict,
     config_to_yaml,
@@ -84,8 +91,9 @@ def test_update_period_replaces_and_never_merges(tmp_path: Path):
         ("train.num_steps=1e3", r"train\.num_steps: .*expected int, got 1000\.0"),
         ("data.reset_memory_at_document=yes", r"data\.reset_memory_at_document: .*expected bool, got 'yes'"),
         ("data.reset_memory_at_document=1", r"data\.reset_memory_at_document: .*expected bool, got 1"),
-        ("data.corpus=7", r"data\.corpus: .*expected str, got 7"),
-        ("optim.beta1=true", r"optim\.beta1: .*expected float, got True"),
+        ("data.corpus=[7]", r"data\.corpus: .*expected str, got \[7\]"),
+        ("data.corpus=", r"data\.corpus: .*expected str, got None"),
+        ("optim.beta1=true", r"optim\.beta1: .*expected a finite number, got True"),
         ("optim.update_period={0: 1.0}", r"optim\.update_period: .*expected dict\[int, int\]"),
         ("optim.update_period={true: 1}", r"optim\.update_period: .*expected dict\[int, int\]"),
         ("train.num_steps=???", r"`\?\?\?` stands for a value that is missing"),
@@ -102,12 +110,13 @@ def test_update_period_replaces_and_never_merges(tmp_path: Path):
         ("name=${oc.env:HOME}", "interpolation .* is not supported"),
         ("train.num_steps={", "not valid YAML"),
         ("name.a=1", "name is not a group of keys"),
-        ("data.num_lanes=0", r"data\.num_lanes: expected a number above 0, got 0"),
-        ("train.seed=-1", r"train\.seed: expected a number of at least 0"),
+        ("data.num_lanes=0", r"data\.num_lanes: expected a number from 1 to 1048576, got 0"),
+        ("train.seed=-1", r"train\.seed: expected a number from 0 to "),
         ("optim.beta2=1", r"optim\.beta2: expected a number in \[0, 1\)"),
         ("optim.update_period={5: 1}", r"optim\.update_period: expected .* with step 0"),
-        ("optim.update_period={0: 0}", r"optim\.update_period: expected .* periods of at least 1"),
-        ("optim.peak_learning_rate=.nan", r"optim\.peak_learning_rate: expected a number above 0"),
+        ("optim.update_period={0: 1, 100000000000: 2}", r"optim\.update_period: expected .* periods of 1 to"),
+        ("optim.update_period={0: 0}", r"optim\.update_period: expected .* periods of 1 to 10000000000"),
+        ("optim.peak_learning_rate=.nan", r"optim\.peak_learning_rate: expected a finite number, got nan"),
         (
             "data.chunk_length=33",
             r"data\.chunk_length = 33 is not a whole number of windows of model\.window_length = 8",
@@ -141,6 +150,68 @@ def test_what_is_wrong_is_named(tmp_path: Path, override: str, message: str):
 def test_files_that_are_wrong(tmp_path: Path, text: str, message: str):
     with pytest.raises(UserError, match=message):
         load(tmp_path, text=text)
+
+
+NUMBERS = sorted(
+    (f"{section}.{item.name}", item.type, name)
+    for name in MODELS
+    for section, cls in {
+        "data": DataConfig,
+        "optim": OptimConfig,
+        "train": TrainConfig,
+        "model": MODELS[name][0],
+    }.items()
+    for item in dataclasses.fields(cls)
+    if item.type in (int, float)
+)
+
+
+def test_the_table_of_bounds_has_every_number_and_no_other_key():
+    assert BOUNDS.keys() == {key for key, _, _ in NUMBERS}
+
+
+@pytest.mark.parametrize(("key", "kind", "model"), NUMBERS)
+def test_no_number_beyond_its_bounds(tmp_path: Path, key: str, kind: type, model: str):
+    text = YAML if model == "compressive_transformer" else YAML[: YAML.index("model:")] + f"model: {{name: {model}}}\n"
+    low, high = BOUNDS[key]
+    for value in (low - 1, high + 1 if kind is int else 2 * high):
+        with pytest.raises(UserError, match=rf"{re.escape(key)}: expected a number from .*, got"):
+            load(tmp_path, f"{key}={value}", text=text)
+    for value in (".inf", "-.inf", ".nan"):
+        with pytest.raises(UserError, match=rf"{re.escape(key)}: expected (a finite number|int), got"):
+            load(tmp_path, f"{key}={value}", text=text)
+
+
+@pytest.mark.parametrize("value", ["42", "0042", "1.50", "true", "1e3", "-1", "0x10"])
+def test_text_may_look_like_a_number_in_an_override(tmp_path: Path, value: str):
+    config = load(tmp_path, f"name={value}", f"data.corpus={value}", f"runs_dir= {value} ")
+    assert (config.name, config.data.corpus, config.runs_dir) == (value, value, value)
+    with pytest.raises(UserError, match=r"run\.yaml: name: expected a string, got 42"):
+        load(tmp_path, text=YAML.replace("name: test", "name: 42"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "blamed"),
+    [
+        (["train.num_steps=many"], "override 'train.num_steps=many': "),
+        (["train={num_steps: many}"], "override 'train={num_steps: many}': "),
+        (["train.num_steps=many", "train={num_steps: few}"], "override 'train={num_steps: few}': "),
+        (["train={seed: 3}", "train.num_steps=x", "train.num_steps=y"], "override 'train.num_steps=y': "),
+        (["train.sed=1"], "override 'train.sed=1': unknown key"),
+        (["tran.seed=1"], "override 'tran.seed=1': unknown key"),
+        (["name=[1]"], "override 'name=[1]': name: "),
+        (["model=3"], "override 'model=3': "),
+        (["train=3"], "override 'train=3': "),
+        (["train.seed=99999999999999999999"], "override 'train.seed=99999999999999999999': a number has 67 bits"),
+        (["train.seed=3"], "{path}: model.num_layers: expected int, got 'x'"),
+        (["train.num_layers=3", "model.num_layers=4"], "override 'train.num_layers=3': unknown key"),
+    ],
+)
+def test_what_is_wrong_is_blamed_on_its_source(tmp_path: Path, overrides: list[str], blamed: str):
+    text = YAML.replace("num_layers: 3", "num_layers: x") if "path" in blamed else YAML
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, *overrides, text=text)
+    assert str(caught.value).startswith(blamed.replace("{path}", str(tmp_path / "run.yaml")))
 
 
 def test_files_that_are_not_there_or_no_text(tmp_path: Path):

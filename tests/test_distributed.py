@@ -16,7 +16,7 @@ from tiny_runs import checkpoint_state, tiny_run
 
 from ct_audio.common.errors import UserError
 from ct_audio.runs.config import RunConfig, TrainConfig, config_to_yaml
-from ct_audio.runs.device import choose_device
+from ct_audio.runs.device import choose_device, set_up_device
 from ct_audio.runs.metrics import read_metrics
 from ct_audio.training.loop import train
 from ct_audio.training.parallel import (
@@ -182,7 +182,7 @@ def test_alone_the_collectives_do_nothing():
 
 
 @pytest.mark.parametrize("is_cuda", [False, True])
-def test_only_the_group_of_the_cpu_waits_for_hours(monkeypatch: pytest.MonkeyPatch, is_cuda: bool) -> None:
+def test_only_the_group_of_the_cpu_waits_for_days(monkeypatch: pytest.MonkeyPatch, is_cuda: bool) -> None:
     """Gradients on CUDA have a group of their own, with the timeout that torch has for it."""
     groups: list[Any] = []
     module, wrapped = torch.nn.Linear(1, 1), []
@@ -198,7 +198,7 @@ def test_only_the_group_of_the_cpu_waits_for_hours(monkeypatch: pytest.MonkeyPat
     with distributed_world() as world:
         assert world == World(rank=1, world_size=8, local_rank=1)
         assert data_parallel(module, world) is module
-    assert groups[0] == (("gloo",), {"timeout": datetime.timedelta(hours=6)})
+    assert groups[0] == (("gloo",), {"timeout": datetime.timedelta(days=30)})
     assert groups[1:] == ([((), {"backend": "nccl"})] if is_cuda else [])
     assert wrapped == [{"broadcast_buffers": False, "process_group": "gradients" if is_cuda else None}]
 
@@ -222,6 +222,12 @@ def test_training_sets_the_device_of_its_process(monkeypatch: pytest.MonkeyPatch
     for name in ("auto", "cuda", "cpu"):
         _claim_device(TrainConfig(device=name), World(rank=5, world_size=8, local_rank=1))
     assert chosen == [torch.device("cuda", 1)] * 2
+
+
+@pytest.mark.parametrize("number", [-1, 1025, 10**6])
+def test_threads_have_bounds(number: int) -> None:
+    with pytest.raises(UserError, match=f"threads: expected 0 .* to 1024, got {number}"):
+        set_up_device("cpu", num_threads=number)
 
 
 def test_devices():

@@ -193,6 +193,7 @@ def test_mode_and_protocol() -> None:
         "chunk_length": 16,
         "reset_memory_at_document": False,
         "dtype": "float64",
+        "precision": "float64",
     }
     assert all(parameter.grad is None for parameter in model.parameters())
 

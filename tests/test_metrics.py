@@ -2,13 +2,21 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.summary.writer import event_file_writer
 
 from ct_audio.common.errors import UserError
@@ -61,6 +69,122 @@ def test_resume_cuts_both_at_the_step_of_the_checkpoint(tmp_path: Path):
     steps = [(step, step / 2) for step in range(1, 7)]
     assert points(tmp_path, "nll/train_nats") == steps
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def steps_of_all_files(run_dir: Path, tag: str) -> list[int]:
+    """As a loader sees them that knows nothing of sessions: file after file, record after record."""
+    found = []
+    for path in sorted(run_dir.glob("events.*")):
+        for event in EventFileLoader(str(path)).Load():
+            found += [event.step for value in event.summary.value if value.tag == tag]
+    return found
+
+
+@pytest.mark.parametrize("killed", ["", "in the middle of the cut", "before the files were emptied"])
+def test_what_was_logged_after_the_checkpoint_is_in_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: str
+):
+    """TensorBoard's fast loader shows the last step of each tag, whatever a session's first record says."""
+    write_steps(tmp_path, range(1, 9))
+    write_steps(tmp_path, range(5, 54), step=4)
+    if killed:
+        place = "ct_audio.runs.metrics._copy_parts" if "middle" in killed else "os.truncate"
+        with monkeypatch.context() as patch:
+            patch.setattr(place, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                MetricsWriter(tmp_path, step=40)
+    write_steps(tmp_path, range(41, 43), step=40)
+    assert steps_of_all_files(tmp_path, "nll/train_nats") == list(range(1, 43))
+    assert points(tmp_path, "nll/train_nats") == [(step, step / 2) for step in range(1, 43)]
+    write_steps(tmp_path, range(42, 44), step=41)
+    assert steps_of_all_files(tmp_path, "nll/train_nats") == list(range(1, 44))
+    assert len(list(tmp_path.glob("*.kept"))) == 1
+
+
+def shown(url: str, tag: str) -> list[int]:
+    """Steps of a curve as TensorBoard's page gets them; empty while it has not read any."""
+    query = urllib.parse.urlencode({"run": ".", "tag": tag})
+    try:
+        with urllib.request.urlopen(f"{url}data/plugin/scalars/scalars?{query}", timeout=10) as answer:
+            return [step for _, step, _ in json.load(answer)]
+    except urllib.error.HTTPError:
+        return []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("loader", ["true", "false"])
+def test_an_open_tensorboard_shows_a_resumed_run_right(tmp_path: Path, loader: str):
+    """With its fast loader (a program of its own) and with the other; the second tag is not logged again at once."""
+
+    def session(step: int, stop: int) -> dict[str, list[int]]:
+        writer = MetricsWriter(tmp_path, step=step)
+        for now in range(step + 10, stop + 10, 10):
+            writer.scalars({"train": 1.0} | ({"valid": 1.0} if now % 100 == 0 else {}), step=now, wall_seconds=1.0)
+        writer.close()
+        return {"train": list(range(10, stop + 10, 10)), "valid": list(range(100, stop + 10, 100))}
+
+    expected = session(0, 530)
+    command = ["-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "0", "--reload_interval", "1"]
+    process = subprocess.Popen(
+        [sys.executable, *command, f"--load_fast={loader}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout is not None
+        url = next(match[0] for line in process.stdout if (match := re.search(r"http://\S+/", line)))
+        for step, stop in ((400, 440), (400, 410), (400, 700)):
+            for tag, steps in expected.items():
+                until = time.monotonic() + 40
+                while shown(url, tag) != steps and time.monotonic() < until:
+                    time.sleep(0.5)
+                assert shown(url, tag) == steps
+            expected = session(step, stop)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def interrupt(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 40, bytes(40)])
+def test_a_damaged_event_file_counts_up_to_the_damage(tmp_path: Path, damage: bytes):
+    write_steps(tmp_path, range(1, 9))
+    [path] = tmp_path.glob("events.*")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + damage)
+    write_steps(tmp_path, range(9, 11), step=8)
+    steps = steps_of_all_files(tmp_path, "nll/train_nats")
+    assert 2 < len(steps) < 10
+    assert steps == [*range(1, len(steps) - 1), 9, 10]
+
+
+def test_sounds_and_pictures_are_still_there_after_a_resume(tmp_path: Path):
+    writer = MetricsWriter(tmp_path)
+    waveform = 0.5 * np.sin(0.2 * np.arange(3000)).astype(np.float32)
+    for step in (5, 10):
+        writer.audio("sample/0", waveform, step=step, sample_rate_hz=24_000)
+        writer.figure("sample_spectrogram/0", spectrogram_figure(waveform, 24_000), step=step)
+    writer.text("config", "a: 1")
+    writer.hyperparameters({"model.width": 4}, ["nll/valid_nats"])
+    writer.close()
+    before = events(tmp_path).Audio("sample/0")[0]
+    write_steps(tmp_path, range(6, 8), step=5)
+    found = events(tmp_path)
+    assert found.Audio("sample/0") == [before]
+    assert [image.step for image in found.Images("sample_spectrogram/0")] == [5]
+    assert "_hparams_/experiment" in found.summary_metadata
+    assert found.Tensors("config/text_summary")
+
+
+def test_no_nan_is_written_nor_kept(tmp_path: Path):
+    """metrics.jsonl of an older version may hold one; it is no JSON."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "nll/train_nats": NaN, "x": 2.0}\n')
+    write_steps(tmp_path, range(2, 3), step=1)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"step": 1, "x": 2.0}
+    assert "NaN" not in "".join(lines)
 
 
 def test_what_a_kill_has_cut_off_is_dropped(tmp_path: Path):

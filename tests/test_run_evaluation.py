@@ -17,6 +17,7 @@ from ct_audio.common.errors import UserError
 from ct_audio.data.codecs import Byte
 from ct_audio.data.corpus import CorpusWriter
 from ct_audio.evaluation import stored as run_evaluation
+from ct_audio.evaluation.comparison import require_alike
 from ct_audio.evaluation.dynamic import DynamicSettings
 from ct_audio.evaluation.nll import Evaluation, Stretch, evaluate_nll
 from ct_audio.evaluation.stored import (
@@ -217,3 +218,45 @@ def test_what_cannot_be_written_leaves_nothing_and_says_so(run_dir: Path, monkey
     with pytest.raises(OSError, match="No space left"):
         evaluate_and_store(run_dir)
     assert list((run_dir / "evaluations").iterdir()) == []
+
+
+def test_a_corpus_that_has_moved(run_dir: Path, tmp_path: Path) -> None:
+    """Its results are found by its fingerprint; where codes are needed, the message says how to name it."""
+    _, result, settings = evaluate_and_store(run_dir)
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    run = load_run_model(run_dir)
+    found = find_evaluation(run_dir, run, settings)
+    assert found is not None
+    assert result.items() <= found.items()
+    with pytest.raises(UserError, match=r"the corpus .*corpus, which is not there .* pass --corpus DIR"):
+        run_corpus(run)
+    moved = run_corpus(run, str(tmp_path / "moved"))
+    assert find_evaluation(run_dir, run, settings, moved) == found
+
+
+def test_lengths_of_0_are_lengths(run_dir: Path) -> None:
+    """0 is a choice, not the absence of one."""
+    path, result, _ = evaluate_and_store(run_dir, memory_length=0, compressed_memory_length=0)
+    assert path.name == "valid-step_00000007-memory_length_0-compressed_memory_length_0.json"
+    assert (result["protocol"]["memory_length"], result["protocol"]["compressed_memory_length"]) == (0, 0)
+    _, cold, _ = evaluate_and_store(run_dir, num_lanes=3, warmup_seconds=0.0)
+    assert cold["protocol"]["warmup_length"] == 0
+    with pytest.raises(UserError, match="chunk_length: expected at least 1, got 0"):
+        DynamicSettings(chunk_length=0)
+    for limit in ({"max_seconds": 0.0}, {"max_codes": 0}):
+        with pytest.raises(UserError, match=f"--{next(iter(limit)).replace('_', '-')}: expected"):
+            evaluate_and_store(run_dir, **limit)
+
+
+def test_the_precision_of_the_forward_pass_stands_in_the_protocol(run_dir: Path) -> None:
+    """A run in bfloat16 validates under autocast, where the NLL is float32 all the same."""
+    _, plain, _ = evaluate_and_store(run_dir)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, mixed, _ = evaluate_and_store(run_dir)
+    assert (plain["protocol"]["dtype"], plain["protocol"]["precision"]) == ("float32", "float32")
+    assert (mixed["protocol"]["dtype"], mixed["protocol"]["precision"]) == ("float32", "bfloat16")
+    with pytest.raises(UserError, match="precision is float32 against bfloat16"):
+        require_alike({"plain": plain, "mixed": mixed})
+    older = plain | {"protocol": {key: value for key, value in plain["protocol"].items() if key != "precision"}}
+    require_alike({"plain": plain, "older": older})
+    require_alike({"older": older, "plain": plain})

@@ -1,6 +1,7 @@
 """The loop: against a loop written by hand, its curves, its refusals, its signals."""
 
 import dataclasses
+import errno
 import math
 import os
 import runpy
@@ -22,7 +23,8 @@ from ct_audio.common.files import hold_alone
 from ct_audio.data.corpus import open_corpus
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models import build_model
-from ct_audio.models.state import detach_memory
+from ct_audio.models.state import detach_memory, named_tensors
+from ct_audio.runs.checkpoint_files import find_checkpoint
 from ct_audio.runs.config import RunConfig, config_to_yaml
 from ct_audio.runs.metrics import read_metrics
 from ct_audio.runs.open_run import load_run_model
@@ -238,6 +240,36 @@ def test_other_codes_in_the_same_place(run_of_six_steps: Path):
         (run_of_six_steps / "before").rename(run_of_six_steps / "corpus")
 
 
+def test_the_same_corpus_in_another_place_or_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What decides is the fingerprint, not the path."""
+    first = tiny_run(tmp_path, train__num_steps=2, **QUIET)
+    assert train(first) == 0
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    config = tiny_run(tmp_path, train__num_steps=3, data__corpus=str(tmp_path / "corpus" / "gone"), **QUIET)
+    with pytest.raises(UserError, match=r"is not there .* add data\.corpus=DIR to the command"):
+        train(config)
+    for num_steps, place in enumerate([str(tmp_path / "moved"), "moved", "./moved", "x/../moved/"], start=3):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path)
+        assert train(tiny_run(tmp_path, train__num_steps=num_steps, data__corpus=place, **QUIET)) == 0
+    straight = tiny_run(tmp_path, name="straight", train__num_steps=6, data__corpus="moved", **QUIET)
+    assert train(straight) == 0
+    assert largest_difference(weights(first), weights(straight)) == 0.0
+
+
+def test_with_dropout_micro_batches_may_not_change(tmp_path: Path):
+    """Each part draws its own numbers; without dropout the result is the same, so they may."""
+    for dropout in (0.0, 0.1):
+        changes = {"name": f"run{dropout}", "model__dropout": dropout, **QUIET}
+        assert train(tiny_run(tmp_path, train__num_steps=2, **changes)) == 0
+        config = tiny_run(tmp_path, train__num_steps=4, train__num_micro_batches=2, **changes)
+        if not dropout:
+            assert train(config) == 0
+            continue
+        with pytest.raises(UserError, match=r"train\.num_micro_batches \(was 1, now 2\)"):
+            train(config)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_trained(tmp_path: Path):
     for changes, message in [
         ({"model__vocab_size": 32}, "model.vocab_size = 32, but the corpus .* codec of 256 codes"),
@@ -282,12 +314,13 @@ def test_nan_names_step_lane_and_position_and_keeps_the_last_checkpoint(
         return nll, *output[1:]
 
     config = tiny_run(tmp_path, train__num_micro_batches=2)
-    call_at_forward(monkeypatch, 2 * 4 + 2, poison)  # step 5, lane 1, whose segment begins at code 500
+    call_at_forward(monkeypatch, 2 * 5 + 2, poison)  # step 6, lane 1, whose segment begins at code 500
     with pytest.raises(
-        NonFiniteLossError, match=r"step 5: the loss is nan in lane 1, corpus position 567 .*step_00000004"
+        NonFiniteLossError, match=r"step 6: the loss is nan in lane 1, corpus position 583 .*; the last .*step_00000004"
     ):
         train(config)
     assert checkpoint_state(config)["step"] == 4
+    assert folders(config) == ["step_00000003", "step_00000004"]  # best and last: step 5 was finite
     assert all(tensor.isfinite().all() for tensor in weights(config).values())
 
 
@@ -307,9 +340,129 @@ def test_a_nan_gradient_of_a_finite_loss_never_reaches_the_weights(tmp_path: Pat
 
     config = tiny_run(tmp_path, train__checkpoint_every_steps=1)
     call_at_forward(monkeypatch, 3, poison)
-    with pytest.raises(NonFiniteLossError, match="step 3: the gradient norm of model is nan"):
+    with pytest.raises(NonFiniteLossError, match="step 3: the gradient norm of model is nan") as caught:
         train(config)
-    assert checkpoint_state(config)["step"] == 2
+    assert "no step from step_00000002 was finite, so it is deleted; the last good checkpoint, step_00000001" in str(
+        caught.value
+    )
+    assert checkpoint_state(config)["step"] == 1
+    assert folders(config) == ["step_00000001"]
+
+
+def folders(config: RunConfig) -> list[str]:
+    return sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        (1e39, r"step 3: not finite after the update: .*; the last good checkpoint, step_00000002, is kept"),
+        (1e30, r"step 4: the loss is .*; no step from step_00000003 was finite, .* step_00000002, is kept"),
+    ],
+)
+def test_destroyed_weights_never_replace_good_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, message: str
+):
+    """The third update destroys them, at a checkpoint each step; what is kept then goes on to the end."""
+    changes = {**QUIET, "train__precision": "float32", "train__checkpoint_every_steps": 1}
+    config, straight = tiny_run(tmp_path, **changes), tiny_run(tmp_path, name="straight", **changes)
+    good = train_module.learning_rate
+    monkeypatch.setattr(train_module, "learning_rate", lambda step, optim: rate if step == 2 else good(step, optim))
+    with pytest.raises(NonFiniteLossError, match=message):
+        train(config)
+    assert folders(config) == ["step_00000002"]
+    monkeypatch.undo()
+    assert train(config) == train(straight) == 0
+    assert largest_difference(weights(config), weights(straight)) == 0.0
+    assert folders(config) == ["step_00000005", "step_00000006"]  # nothing has said yet that the last one is good
+
+
+@pytest.mark.parametrize("place", ["memory", "optimizer"])
+def test_what_else_is_not_finite_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str):
+    save = train_module._save
+
+    def spoil(session: Any, *, is_best: bool) -> None:
+        if session.progress.step == 4:
+            parts = {
+                "memory": next(t for _, t in named_tensors(session.memories[0])),
+                "optimizer": next(iter(session.optimizer.state.values()))["exp_avg"] if session.progress.step else None,
+            }
+            tensor = parts[place]
+            assert tensor is not None
+            tensor[0] = math.inf
+        save(session, is_best=is_best)
+
+    monkeypatch.setattr(train_module, "_save", spoil)
+    config = tiny_run(tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"step 4: not finite after the update: .*step_00000003, is kept"):
+        train(config)
+    assert folders(config) == ["step_00000003"]
+
+
+def test_a_checkpoint_of_an_earlier_session_that_has_not_held_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed right after the checkpoint of step 4, resumed, and NaN in step 5."""
+
+    def kill(_output: Any) -> Any:
+        raise KeyboardInterrupt
+
+    config = tiny_run(tmp_path, **QUIET)
+    with monkeypatch.context() as patch:
+        call_at_forward(patch, 5, kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert folders(config) == ["step_00000002", "step_00000004"]
+    with monkeypatch.context() as patch:
+        call_at_forward(patch, 1, lambda output: (output[0] * math.nan, *output[1:]))
+        with pytest.raises(NonFiniteLossError, match=r"step 5: .*step_00000002, is kept"):
+            train(config)
+    assert folders(config) == ["step_00000002"]
+
+
+def test_a_run_that_never_held_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    call_at_forward(monkeypatch, 1, lambda output: (output[0] * math.nan, *output[1:]))
+    with pytest.raises(NonFiniteLossError, match="step_00000000 is kept, but no step from it has been finite"):
+        train(tiny_run(tmp_path))
+
+
+def test_metrics_stay_json_when_an_update_of_several_steps_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    call_at_forward(monkeypatch, 3, lambda output: (output[0] * math.nan, *output[1:]))
+    config = tiny_run(tmp_path, optim__update_period={0: 2, 2: 4})
+    with pytest.raises(NonFiniteLossError, match="step 3: the loss is nan"):
+        train(config)
+    assert [line["step"] for line in read_metrics(config.run_dir)] == [1, 2]
+    assert "NaN" not in (config.run_dir / "metrics.jsonl").read_text()
+
+
+def test_a_run_without_symbolic_links_locks_and_synced_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As on a mounted cloud drive: it trains, resumes and equals a run on a usual disk."""
+
+    def refuse(*_arguments: Any, **_options: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    sync = os.fsync
+    monkeypatch.setattr("os.symlink", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("os.fsync", lambda handle: refuse() if os.path.isdir(f"/dev/fd/{handle}") else sync(handle))
+    config = tiny_run(tmp_path, train__num_steps=4)
+    assert train(config) == 0
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert warning.startswith("warning: cannot lock ")
+    config = tiny_run(tmp_path)
+    assert train(config) == 0
+    assert not any(path.is_symlink() for path in config.run_dir.rglob("*"))
+    monkeypatch.undo()
+    straight = tiny_run(tmp_path, name="straight")
+    assert train(straight) == 0
+    found = [
+        load_file(find_checkpoint(run.run_dir, "last") / "model.safetensors")  # type: ignore[operator]
+        for run in (config, straight)
+    ]
+    assert largest_difference(*found) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""They save and end a run; SIGKILL does no harm either."""
+SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""They save and end a run; SIGKILL does no harm either. Windows has no SIGUSR1."""
 
 
 @contextlib.contextmanager

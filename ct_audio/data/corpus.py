@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import read_json, write_json
+from ct_audio.common.files import read_json, sync_directory, write_json
 from ct_audio.data.codecs import Codec, codec_from_json, write_codec_files
 
 FORMAT = "ct_audio corpus"
@@ -248,11 +248,7 @@ def move_directory(source: Path, target: Path) -> None:
         if aside.exists():
             aside.rename(target)
         raise
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_directory(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -40,9 +40,13 @@ class Difference(NamedTuple):
 
 
 def comparable_protocol(protocol: dict[str, Any]) -> dict[str, Any]:
-    """The part of a protocol that has to be equal in a column; float64 (linear prediction) counts as float32."""
-    exact = {"dtype": "float32"} if protocol.get("dtype") == "float64" else {}
-    return {key: value for key, value in (protocol | exact).items() if key not in _OF_THE_MODEL}
+    """The part of a protocol that has to be equal in a column; float64 (linear prediction) counts as float32.
+
+    Where no precision is stated (older files), the forward pass was of the dtype of the NLL.
+    """
+    whole = protocol | {"precision": protocol.get("precision", protocol.get("dtype"))}
+    exact = {key: "float32" for key in ("dtype", "precision") if whole.get(key) == "float64"}
+    return {key: value for key, value in (whole | exact).items() if key not in _OF_THE_MODEL}
 
 
 def require_alike(evaluations: dict[str, dict[str, Any]]) -> None:
@@ -99,7 +103,7 @@ def bootstrap_interval(
         level: share of the resamples' means that the interval holds, the rest halved on both sides.
     Source: Efron and Tibshirani 1993, chapters 8.6 and 13; blocks do not overlap.
     """
-    generator, means = np.random.default_rng(seed), np.empty(num_resamples or NUM_RESAMPLES)
+    generator, means = np.random.default_rng(seed), np.empty(NUM_RESAMPLES if num_resamples is None else num_resamples)
     for resample in range(len(means)):  # one at a time: memory stays flat however long the split
         drawn = generator.integers(0, len(sums), len(sums))
         means[resample] = sums[drawn].sum() / counts[drawn].sum()

@@ -25,12 +25,14 @@ class Run:
 
     Attributes:
         valid_codes: length of the stretch that the validation curve is of; 0: the whole split.
+        precision: of the forward pass that the validation curve is of.
         evaluations: by split, as they are stored.
     """
 
     path: Path
     curves: Curves
     valid_codes: int = 0
+    precision: str = "float32"
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -64,7 +66,7 @@ def score_runs(
     """
     for label, run in runs.items():
         loaded = load_run_model(run.path, device=device)
-        run.valid_codes = loaded.config.train.valid_codes
+        run.valid_codes, run.precision = loaded.config.train.valid_codes, loaded.config.train.precision
         for split in splits:
             settings = EvaluationSettings(split=split, max_seconds=max_seconds)
             found = find_evaluation(run.path, loaded, settings)
@@ -74,6 +76,9 @@ def score_runs(
     if len({run.valid_codes for run in runs.values()}) > 1:
         lengths = ", ".join(f"{label} {run.valid_codes}" for label, run in runs.items())
         print(f"warning: the validation curves are of stretches of different length ({lengths} codes)", file=sys.stderr)
+    if len(precisions := {run.precision for run in runs.values()}) > 1 and "bfloat16" in precisions:
+        kinds = ", ".join(f"{label} {run.precision}" for label, run in runs.items())
+        print(f"warning: the validation curves were measured in different precision ({kinds})", file=sys.stderr)
 
 
 def _measure(label: str, path: Path, loaded: LoadedRun, settings: EvaluationSettings) -> dict[str, Any]:

@@ -49,11 +49,13 @@ class DynamicSettings:
                 raise UserError(f"dynamic evaluation: {name}: expected a number above 0, got {getattr(self, name)}")
         if not 0 <= self.decay < 1:
             raise UserError(f"dynamic evaluation: decay: expected a share in [0, 1), got {self.decay}")
+        if self.chunk_length is not None and self.chunk_length < 1:
+            raise UserError(f"dynamic evaluation: chunk_length: expected at least 1, got {self.chunk_length}")
 
     def __str__(self) -> str:
         rate, norm, decay = map(number_in_name, (self.learning_rate, self.max_gradient_norm, self.decay))
         parts = [self.optimizer, rate, f"norm_{norm}", f"decay_{decay}"]
-        return "-".join(parts + ([f"chunk_{self.chunk_length}"] if self.chunk_length else []))
+        return "-".join(parts + ([] if self.chunk_length is None else [f"chunk_{self.chunk_length}"]))
 
 
 def learning_copy(

@@ -164,7 +164,8 @@ def evaluate_nll(
             bar.update(inputs.numel())
     assert num_scored == num_codes, f"scored {num_scored} codes of {num_codes}"
     nll_nats = float(nll_sum) / num_codes
-    protocol = _protocol(model, stretch, lanes, dtype)
+    precision = "bfloat16" if torch.is_autocast_enabled(model.device.type) else dtype
+    protocol = _protocol(model, stretch, lanes, dtype) | {"precision": precision}
     return Evaluation(nll_nats, nats_to_bits(nll_nats), num_codes, time.perf_counter() - began, protocol)
 
 

@@ -124,7 +124,7 @@ def evaluate_run(
     split, codec, dynamic = corpus.split(settings.split), corpus.codec, settings.dynamic
     rate, num_codes = codec.sample_rate_hz, settings.num_codes(split)
     model, update = learning_copy(run.model, dynamic) if dynamic is not None else (run.model, None)
-    changes = {"chunk_length": dynamic.chunk_length} if dynamic is not None and dynamic.chunk_length else {}
+    changes = {"chunk_length": dynamic.chunk_length} if dynamic and dynamic.chunk_length is not None else {}
     stretch = stretch_of(
         corpus,
         settings.split,

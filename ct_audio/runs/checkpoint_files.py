@@ -4,7 +4,8 @@
                                             training.safetensors        optimizer: parameter_name/exp_avg, ...
                                             memory-rankK.safetensors    memory/... of the rank's lanes, rng/... as uint8
                                             config.yaml, state.json     state.json holds size and sha256 of the others
-    runs/<name>/checkpoints/{last,best}     links to one of these
+    runs/<name>/checkpoints/{last,best}     links to one of these, or files that hold its name
+                            previous        while last has not been followed by a finite step: the one before
 
 Whatever is read here anybody may have written or damaged; nothing of it is run. `training/checkpoint.py` writes it.
 """
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import read_json
+from ct_audio.common.files import follow_link, read_json
 from ct_audio.models import SequenceModel
 
 FORMAT = "ct_audio checkpoint"
@@ -28,24 +29,25 @@ _ADVICE = "use another checkpoint or start a new run"
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Path | None:
-    """Directory of the run's checkpoint `which` ("last" or "best"), links resolved; None where there is none.
+    """Directory of the run's checkpoint `which` ("last", "best" or "previous"), links resolved; None if there is none.
 
     Raises:
         UserError: there is one, but not whole, or its link is missing or leads elsewhere; such a run is never taken for
             a new one.
     """
     link = run_dir / "checkpoints" / which
-    if (link / "state.json").is_file():
-        if link.resolve().parent != link.parent.resolve():
-            raise UserError(f"checkpoint {link} leads out of its directory, to {link.resolve()}; copy that here")
-        return link.resolve()
+    place = follow_link(link)
+    if (place / "state.json").is_file():
+        if place.resolve().parent != link.parent.resolve():
+            raise UserError(f"checkpoint {link} leads out of its directory, to {place.resolve()}; copy that here")
+        return place.resolve()
     if link.is_symlink() or link.exists():
         raise UserError(f"checkpoint {link}: state.json is missing; bring it back, or choose another name")
     written = sorted(path.name for path in link.parent.glob("step_*") if not path.name.startswith("step_00000000"))
     if which == "last" and written:
         raise UserError(
-            f"{link.parent} holds {', '.join(written)}, but no link named last (lost in a copy?); "
-            "make it with ln -s, or choose another name"
+            f"{link.parent} holds {', '.join(written)}, but no link named last (lost in a copy?); write the name of "
+            f"one into a file: echo {max(written)} > {link}; or choose another name"
         )
     return None
 

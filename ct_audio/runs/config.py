@@ -1,11 +1,13 @@
 """Run configuration: frozen dataclasses, one complete YAML a run, overrides `a.b=c`.
 
 The only importer of yaml. `model.name` is read first and puts that model's dataclass in the `model` slot.
-Every rule that one dataclass can check stands in its `__post_init__`; what needs two of them stands in `RunConfig`.
+How large and how small numbers may be stands in `BOUNDS`; what else one dataclass can check stands in its
+`__post_init__`, what needs two of them in `RunConfig`.
 """
 
 import dataclasses
 import difflib
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,10 +19,62 @@ import yaml
 from ct_audio.common.errors import UserError
 from ct_audio.common.text import printable
 from ct_audio.models import model_config_class
+from ct_audio.runs.device import MAX_THREADS
 
 _MAX_CHARACTERS = 1 << 20
 _MAX_DEPTH = 50
-_MAX_LAYERS = 1000
+_MAX_CODES, _MAX_STEPS, _MAX_WIDTH = 2**24, 10**10, 2**20
+_RATE = (0.0, 1e3)
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "data.chunk_length": (1, _MAX_CODES),
+    "data.num_lanes": (1, 2**20),
+    "optim.peak_learning_rate": (1e-30, 1e3),
+    "optim.initial_learning_rate": _RATE,
+    "optim.final_learning_rate": _RATE,
+    "optim.warmup_steps": (0, _MAX_STEPS),
+    "optim.decay_steps": (0, _MAX_STEPS),
+    "optim.max_gradient_norm": (1e-30, 1e6),
+    "optim.beta1": (0.0, 1.0),
+    "optim.beta2": (0.0, 1.0),
+    "optim.epsilon": (1e-30, 1e3),
+    "train.num_steps": (1, _MAX_STEPS),
+    "train.num_micro_batches": (1, 2**20),
+    "train.seed": (0, 2**62),
+    "train.num_threads": (0, MAX_THREADS),
+    "train.valid_codes": (0, 2**48),
+    "train.log_every_steps": (1, _MAX_STEPS),
+    "train.valid_every_steps": (0, _MAX_STEPS),
+    "train.checkpoint_every_steps": (0, _MAX_STEPS),
+    "train.sample_every_steps": (0, _MAX_STEPS),
+    "train.sample_seconds": (1e-6, 3600.0),
+    "model.vocab_size": (1, 2**24),
+    "model.num_layers": (1, 1000),
+    "model.width": (1, _MAX_WIDTH),
+    "model.num_heads": (1, _MAX_WIDTH),
+    "model.feedforward_width": (1, _MAX_WIDTH),
+    "model.position_width": (2, _MAX_WIDTH),
+    "model.dropout": (0.0, 1.0),
+    "model.window_length": (1, _MAX_CODES),
+    "model.memory_length": (0, _MAX_CODES),
+    "model.compressed_memory_length": (0, _MAX_CODES),
+    "model.reconstruction_query_share": (0.0, 1.0),
+    "model.adaptive_span_ramp": (1, _MAX_CODES),
+    "model.adaptive_span_loss": (0.0, 1e6),
+    "model.adaptive_div": (1, _MAX_WIDTH),
+    "model.layers_per_cycle": (1, 20),
+    "model.skip_width": (1, _MAX_WIDTH),
+    "model.order": (1, 4096),
+    "model.prediction_order": (1, 4096),
+    "model.prediction_window_length": (2, 65_536),
+    "model.prediction_hop_length": (1, 65_536),
+    "model.num_components": (1, 256),
+    "model.forgetting": (0.0, 1.0),
+    "model.regularisation": (0.0, 1e6),
+    "model.scale_decay": (0.0, 1.0),
+    "model.uniform_share": (0.0, 1.0),
+}
+"""Lowest and highest value of every number, by key; what is beyond is a slip of the hand, or stalls the machine."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +94,7 @@ class DataConfig:
     reset_memory_at_document: bool = False
 
     def __post_init__(self) -> None:
-        _require(self, "data", above_0="chunk_length num_lanes")
+        _require_bounds("data", vars(self))
 
 
 @dataclass(frozen=True)
@@ -70,15 +124,17 @@ class OptimConfig:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        from_0 = "initial_learning_rate final_learning_rate warmup_steps decay_steps"
-        _require(self, "optim", above_0="peak_learning_rate max_gradient_norm epsilon", from_0=from_0)
+        _require_bounds("optim", vars(self))
         for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+            if getattr(self, name) == 1:
                 raise UserError(f"optim.{name}: expected a number in [0, 1), got {getattr(self, name)}")
         periods = self.update_period
-        if 0 not in periods or min(periods) < 0 or min(periods.values()) < 1:
+        whole = 0 in periods and all(
+            0 <= first <= _MAX_STEPS and 1 <= periods[first] <= _MAX_STEPS for first in periods
+        )
+        if not whole:
             raise UserError(
-                f"optim.update_period: expected {{first step: period}} with step 0 and periods of at least 1, "
+                f"optim.update_period: expected {{first step: period}} with step 0 and periods of 1 to {_MAX_STEPS}, "
                 f"got {dict(periods)}; write for example {{0: 1, 60000: 4}}"
             )
 
@@ -87,13 +143,14 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
-    When a run is resumed num_steps may grow; num_micro_batches, device, num_threads, the `*_every_steps`,
-    sample_seconds and validate_whole_split may change; seed, precision and valid_codes may not, nor may any key of
-    model, data or optim.
+    When a run is resumed num_steps may grow; device, num_threads, the `*_every_steps`, sample_seconds and
+    validate_whole_split may change, without dropout num_micro_batches too; seed, precision and valid_codes may not, nor
+    may any key of model, optim or data, except the place of the same corpus.
 
     Attributes:
         num_steps: chunks a lane to train on.
-        num_micro_batches: parts into which a rank's lanes are split to save memory; the result is the same.
+        num_micro_batches: parts into which a rank's lanes are split to save memory; but for the order of sums the
+            result is the same, except with dropout, which draws other numbers.
         seed: of initialisation and dropout.
         device: "auto" takes CUDA where there is one.
         precision: "bfloat16" runs the forward pass under autocast, weights stay float32.
@@ -122,8 +179,7 @@ class TrainConfig:
     sample_seconds: float = 1.0
 
     def __post_init__(self) -> None:
-        from_0 = "seed num_threads valid_codes valid_every_steps checkpoint_every_steps sample_every_steps"
-        _require(self, "train", above_0="num_steps num_micro_batches log_every_steps sample_seconds", from_0=from_0)
+        _require_bounds("train", vars(self))
 
 
 @dataclass(frozen=True)
@@ -175,6 +231,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Args:
         path: the run's YAML.
         overrides: each `key=value`, the value in YAML syntax; lists and `optim.update_period` replace, never merge.
+            Where the key is of text, a number is text as it is written: `name=0042`, `name=42`.
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or does not fit; the
             message names the allowed ones.
@@ -187,33 +244,60 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     plain = read_yaml(text, str(path)) or {}  # of an empty file
     if not isinstance(plain, dict):
         raise UserError(f"{path}: expected a mapping of keys at the top level, got {type(plain).__name__}")
+    _require_plain(plain, str(path))
     for override in overrides:
         _apply_override(plain, override)
-    return config_from_dict(plain, source=str(path))
+    return _from_dict(plain, _Source(str(path), overrides))
 
 
-def config_from_dict(plain: dict[str, Any], *, source: str = "configuration") -> RunConfig:
+def config_from_dict(plain: dict[str, Any]) -> RunConfig:
     """Build and check a `RunConfig` from nested plain dictionaries (as `config_to_dict` makes them)."""
-    _require_plain(plain, source)
+    _require_plain(plain, "configuration")
+    return _from_dict(plain, _Source("configuration"))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where values come from: a file, and the overrides of some of them."""
+
+    file: str
+    overrides: list[str] | tuple[str, ...] = ()
+
+    def of(self, key: str) -> str:
+        """For a message about `a.b`: the last override of it, of `a` or of `a.b.c`, else the file."""
+        override = self._last_override(key)
+        return f"override {override!r}" if override else self.file
+
+    def text(self, key: str, value: Any) -> Any:
+        """The value of a key that is text: what an override says, also where it reads as a number or a truth."""
+        name, _, text = (self._last_override(key) or "").partition("=")
+        return text.strip() if name.strip() == key and isinstance(value, bool | int | float) else value
+
+    def _last_override(self, key: str) -> str | None:
+        for override in reversed(self.overrides):
+            shorter, longer = sorted([f"{override.partition('=')[0].strip()}.", f"{key}."], key=len)
+            if longer.startswith(shorter):
+                return override
+        return None
+
+
+def _from_dict(plain: dict[str, Any], source: _Source) -> RunConfig:
     model_section = plain.get("model")
     if not isinstance(model_section, dict) or not isinstance(model_section.get("name"), str):
-        raise UserError(f"{source}: expected model.name, a string naming the model")
-    num_layers = model_section.get("num_layers")
-    if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:  # a loop over them comes before any check of memory
-        raise UserError(f"{source}: model.num_layers: expected at most {_MAX_LAYERS}, got {num_layers}")
+        raise UserError(f"{source.of('model.name')}: expected model.name, a string naming the model")
     sections = {"data": DataConfig, "model": model_config_class(model_section["name"])}
     sections |= {"optim": OptimConfig, "train": TrainConfig}
     top_level = [f.name for f in dataclasses.fields(RunConfig)]
     for key in plain:
         if key not in top_level:
-            raise UserError(f"{source}: unknown key {key!r}{_suggest(str(key), top_level)}")
+            raise UserError(f"{source.of(str(key))}: unknown key {key!r}{_suggest(str(key), top_level)}")
     built = {name: _build_section(cls, plain.get(name, {}), name, source) for name, cls in sections.items()}
-    scalars = {name: plain[name] for name in ("name", "runs_dir") if name in plain}
+    scalars = {name: source.text(name, plain[name]) for name in ("name", "runs_dir") if name in plain}
     if "name" not in scalars:
-        raise UserError(f"{source}: expected name, the run's directory under runs_dir")
+        raise UserError(f"{source.file}: expected name, the run's directory under runs_dir")
     for name, value in scalars.items():
         if not isinstance(value, str):
-            raise UserError(f"{source}: {name}: expected a string, got {value!r}")
+            raise UserError(f"{source.of(name)}: {name}: expected a string, got {value!r}")
     return RunConfig(**scalars, **built)
 
 
@@ -286,35 +370,43 @@ for _kind, _pattern in {
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), None)
 
 
-def _build_section(cls: type, values: Any, name: str, source: str) -> Any:
+def _build_section(cls: type, values: Any, name: str, source: _Source) -> Any:
     if not isinstance(values, dict):
-        raise UserError(f"{source}: {name}: expected a mapping of keys, got {values!r}")
+        raise UserError(f"{source.of(name)}: {name}: expected a mapping of keys, got {values!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise UserError(f"{source}: unknown key {name}.{printable(str(key))}{_suggest(str(key), list(fields))}")
+            full, others = f"{name}.{printable(str(key))}", _suggest(str(key), list(fields))
+            raise UserError(f"{source.of(full)}: unknown key {full}{others}")
     typed = {}
     for key, item in fields.items():
+        full = f"{name}.{key}"
         if key in values:
+            value = source.text(full, values[key]) if item.type is str else values[key]
             try:
-                typed[key] = _typed(values[key], item.type)
+                typed[key] = _typed(value, item.type)
             except TypeError:
-                expected = f"expected {_type_name(item.type)}, got {values[key]!r}"
-                raise UserError(f"{source}: {name}.{key}: {expected}") from None
+                raise UserError(f"{source.of(full)}: {full}: expected {_type_name(item.type)}, got {value!r}") from None
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise UserError(f"{source}: {name}.{key} is missing; expected {_type_name(item.type)}")
+            raise UserError(f"{source.file}: {full} is missing; expected {_type_name(item.type)}")
+    _require_bounds(name, typed)  # of a model before it is made: it may loop over its layers
     return cls(**typed)
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """A plain value as a field of this type holds it: int becomes float, bool is no number; raises `TypeError`."""
+    """A plain value as a field of this type holds it: int becomes float, which is finite; bool is no number.
+
+    Raises:
+        TypeError: it cannot be held so.
+    """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is dict and isinstance(value, dict):
         return {_typed(key, arguments[0]): _typed(part, arguments[1]) for key, part in value.items()}
-    if kind is Any or (origin is Literal and isinstance(value, str) and value in arguments) or type(value) is kind:
-        return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
+    is_choice = origin is Literal and isinstance(value, str) and value in arguments
+    if kind is Any or is_choice or (type(value) is kind and kind is not float):
+        return value
     raise TypeError
 
 
@@ -343,16 +435,15 @@ def _apply_override(plain: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {override!r}: {parent} is not a group of keys")
     node[last] = read_yaml(text, f"override {override!r}: the value")
+    _require_plain(node[last], f"override {override!r}")
 
 
-def _require(config: Any, section: str, *, above_0: str, from_0: str = "") -> None:
-    """Raise where one of the named numbers is not above 0, or not at least 0."""
-    for name in f"{above_0} {from_0}".split():
-        value, is_above = getattr(config, name), name in above_0.split()
-        if not (value > 0 if is_above else value >= 0):
-            raise UserError(
-                f"{section}.{name}: expected a number {'above 0' if is_above else 'of at least 0'}, got {value}"
-            )
+def _require_bounds(section: str, values: dict[str, Any]) -> None:
+    """Raise where a number is beyond its `BOUNDS`."""
+    for name, value in values.items():
+        low, high = BOUNDS.get(f"{section}.{name}", (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"{section}.{name}: expected a number from {low} to {high}, got {value}")
 
 
 def _suggest(key: str, allowed: list[str]) -> str:
@@ -361,4 +452,6 @@ def _suggest(key: str, allowed: list[str]) -> str:
 
 
 def _type_name(annotation: Any) -> str:
+    if annotation is float:
+        return "a finite number"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

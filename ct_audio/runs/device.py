@@ -4,6 +4,9 @@ import torch
 
 from ct_audio.common.errors import UserError
 
+MAX_THREADS = 1024
+"""Far more stall the machine."""
+
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     """The device of this process.
@@ -33,11 +36,13 @@ def set_up_device(name: str, *, num_threads: int) -> torch.device:
 
     Args:
         name: as in `choose_device`.
-        num_threads: CPU threads; 0: torch's default.
+        num_threads: CPU threads, at most MAX_THREADS; 0: torch's default.
     Raises:
-        UserError: CUDA is asked for and there is none.
+        UserError: CUDA is asked for and there is none, or the number of threads is beyond its bounds.
     """
     device = choose_device(name)
+    if not 0 <= num_threads <= MAX_THREADS:
+        raise UserError(f"threads: expected 0 (torch's default) to {MAX_THREADS}, got {num_threads}")
     if num_threads:
         torch.set_num_threads(num_threads)
     torch.backends.cudnn.allow_tf32 = False

@@ -1,17 +1,21 @@
 """What a run reports: TensorBoard events and metrics.jsonl. The only importer of TensorBoard's writer.
 
 All models log the same tags. metrics.jsonl holds every scalar, one object a line: step, wall_seconds since the run
-began (over all sessions), seconds of audio seen, and the scalars by tag. On resume metrics.jsonl is cut at the
-checkpoint's step, and TensorBoard is told to leave out what was logged after it. Its x axis is the step; curves over
-audio seen and over wall time are drawn from metrics.jsonl (tools/compare.py).
+began (over all sessions), seconds of audio seen, and the scalars by tag. On resume both are cut at the checkpoint's
+step: the events that still count go to one new file, and the files of before are emptied, since TensorBoard's fast
+loader does not obey the record that tells the others to leave out what was logged later. TensorBoard's x axis is the
+step; curves over audio seen and over wall time are drawn from metrics.jsonl (tools/compare.py).
 
 Shape letters: N samples.
 """
 
 import contextlib
+import io
+import itertools
 import json
+import math
 import os
-import resource
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,8 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from google.protobuf.message import DecodeError
 from jaxtyping import Float
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -46,7 +53,8 @@ class MetricsWriter:
         if not enabled:
             return
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
-        write_file(run_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_file(run_dir / "metrics.jsonl", "".join(_to_json_line(line) for line in kept).encode())
+        _cut_events(run_dir, step)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_no_second_report())
             self._lines = stack.enter_context((run_dir / "metrics.jsonl").open("ab", buffering=0))  # see `scalars`
@@ -66,7 +74,7 @@ class MetricsWriter:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         line = {"step": step, "wall_seconds": wall_seconds, "audio_seconds": audio_seconds, **values}
-        rest = memoryview(f"{json.dumps(line)}\n".encode())  # without a buffer: what a full disk refuses is not kept
+        rest = memoryview(_to_json_line(line).encode())  # without a buffer: what a full disk refuses is not kept
         while rest:
             rest = rest[self._lines.write(rest) :]
 
@@ -109,6 +117,64 @@ class MetricsWriter:
                 self._writer.close()
 
 
+def _to_json_line(line: dict[str, Any]) -> str:
+    """JSON has no NaN; such values (of files of older versions) are left out."""
+    finite = {tag: value for tag, value in line.items() if not (isinstance(value, float) and not math.isfinite(value))}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _cut_events(run_dir: Path, step: int) -> None:
+    """Replace a run's event files by one that holds what was logged up to a step.
+
+    A session's START record ends what was logged before it and at its step or later, as in TensorBoard. So it does no
+    harm if the process is killed before the other files are empty. They are not deleted: a TensorBoard that is open
+    would wait for them.
+    """
+    paths = sorted(run_dir.glob("events.out.tfevents.*"))
+    kept: list[tuple[int, Path, int, int]] = []  # step, file, first byte, number of bytes
+    for path in paths:
+        for event, first, size in _read_events(path):
+            if event.session_log.status == SessionLog.START:
+                kept = [entry for entry in kept if entry[0] < event.step]
+            elif event.step <= step:
+                kept.append((event.step, path, first, size))
+    if not paths:
+        return
+    former = {path: int(match[1]) for path in paths if (match := re.fullmatch(r".*\.(\d{10})\.kept", path.name))}
+    number = max(former.values(), default=0) + 1  # a TensorBoard that is open reads a new name from its beginning
+    place = run_dir / f"events.out.tfevents.{number:010d}.kept"  # sorted before those of sessions, which hold a time
+    start = io.BytesIO()
+    RecordWriter(start).write(Event(session_log=SessionLog(status=SessionLog.START)).SerializeToString())
+    write_file(place, itertools.chain([start.getvalue()], _copy_parts(kept)))
+    for path in paths:
+        path.unlink() if path in former else os.truncate(path, 0)
+
+
+def _copy_parts(parts: list[tuple[int, Path, int, int]]) -> Iterator[bytes]:
+    for path, entries in itertools.groupby(parts, key=lambda part: part[1]):
+        with path.open("rb") as handle:
+            for _, _, first, size in entries:
+                handle.seek(first)
+                yield handle.read(size)
+
+
+def _read_events(path: Path) -> Iterator[tuple[Event, int, int]]:
+    """The records of an event file, each with its place and size in bytes, up to one that is cut off or damaged."""
+    first = 0
+    with path.open("rb") as handle:
+        while len(header := handle.read(12)) == 12:  # length, its checksum; then the record and its checksum
+            length = int.from_bytes(header[:8], "little")
+            record = handle.read(length + 4) if length < 2**31 else b""
+            if len(record) < length + 4:
+                return
+            try:
+                event = Event.FromString(record[:-4])
+            except DecodeError:
+                return
+            yield event, first, length + 16
+            first += length + 16
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl; a last line that was cut off is left out.
 
@@ -127,13 +193,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def memory_use_mib() -> dict[str, float]:
-    """Scalars: resident memory of this process and, with CUDA, the most that it has allocated there, in MiB."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        resident = pages * resource.getpagesize()
-    except OSError:  # no procfs: the peak instead (kilobytes on Linux, bytes on macOS)
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    use = {"memory_use/process_mib": resident / 2**20}
+    """Scalars: resident memory of this process and, with CUDA, the most that it has allocated there, in MiB.
+
+    Without procfs (macOS) it is the peak; Windows does not say.
+    """
+    use = {}
+    with contextlib.suppress(ImportError):
+        import resource  # missing on Windows
+
+        try:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        except OSError:  # kilobytes, on macOS bytes
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        use["memory_use/process_mib"] = resident / 2**20
     if torch.cuda.is_available():
         use["memory_use/cuda_max_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return use

@@ -82,15 +82,22 @@ def _require_shapes(path: Path, config: RunConfig) -> None:
 
 
 def run_corpus(run: LoadedRun, path: str | None = None, *, allow_other: bool = False) -> Corpus:
-    """The corpus to score a run on, checked against the one of its checkpoint.
+    """The corpus to score a run on, checked against the one of its checkpoint by its fingerprint, wherever it is.
 
     Args:
         path: in place of the one that the configuration names.
         allow_other: go on if it holds other codes.
     Raises:
-        UserError: it holds other codes, or is of another vocabulary.
+        UserError: it is not there, holds other codes, or is of another vocabulary.
     """
-    corpus = open_corpus(path or run.config.data.corpus)
+    if path is None:
+        path = run.config.data.corpus
+        if not Path(path).exists():
+            raise UserError(
+                f"{run.config.name} was trained on the corpus {path}, which is not there (looked in {Path.cwd()}); "
+                "where it has moved, pass --corpus DIR"
+            )
+    corpus = open_corpus(path)
     trained_on = run.state.get("corpus_fingerprint")
     if corpus.fingerprint != trained_on and not allow_other:
         raise UserError(

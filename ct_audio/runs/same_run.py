@@ -8,8 +8,8 @@ from ct_audio.runs.config import RunConfig, config_to_dict
 _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay as they were
     "name",
     "runs_dir",
+    "data.corpus",  # a corpus may move; its fingerprint is compared when it is opened
     "train.num_steps",
-    "train.num_micro_batches",
     "train.device",
     "train.num_threads",
     "train.validate_whole_split",
@@ -24,17 +24,18 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
 def require_same_run(old: RunConfig, new: RunConfig) -> None:
     """Check that a resumed run keeps what decides what is learnt.
 
-    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, num_micro_batches, device and num_threads may
-    change.
+    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device and num_threads may change, and the
+    place of the corpus; without dropout num_micro_batches too (each part draws its own numbers for dropout).
 
     Raises:
         UserError: another key has changed; the message names all of them.
     """
     before, after = flat_config(old), flat_config(new)
+    may_change = _MAY_CHANGE if after.get("model.dropout") else _MAY_CHANGE | {"train.num_micro_batches"}
     changed = [
         f"{key} (was {before.get(key)}, now {after.get(key)})"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _MAY_CHANGE
+        if before.get(key) != after.get(key) and key not in may_change
     ]
     if changed:
         raise UserError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import read_json, write_file, write_json
+from ct_audio.common.files import read_json, switch_link, write_file, write_json
 from ct_audio.runs.checkpoint_files import digest, find_checkpoint, read_state
 from ct_audio.runs.config import RunConfig, config_to_yaml, load_config
 from ct_audio.runs.same_run import require_same_run
@@ -51,7 +51,7 @@ def branch_run(source: Path, config: RunConfig) -> None:
         state["files"]["config.yaml"] = digest(root / checkpoint.name / "config.yaml")
         state.get("progress", {})["best_valid_nll_nats"] = None  # the source's best is not the branch's
         write_json(root / checkpoint.name / "state.json", state)
-        (root / "last").symlink_to(checkpoint.name, target_is_directory=True)
+        switch_link(root / "last", checkpoint.name)
         point = {"source": source.name, "step": state["step"], "weights_sha256": weights}
         write_json(beside / BRANCH_FILE, {"format": FORMAT, "format_version": FORMAT_VERSION} | point)
         beside.rename(config.run_dir)

@@ -1,8 +1,10 @@
 """Save a training session as a checkpoint, and put one back: exact, and atomic. Layout: `runs/checkpoint_files.py`.
 
 A checkpoint is written to a fresh directory, synced and renamed; then the link is replaced in one instant, and what no
-link points at is deleted. So `last` is loadable whenever the process is killed. safetensors and JSON only, never
-pickle.
+link leads to is deleted. So `last` is loadable whenever the process is killed. safetensors and JSON only, never pickle.
+
+Weights may be finite and useless all the same. So the checkpoint before stays as `previous` until a step from the last
+one has been finite (`drop_previous`); where it has not been, `previous` becomes `last` again (`go_back`).
 """
 
 import itertools
@@ -19,13 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import write_file, write_json
+from ct_audio.common.files import follow_link, switch_link, sync_directory, write_file, write_json
 from ct_audio.models import SequenceModel
 from ct_audio.models.state import map_memory, memory_from_tensors, named_tensors
 from ct_audio.runs.checkpoint_files import (
     FORMAT,
     FORMAT_VERSION,
     digest,
+    find_checkpoint,
     load_model,
     model_tensors,
     read_state,
@@ -46,6 +49,7 @@ def save_checkpoint(
     state: dict[str, Any],
     world: World,
     is_best: bool = False,
+    keep_previous: bool = False,
 ) -> None:
     """Write a checkpoint and switch `last` (and `best`) to it; all ranks call it together.
 
@@ -55,12 +59,13 @@ def save_checkpoint(
         memories: of this rank's lanes, one a micro-batch, in the order of the lanes.
         state: JSON-able; must hold "step", the steps completed. Only rank 0's is written.
         is_best: the checkpoint is the best one so far by validation NLL.
+        keep_previous: what `last` led to stays as `previous`; else what is `previous` already stays it.
     Raises:
         OSError: it cannot be written; the checkpoints of before are untouched.
     """
     root = run_dir / "checkpoints"
     name = f"step_{state['step']:08d}"
-    beside = root / f"writing-{name}"
+    beside = place = root / f"writing-{name}"
     files = {f"memory-rank{world.rank}.safetensors": _lane_tensors(memories)}
     if world.is_first:
         for stale in root.glob("writing-*"):
@@ -77,17 +82,46 @@ def save_checkpoint(
             digests["config.yaml"] = digest(beside / "config.yaml")
             header = {"format": FORMAT, "format_version": FORMAT_VERSION, "world_size": world.world_size}
             write_json(beside / "state.json", header | state | {"files": digests})
-            _sync_directory(beside)
+            sync_directory(beside)
+            before = find_checkpoint(run_dir, "last")
             place = _unused(root / name)  # a step may be saved twice, and `last` must never be touched
             beside.rename(place)
-            _sync_directory(root)
+            sync_directory(root)
+            if keep_previous and before is not None and before.name.startswith("step_"):
+                _switch(root / "previous", before.name)
             for link in ("last", "best")[: 1 + is_best]:
                 _switch(root / link, place.name)
             _delete_unreferenced(root)
     except OSError:
-        shutil.rmtree(beside, ignore_errors=True)  # it may be what fills the disk
+        if place not in _referenced(root):
+            shutil.rmtree(place, ignore_errors=True)  # it may be what fills the disk
+        shutil.rmtree(beside, ignore_errors=True)
         raise
     barrier()
+
+
+def drop_previous(run_dir: Path) -> None:
+    """The last checkpoint has been followed by a finite step: the one before is no longer needed. For rank 0."""
+    link = run_dir / "checkpoints" / "previous"
+    if link.is_dir() and not link.is_symlink():  # of a copy
+        shutil.rmtree(link)
+    link.unlink(missing_ok=True)
+    _delete_unreferenced(link.parent)
+
+
+def go_back(run_dir: Path) -> str | None:
+    """Let `last` lead to the checkpoint before, if that is there still, and delete what was the last. For rank 0.
+
+    Returns:
+        the name of the deleted checkpoint; None where nothing has been done.
+    """
+    root = run_dir / "checkpoints"
+    last, previous = find_checkpoint(run_dir, "last"), follow_link(root / "previous").resolve()
+    if last is None or last == previous or not (previous / "state.json").is_file():
+        return None
+    _switch(root / "last", previous.name)
+    drop_previous(run_dir)
+    return last.name
 
 
 def load_checkpoint(
@@ -169,7 +203,8 @@ def _load_optimizer(checkpoint: Path, model: SequenceModel, optimizer: torch.opt
             require_like(path, f"{name}/{key}", parameter, found[f"{name}/{key}"])
         require_like(path, f"{name}/step", torch.zeros((), dtype=torch.float32), found[f"{name}/step"])
         optimizer.state[parameter] = {
-            key: found[f"{name}/{key}"].to(parameter.device) for key in ("step", "exp_avg", "exp_avg_sq")
+            key: found[f"{name}/{key}"].to(parameter.device, copy=True)  # else the file stays mapped, and NFS keeps it
+            for key in ("step", "exp_avg", "exp_avg_sq")
         }
 
 
@@ -205,14 +240,10 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _switch(link: Path, target: str) -> None:
-    """Make `link` point at its sibling `target`, in one instant."""
-    beside = link.with_name(f"{link.name}.tmp")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target, target_is_directory=True)
-    if link.is_dir() and not link.is_symlink():  # a copy of a run in which links became directories
+    """As `switch_link`; a copy of a run, in which links became directories, is made one with links again."""
+    if link.is_dir() and not link.is_symlink():
         link.rename(link.with_name(f"step_of_{link.name}"))
-    beside.replace(link)
-    _sync_directory(link.parent)
+    switch_link(link, target)
 
 
 def _unused(path: Path) -> Path:
@@ -221,15 +252,10 @@ def _unused(path: Path) -> Path:
 
 
 def _delete_unreferenced(root: Path) -> None:
-    referenced = {(root / link).resolve() for link in ("last", "best")}
-    for directory in root.glob("step_*"):
-        if directory.resolve() not in referenced:
-            shutil.rmtree(directory)
+    for directory in set(root.glob("step_*")) - _referenced(root):
+        shutil.rmtree(directory, ignore_errors=True)  # NFS keeps what somebody reads; the next save tries again
 
 
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _referenced(root: Path) -> set[Path]:
+    """What links of the directory `root` lead to."""
+    return {root / follow_link(root / link).resolve().name for link in ("last", "best", "previous")}

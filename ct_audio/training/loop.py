@@ -27,12 +27,12 @@ from ct_audio.data.audio_files import write_wav
 from ct_audio.data.lanes import Chunk, split_chunk
 from ct_audio.evaluation.nll import evaluate_nll, stretch_of
 from ct_audio.models.interface import clip_gradients
-from ct_audio.models.state import detach_memory
-from ct_audio.runs.checkpoint_files import find_checkpoint
+from ct_audio.models.state import detach_memory, named_tensors
+from ct_audio.runs.checkpoint_files import find_checkpoint, model_tensors
 from ct_audio.runs.config import RunConfig
 from ct_audio.runs.metrics import memory_use_mib
 from ct_audio.sampling.sampler import Sampler
-from ct_audio.training.checkpoint import save_checkpoint
+from ct_audio.training.checkpoint import drop_previous, go_back, save_checkpoint
 from ct_audio.training.parallel import (
     World,
     all_gather,
@@ -92,6 +92,7 @@ def _loop(session: Session) -> int:
                 stop = _agree(session)
                 norms = clip_gradients(session.model.gradient_groups(), config.optim.max_gradient_norm)
                 _require_finite_gradients(session, norms, step)
+                _has_held(session)
                 set_learning_rate(optimizer, learning_rate(step, config.optim))
                 optimizer.step()
                 session.model.after_update()
@@ -175,6 +176,8 @@ def _when_due(session: Session, *, stop: int) -> None:
         _sample(session)
     if stop or improved or progress.is_due("checkpoint", settings.checkpoint_every_steps, settings.num_steps):
         _save(session, is_best=improved)
+        if progress.last.get("valid") == progress.step:  # these weights have a finite NLL
+            _has_held(session)
 
 
 def _agree(session: Session) -> int:
@@ -213,10 +216,28 @@ def _require_finite_gradients(session: Session, norms: dict[str, float], step: i
             raise NonFiniteLossError(f"step {step + 1}: the gradient norm of {group} is {norm}" + _last_good(session))
 
 
+def _has_held(session: Session) -> None:
+    """A step, or a validation, from the last checkpoint has been finite."""
+    if not session.last_has_held and session.world.is_first:
+        drop_previous(session.config.run_dir)
+    session.last_has_held = True
+
+
 def _last_good(session: Session) -> str:
-    checkpoint = find_checkpoint(session.config.run_dir, "last")
-    kept = f"the last good checkpoint, {checkpoint.name}, is kept" if checkpoint else "nothing was saved yet"
-    return f"; {kept}; lower optim.peak_learning_rate or lengthen optim.warmup_steps, and choose another name"
+    """For a message; a checkpoint from which no step has been finite is not good, and gives way to the one before."""
+
+    def say_what_is_kept() -> str:
+        deleted = None if session.last_has_held else go_back(session.config.run_dir)
+        gone = f"no step from {deleted} was finite, so it is deleted; " if deleted else ""
+        checkpoint = find_checkpoint(session.config.run_dir, "last")
+        if checkpoint is None:
+            return "nothing was saved yet"
+        if deleted or session.last_has_held:
+            return f"{gone}the last good checkpoint, {checkpoint.name}, is kept"
+        return f"{checkpoint.name} is kept, but no step from it has been finite"
+
+    advice = "lower optim.peak_learning_rate or lengthen optim.warmup_steps, and choose another name"
+    return f"; {on_first_rank(say_what_is_kept)}; {advice}"
 
 
 def _log(session: Session, bar: tqdm) -> None:
@@ -225,6 +246,8 @@ def _log(session: Session, bar: tqdm) -> None:
     means = _mean_sums(session)
     steps, updates, seconds = means.pop("steps"), means.pop("updates", 0), means.pop("seconds")
     values = {tag: total / (updates if tag.startswith("gradient_norm/") else steps) for tag, total in means.items()}
+    if not all(map(math.isfinite, values.values())):  # in the middle of an update, at whose end the run stops
+        return
     values["nll/train_bits"] = nats_to_bits(values["nll/train_nats"])
     values["optim/learning_rate"] = learning_rate(progress.step - 1, config.optim)
     values["optim/update_period"] = len(update_steps(progress.step - 1, config.optim))
@@ -275,6 +298,9 @@ def _validate_whole_split(session: Session) -> int:
     nll_nats = _valid_nll(session, max_codes=None)
     if nll_nats is None:
         return 128 + on_first_rank(lambda: session.signals[0])
+    if not math.isfinite(nll_nats):
+        raise NonFiniteLossError(f"whole validation split: the NLL is {nll_nats}" + _last_good(session))
+    _has_held(session)
     _write_scalars(session, {"nll/valid_full_nats": nll_nats, "nll/valid_full_bits": nats_to_bits(nll_nats)})
     session.metrics.flush()
     say(session, f"whole validation split: {nll_nats:.4f} nats {nats_to_bits(nll_nats):.4f} bits per code")
@@ -331,7 +357,9 @@ def _sample_alone(session: Session, rate: int) -> None:
 
 
 def _save(session: Session, *, is_best: bool) -> None:
+    """Save what is finite; raises `NonFiniteLossError` on every rank where anything is not."""
     progress = session.progress
+    _require_finite_state(session)
     progress.last["checkpoint"] = progress.step
     progress.sums = _mean_sums(session)  # state.json is rank 0's, and every rank goes on from it
     progress.wall_seconds = time.perf_counter() - session.began
@@ -351,7 +379,26 @@ def _save(session: Session, *, is_best: bool) -> None:
         },
         world=session.world,
         is_best=is_best,
+        keep_previous=session.last_has_held,
     )
+    session.last_has_held = False
+
+
+def _require_finite_state(session: Session) -> None:
+    """An update from a finite loss may still destroy the weights, as when the learning rate is far too high."""
+    tensors = model_tensors(session.model)
+    for index, memory in enumerate(session.memories):
+        tensors |= {f"memory {index}/{name}": tensor for name, tensor in named_tensors(memory)}
+    if session.optimizer is not None:
+        for name, parameter in session.model.trained_parameters():
+            moments = session.optimizer.state.get(parameter, {})
+            tensors |= {f"{name}, {key} of Adam": tensor for key, tensor in moments.items()}
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = [name for part in all_gather(bad) for name in part]
+    if bad:
+        raise NonFiniteLossError(
+            f"step {session.progress.step}: not finite after the update: {bad[0]}" + _last_good(session)
+        )
 
 
 def _write_scalars(session: Session, values: dict[str, float]) -> None:

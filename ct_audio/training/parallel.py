@@ -1,7 +1,7 @@
 """Processes under torchrun: set-up, small collectives, data parallelism. The only importer of torch.distributed.
 
 Everything here also works in a single process without torchrun, where it does nothing. Numbers and messages travel over
-gloo on the CPU, and may wait for hours; gradients on CUDA devices over NCCL, with torch's timeout of ten minutes.
+gloo on the CPU, and may wait for days; gradients on CUDA devices over NCCL, with torch's timeout of ten minutes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from ct_audio.common.errors import UserError
 
 T = TypeVar("T")
 
-_CPU_TIMEOUT = datetime.timedelta(hours=6)  # rank 0 validates while others wait; torchrun notices a dead process anyway
+_CPU_TIMEOUT = datetime.timedelta(days=30)  # rank 0 validates, however long; torchrun ends all when a process dies
 
 
 @dataclass(frozen=True)

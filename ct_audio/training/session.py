@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ class Progress:
 class Session:
     """What one call of the training command works with; signals that come and losses that are NaN are noted here.
 
-    `optimizer` is None for a model without parameters.
+    `optimizer` is None for a model without parameters; `last_has_held` says that a step from the last checkpoint has
+    been finite.
     """
 
     config: RunConfig
@@ -108,6 +110,7 @@ class Session:
     began: float
     resumed: bool
     failures: list[str] = field(default_factory=list)
+    last_has_held: bool = False
 
     @property
     def codes_per_step(self) -> int:
@@ -147,6 +150,12 @@ def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
 def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     """Open, build and, where there is a checkpoint, load everything."""
     device = _claim_device(config.train, world)
+    checkpoint = on_first_rank(lambda: find_checkpoint(config.run_dir, "last"))
+    if checkpoint is not None and not Path(config.data.corpus).exists():
+        raise UserError(
+            f"data.corpus = {config.data.corpus} is not there (looked in {Path.cwd()}); where it has moved, add "
+            "data.corpus=DIR to the command"
+        )
     corpus = open_corpus(config.data.corpus)
     stream = _open_stream(config.data, corpus, world)
     num_lanes = config.data.num_lanes // world.world_size
@@ -154,7 +163,7 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     model, optimizer = _build(config, device, world)
     memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
     loss = ChunkLoss(model, device_type=device.type, precision=config.train.precision)
-    checkpoint, progress = on_first_rank(lambda: find_checkpoint(config.run_dir, "last")), Progress()
+    progress = Progress()
     if checkpoint is not None:
         lanes = {"num_lanes": num_lanes, "num_micro_batches": config.train.num_micro_batches}
         memories, state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world, **lanes)
@@ -216,8 +225,9 @@ def _resume_stream(state: dict[str, Any], config: RunConfig, corpus: Corpus, str
     """Put the stream where a checkpoint's state.json says; returns how far the run is."""
     if state.get("corpus_fingerprint") != corpus.fingerprint:
         raise UserError(
-            f"data.corpus = {config.data.corpus} holds other codes than when {config.run_dir} was started; "
-            "bring that corpus back, or choose another name"
+            f"data.corpus = {config.data.corpus} holds other codes than when {config.run_dir} was started "
+            f"(fingerprint {corpus.fingerprint[:12]}, expected {str(state.get('corpus_fingerprint'))[:12]}); "
+            "bring that corpus back, where it has moved add data.corpus=DIR, or choose another name"
         )
     stream.load_state_dict(state.get("stream", {}))
     return _progress_from_json(state.get("progress", {}), step=state["step"])
