@@ -158,8 +158,8 @@ def test_over_5_percent_of_bad_files_stop_the_run_and_name_them(tmp_path, monkey
 
 @pytest.mark.parametrize("option", ["--valid-list", "--group-regex"])
 def test_folders_that_nobody_can_read_do_not_stop_the_other_options(tmp_path, monkeypatch, option):
-    for name in ("a", "b"):
-        write(tmp_path / "in" / f"{name}_take1.wav", voice(1))
+    for seed, name in enumerate("ab"):
+        write(tmp_path / "in" / f"{name}_take1.wav", voice(seed))
     (tmp_path / "in" / "ring").symlink_to(".")
     (tmp_path / "list").write_text("a_take1.wav\n")
     value = {"--valid-list": str(tmp_path / "list"), "--group-regex": "^(.*)_take[0-9]"}[option]

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,8 @@ from ct_audio.data.audio_files import read_wav, resample
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import open_corpus
 from ct_audio.preparation import recordings as prepare
+from ct_audio.preparation import workers
+from ct_audio.preparation.audio_report import summary_lines
 from ct_audio.preparation.recordings import AudioSettings, Recording, prepare_audio, prepare_waveform, split_by_hash
 
 
@@ -201,6 +206,133 @@ def test_the_same_again_is_complete_and_another_needs_overwrite(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "out"]
 
 
+def test_recordings_that_have_changed_at_the_same_size_are_noticed(tmp_path, monkeypatch):
+    recordings = make_recordings(tmp_path / "in")
+    first, _ = run(recordings, tmp_path / "out")
+    path = recordings[0].path
+    status = path.stat()
+    write(path, voice(0, 0.3) / 2)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_size == status.st_size
+    with pytest.raises(UserError, match=r"their bytes have changed \(content_sha256: .* now\); pass --overwrite"):
+        run(recordings, tmp_path / "out")
+    second, report = run(recordings, tmp_path / "out", overwrite=True)
+    assert report is not None
+    assert second.fingerprint != first.fingerprint
+    assert run(recordings, tmp_path / "out")[1] is None
+    worked = count_work(monkeypatch)
+    run(recordings, tmp_path / "out", overwrite=True)
+    assert len(worked) == len(recordings), "told to, it makes the same corpus again"
+
+
+def test_a_copy_elsewhere_and_later_is_the_same(tmp_path):
+    recordings = make_recordings(tmp_path / "in")
+    run(recordings, tmp_path / "out")
+    shutil.copytree(tmp_path / "in", tmp_path / "moved", copy_function=shutil.copyfile)
+    moved = [replace(r, path=tmp_path / "moved" / r.path.relative_to(tmp_path / "in")) for r in recordings]
+    assert run(moved, tmp_path / "out")[1] is None
+
+
+def test_what_two_splits_have_stays_with_the_held_out_one(tmp_path):
+    """Copies byte by byte, and the same samples in another format."""
+    waveform, other = np.rint(voice(1) * 32768).astype(np.int16), voice(2)
+    files = {
+        "a.wav": ("train", waveform),
+        "b.flac": ("valid", waveform),
+        "c.wav": ("test", waveform),
+        "d.wav": ("train", waveform),
+        "e.wav": ("train", other),
+        "f.wav": ("valid", voice(3)),
+        "g.wav": ("train", other),
+    }
+    recordings = []
+    for name, (split, samples) in files.items():
+        write(tmp_path / "in" / name, samples, subtype="PCM_16")
+        recordings.append(Recording(tmp_path / "in" / name, split, name))
+    corpus, report = run(recordings, tmp_path / "out")
+    assert {name: corpus.split(name).document_names for name in corpus.splits} == {
+        "train": ("e.wav", "g.wav"),  # a copy within a split is the user's own affair
+        "valid": ("f.wav",),
+        "test": ("c.wav",),
+    }
+    assert report is not None
+    assert report["num_dropped"] == 0
+    assert [(entry["name"], entry["reason"]) for entry in report["copies"]] == [
+        ("a.wav", "the same audio as c.wav in test"),
+        ("d.wav", "the same audio as c.wav in test"),
+        ("b.flac", "the same audio as c.wav in test"),
+    ]
+    assert any("b.flac in valid: the same audio as c.wav in test" in line for line in summary_lines(report))
+    assert "- `a.wav`: the same audio as c.wav in test" in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(UserError, match=r"nothing is left of split train: 0 recordings .* 2 are copies of recordings"):
+        run([recordings[0], recordings[2], recordings[3]], tmp_path / "none")
+
+
+def test_parts_of_a_recording_have_a_gap_between_them(tmp_path):
+    waveform = np.concatenate([voice(seed, 1.0) for seed in range(20)])
+    write(tmp_path / "long.wav", waveform, subtype="FLOAT")
+    parts = {"train": (0.0, 0.9), "valid": (0.9, 0.95), "test": (0.95, 1.0)}
+    recordings = [Recording(tmp_path / "long.wav", split, split, part) for split, part in parts.items()]
+    corpus, report = run(recordings, tmp_path / "out")
+    codes, n = MuLaw().encode(waveform), len(waveform)
+    for split, (begin, end) in {"train": (0, 18.0), "valid": (18.5, 19.0), "test": (19.5, 20.0)}.items():
+        assert np.array_equal(corpus.split(split).codes, codes[int(begin * 24_000) : int(end * 24_000)])
+    assert report is not None
+    assert report["total"]["source_hours"] == pytest.approx(n / 24_000 / 3600, abs=1e-4)
+    with pytest.raises(UserError, match=r"had to be dropped \(2 too short\)"):
+        run(recordings, tmp_path / "short", AudioSettings(min_seconds=1.0))
+
+
+def test_names_are_drawn_and_written_as_text(tmp_path):
+    names = ["$a_1$b", "a|b", "`c`", "$", "_x_*y*"]
+    recordings = [Recording(tmp_path / "in" / f"{n}.wav", "train", name) for n, name in enumerate(names)]
+    for index, recording in enumerate(recordings):
+        write(recording.path, voice(index))
+    recordings[2].path.write_bytes(b"")
+    for name in ("$x_{y$", "a$", "$\\frac$|`b`"):
+        out = tmp_path / name
+        run(recordings, out, allow_dropped=True)
+        assert (out / "histogram.png").read_bytes()[:4] == b"\x89PNG"
+        assert "- `` `c` ``: unreadable" in (out / "report.md").read_text()
+    assert (tmp_path / "a$" / "report.md").read_text().startswith("# Preparation of a\\$\n")
+
+
+@pytest.mark.parametrize("place", ["TMPDIR", "/dev/shm"])
+def test_without_a_place_for_what_joins_processes_one_does_it(tmp_path, monkeypatch, capsys, place):
+    def fail(*arguments, **options):
+        raise OSError("AF_UNIX path too long" if place == "TMPDIR" else "No space left on device")
+
+    recordings = make_recordings(tmp_path / "in")
+    run(recordings, tmp_path / "one" / "out")
+    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit" if place == "TMPDIR" else "__init__", fail)
+    run(recordings, tmp_path / "out", num_processes=2)
+    assert re.fullmatch(rf"warning: no worker processes .*{place}.*\n", capsys.readouterr().err)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one" / "out")
+
+
+@pytest.mark.distributed
+def test_a_long_tmpdir_is_no_obstacle(tmp_path):
+    for index in range(3):
+        write(tmp_path / "in" / f"{index}.wav", voice(index))
+    (tmp_path / ("t" * 100)).mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / ("t" * 100)), "PYTHONPATH": str(ROOT)}
+    line = [*command(tmp_path / "in", tmp_path / "out", "--num-processes", "2")]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "going on with one process; they need TMPDIR" in done.stderr
+
+
+def test_librosa_without_a_cache_is_one_clear_error(tmp_path, monkeypatch):
+    def cannot(name):
+        raise RuntimeError("cannot cache function '__o_fold': no locator available for file 'notation.py'")
+
+    monkeypatch.setattr(prepare.importlib, "import_module", cannot)
+    recordings = make_recordings(tmp_path / "in")
+    with pytest.raises(UserError, match=r"--trim-db: .*no locator.*export NUMBA_CACHE_DIR=\S+$"):
+        run(recordings, tmp_path / "out", AudioSettings(trim_db=40.0))
+    run(recordings, tmp_path / "out")
+
+
 def test_a_damaged_corpus_is_not_complete(tmp_path):
     recordings = make_recordings(tmp_path / "in")
     run(recordings, tmp_path / "out")
@@ -224,7 +356,7 @@ def test_what_is_no_corpus_is_never_replaced(tmp_path):
 
 def count_work(patch, stop_after: int | None = None) -> list[str]:
     """Note which files are worked on, and break off after some of them."""
-    return count_calls(patch, prepare, "_prepare_file", lambda task: task.path.name, stop_after)
+    return count_calls(patch, prepare, "_encode_file", lambda task: task.recording.path.name, stop_after)
 
 
 def interrupt(recordings, out):
@@ -240,11 +372,15 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     run(recordings, tmp_path / "whole" / "out")
     interrupt(recordings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    changed = recordings[0].path  # sorted first, so it was done: it must be done again
-    os.utime(changed, ns=(1, 1))
+    changed, touched = (recording.path for recording in recordings[:2])  # sorted first, so they were done
+    os.utime(touched, ns=(1, 1))
+    status = changed.stat()
+    write(changed, voice(0, 0.3) / 2)  # of the same size and time: it must be done again
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
     worked = count_work(monkeypatch)
     run(recordings, tmp_path / "out")
     assert sorted(worked) == sorted([changed.name, "002.ogg", "005.ogg"])
+    run(recordings, tmp_path / "whole" / "out", overwrite=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 

@@ -31,6 +31,11 @@ def spectrogram_figure(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) ->
     return figure
 
 
+def plain_text(text: str) -> str:
+    """Text of others, as names, for a title, a label or a legend: matplotlib draws it as it is, and no formula."""
+    return text.replace("$", r"\$")
+
+
 def write_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     content = io.BytesIO()

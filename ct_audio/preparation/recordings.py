@@ -6,13 +6,16 @@ Shape letters: N samples or codes.
 """
 
 import hashlib
+import importlib
 import json
 import math
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import librosa
@@ -27,7 +30,8 @@ from ct_audio.data.audio_files import read_wav, require_finite, resample, write_
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import Corpus, CorpusWriter
 from ct_audio.preparation.audio_report import FileResult, count_reasons, make_report, write_report
-from ct_audio.preparation.workers import existing_corpus, prepare_once, run_tasks
+from ct_audio.preparation.listing import same_name
+from ct_audio.preparation.workers import CONTENT_KEY, existing_corpus, join_hashes, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
 MAX_DROPPED_PERCENT = 5.0
@@ -35,6 +39,9 @@ SILENCE = 2.0**-15  # -90 dBFS, one step of 16 bits
 FULL_SCALE = 32767 / 32768
 OUT_OF_RANGE = 16.0  # 24 dB over full scale: no loud recording, but a file of another scale, or damaged
 EXAMPLE_SECONDS = 10.0
+GAP_SECONDS = 0.5
+_RANKS = {"test": 0, "valid": 1, "train": 3}
+"""Of splits: what two of them have goes to the first."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,16 @@ class Recording:
         split: where it goes, as "train".
         name: unique in the corpus, printable (`common.text.printable` makes it so); recordings of a split are put in
             the order of their names.
+        part: begin and end of the part that is taken, as shares of the whole; a part that does not begin at 0 begins
+            `GAP_SECONDS` later, so that it does not continue what another split ends with.
+        reason: why it cannot be used, to be named in the report; None: reading it tells.
     """
 
     path: Path
     split: str
     name: str
+    part: tuple[float, float] = (0.0, 1.0)
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,18 +103,22 @@ class AudioSettings:
         return asdict(self) | fixed
 
 
-def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> str:
-    """The split of a group of recordings that must stay together, from the group's name alone.
+def hash_place(group: str) -> float:
+    """Where a group of recordings that must stay together lies in 0..100, from the group's name alone.
 
-    The first 8 bytes of SHA-256 of the UTF-8 name, as a big-endian fraction of 2^64 times 100, is compared: below
-    `valid_percent` is valid, below `valid_percent + test_percent` is test, else train.
+    The first 8 bytes of SHA-256 of the name, in NFC and as UTF-8, as a big-endian fraction of 2^64, times 100.
     """
+    digest = hashlib.sha256(same_name(group).encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 * 100
+
+
+def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> str:
+    """The split of a group: `hash_place` below `valid_percent` is valid, below the sum of both test, else train."""
     if min(valid_percent, test_percent) < 0 or not valid_percent + test_percent < 100:
         raise UserError(
             f"expected valid and test percentages that sum to less than 100, got {valid_percent}, {test_percent}"
         )
-    digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64 * 100
+    place = hash_place(group)
     if place < valid_percent:
         return "valid"
     return "test" if place < valid_percent + test_percent else "train"
@@ -131,10 +147,28 @@ def prepare_waveform(
         waveform = waveform * np.float32(gain)
     if settings.trim_db is not None:
         waveform = librosa.effects.trim(waveform, top_db=settings.trim_db)[0]
+    _require_length(waveform, settings)
+    return waveform
+
+
+def take_part(
+    waveform: Float[np.ndarray, "N"], part: tuple[float, float], settings: AudioSettings
+) -> Float[np.ndarray, "M"]:
+    """The part of a prepared waveform that `Recording.part` says.
+
+    Raises:
+        UserError: it is too short.
+    """
+    begin, end = (round(share * len(waveform)) for share in part)
+    gap = min(round(GAP_SECONDS * settings.sample_rate_hz), (end - begin) // 2) if begin else 0
+    _require_length(waveform[begin + gap : end], settings)
+    return waveform[begin + gap : end]
+
+
+def _require_length(waveform: Float[np.ndarray, "N"], settings: AudioSettings) -> None:
     seconds = len(waveform) / settings.sample_rate_hz
     if seconds < settings.min_seconds:
         raise UserError(f"too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
-    return waveform
 
 
 def prepare_audio(
@@ -155,13 +189,15 @@ def prepare_audio(
         source: where the recordings come from, for corpus.json; `path` in it may differ between runs.
         num_processes: each of them uses one thread.
         allow_dropped: go on when over 5% of the files had to be dropped.
-        overwrite: replace a corpus that stands at `out` and was made otherwise.
+        overwrite: replace the corpus that stands at `out`.
     Returns:
         corpus: opened.
         report: what report.json says; None if the same corpus was there already.
     Raises:
-        UserError: nothing to prepare, too many dropped, or `out` is taken.
+        UserError: nothing to prepare, too many dropped, a split that would be empty, or `out` is taken.
     """
+    if settings.trim_db is not None:
+        _require_trimming()
     out, recordings = Path(out), sorted(recordings, key=lambda recording: (recording.split, recording.name))
     _require_names(recordings)
     source = source | {"num_files": len(recordings), "listing_sha256": _hash_listing(recordings)}
@@ -170,20 +206,37 @@ def prepare_audio(
     def make(partial: Path) -> None:
         (partial / "files").mkdir(exist_ok=True)
         results = _prepare_files(recordings, partial / "files", settings, num_processes)
+        content = join_hashes([result.source_sha256 for result in results])
+        results = _leave_out_copies(recordings, results)
         named = [(r.name, r.split, result) for r, result in zip(recordings, results, strict=True)]
         report.update(make_report(named, settings.sample_rate_hz))
         _check_dropped(report, partial, allow_dropped=allow_dropped)
-        _assemble(recordings, results, report, partial, out, settings, source)
+        _assemble(recordings, results, report, partial, out, settings, source | {CONTENT_KEY: content})
 
+    content_hash = cache(lambda: _hash_contents(recordings))
     corpus, was_there = prepare_once(
-        out, lambda: existing_corpus(out, source, settings.to_json(), overwrite=overwrite), make
+        out,
+        lambda: existing_corpus(out, source, settings.to_json(), content_hash=content_hash, overwrite=overwrite),
+        make,
     )
     return corpus, None if was_there else report
 
 
+def _require_trimming() -> None:
+    """Import what cuts silence, which compiles itself and needs a place for that."""
+    try:
+        importlib.import_module("librosa.effects")
+        importlib.import_module("librosa.feature")
+    except RuntimeError as error:
+        raise UserError(
+            f"--trim-db: librosa cannot be loaded: {error}; where home cannot be written, choose a folder that can: "
+            f"export NUMBA_CACHE_DIR={gettempdir()}/numba"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Task:
-    path: Path
+    recording: Recording
     target: Path
     settings: AudioSettings
 
@@ -191,61 +244,72 @@ class _Task:
 def _prepare_files(
     recordings: list[Recording], files: Path, settings: AudioSettings, num_processes: int
 ) -> list[FileResult]:
-    tasks = [_Task(r.path, _target(files, r.name), settings) for r in recordings]
-    found = [_reusable(task) for task in tasks]
-    todo = [index for index, result in enumerate(found) if result is None]
-    progress = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="file", desc="prepare", disable=None)
+    tasks = {index: _Task(r, _target(files, r.name), settings) for index, r in enumerate(recordings)}
     done: dict[int, FileResult] = {}
-    trims = any(task.settings.trim_db is not None for task in tasks)
     preload = [
         "ct_audio.preparation.recordings",
-        *(["librosa.effects", "librosa.feature"] if trims else []),
+        *(["librosa.effects", "librosa.feature"] if settings.trim_db is not None else []),
     ]  # it takes seconds
-    with progress:
-        for index, result in run_tasks(
-            _prepare_file, {index: tasks[index] for index in todo}, num_processes, preload=preload
-        ):
+    with tqdm(total=len(tasks), unit="file", desc="prepare", disable=None) as progress:
+        for index, result in run_tasks(_prepare_file, tasks, num_processes, preload=preload):
             done[index] = result
             progress.update()
-    return [done[index] if result is None else result for index, result in enumerate(found)]
+    return [done[index] for index in tasks]
 
 
 def _prepare_file(task: _Task) -> FileResult:
-    """Prepare one recording: its codes and its result lie in `task.target`.* afterwards, unless it is dropped."""
+    """Codes and result of a recording lie in `task.target`.* afterwards, unless it is dropped.
+
+    What an interrupted run left there is taken where the file's bytes and the settings are still the same.
+    """
+    recording = task.recording
+    if recording.reason is not None:
+        return FileResult(reason=printable(recording.reason))
+    source_sha256 = _hash_file(recording.path)
+    key = {"source_sha256": source_sha256, "part": list(recording.part), "settings": task.settings.to_json()}
+    result = _reusable(task, key) if source_sha256 else None
+    if result is None:
+        result = _encode_file(task)
+        result = replace(result, source_sha256=source_sha256)
+        if result.reason is None:  # without fsync: sizes and checksums are compared when the corpus is put together
+            record = json.dumps({"key": key, "result": asdict(result)})
+            write_file(task.target.with_suffix(".json"), record.encode(), sync=False)
+    return result
+
+
+def _encode_file(task: _Task) -> FileResult:
+    """Read and encode one recording; its codes lie in `task.target`.codes afterwards, unless it is dropped."""
+    path, settings = task.recording.path, task.settings
     try:
-        key = _key(task)
-        waveform, sample_rate_hz = read_wav(task.path)
-        prepared = prepare_waveform(waveform, sample_rate_hz, task.settings)
-        codes = MuLaw(task.settings.sample_rate_hz).encode(prepared)
+        waveform, sample_rate_hz = read_wav(path)
+        prepared = take_part(prepare_waveform(waveform, sample_rate_hz, settings), task.recording.part, settings)
+        codes = MuLaw(settings.sample_rate_hz).encode(prepared)
     except UserError as error:
-        reason = str(error).removeprefix(f"cannot read {task.path}: ")
+        reason = str(error).removeprefix(f"cannot read {path}: ")
         known = ("truncated", "empty", "not finite", "out of range", "silent", "too short")
         return FileResult(reason=printable(reason if reason.startswith(known) else f"unreadable: {reason}"))
     except MemoryError:
         return FileResult(reason="unreadable: too long for the memory of this machine")
-    raw, magnitude = codes.tobytes(), np.abs(prepared)
-    result = FileResult(
+    raw, magnitude, (begin, end) = codes.tobytes(), np.abs(prepared), task.recording.part
+    write_file(task.target.with_suffix(".codes"), raw, sync=False)
+    return FileResult(
+        codes_sha256=hashlib.sha256(raw).hexdigest(),
         num_codes=len(codes),
         crc32=zlib.crc32(raw),
         sample_rate_hz=sample_rate_hz,
-        source_seconds=len(waveform) / sample_rate_hz,
+        source_seconds=len(waveform) / sample_rate_hz * (end - begin),
         peak=float(magnitude.max()),
         sum_of_squares=float(np.square(prepared, dtype=np.float64).sum()),
         num_clipped=int((magnitude >= FULL_SCALE).sum()),
         histogram=tuple(np.bincount(codes, minlength=256).tolist()),
     )
-    # without fsync: sizes and checksums are compared when the corpus is put together
-    write_file(task.target.with_suffix(".codes"), raw, sync=False)
-    record = json.dumps({"key": key, "result": asdict(result)})
-    write_file(task.target.with_suffix(".json"), record.encode(), sync=False)
-    return result
 
 
-def _reusable(task: _Task) -> FileResult | None:
-    """What an interrupted run left of this file, if source file and settings are still the same."""
+def _reusable(task: _Task, key: dict[str, Any]) -> FileResult | None:
+    """What an interrupted run left of this file, if the file's bytes and the settings are still the same."""
     try:
         record = read_json(task.target.with_suffix(".json"))
-        if record["key"] != _key(task):
+        if record["key"] != json.loads(json.dumps(key)):
             return None
         fields = record["result"]
         result = FileResult(**(fields | {"histogram": tuple(fields["histogram"])}))
@@ -255,12 +319,42 @@ def _reusable(task: _Task) -> FileResult | None:
     return result if size == result.num_codes else None
 
 
-def _key(task: _Task) -> dict[str, Any]:
+def _hash_file(path: Path) -> str:
+    """SHA-256 of a file; "" where there is no plain file that can be read."""
     try:
-        status = task.path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {task.path}: {error.strerror}") from error
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "settings": task.settings.to_json()}
+        if not path.is_file():
+            return ""
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _hash_contents(recordings: list[Recording]) -> str:
+    """What `join_hashes` says of the files as they are now: all of them are read."""
+    known: dict[Path, str] = {}
+    for recording in tqdm(recordings, unit="file", desc="hash", disable=None):
+        if recording.path not in known:
+            known[recording.path] = _hash_file(recording.path)
+    return join_hashes([known[r.path] if r.reason is None else "" for r in recordings])
+
+
+def _leave_out_copies(recordings: list[Recording], results: list[FileResult]) -> list[FileResult]:
+    """Codes that several splits have stay in test, else in valid: what is held out must not be trained on."""
+    owners: dict[str, Recording] = {}
+    for recording, result in sorted(zip(recordings, results, strict=True), key=lambda pair: _rank(pair[0])):
+        if result.reason is None:
+            owners.setdefault(result.codes_sha256, recording)
+    found = list(results)
+    for index, (recording, result) in enumerate(zip(recordings, results, strict=True)):
+        owner = owners.get(result.codes_sha256)
+        if owner is not None and owner.split != recording.split:
+            found[index] = replace(result, reason=f"the same audio as {owner.name} in {owner.split}", is_copy=True)
+    return found
+
+
+def _rank(recording: Recording) -> int:
+    return _RANKS.get(recording.split, 2)
 
 
 def _assemble(
@@ -303,12 +397,22 @@ def _read_codes(target: Path, result: FileResult) -> UInt8[np.ndarray, "N"]:
 def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool) -> None:
     dropped, num_kept = report["dropped"], report["total"]["num_files"]
     listing = partial / "dropped.txt"
-    write_file(listing, "".join(f"{entry['name']}: {entry['reason']}\n" for entry in dropped).encode())
+    left_out = [*dropped, *report["copies"]]
+    write_file(listing, "".join(f"{entry['name']}: {entry['reason']}\n" for entry in left_out).encode())
     what = f"{len(dropped)} of {len(dropped) + num_kept} files had to be dropped ({count_reasons(dropped)})"
     if not num_kept:
         raise UserError(f"{what}: nothing is left; see {listing}")
     if report["dropped_percent"] > MAX_DROPPED_PERCENT and not allow_dropped:
         raise UserError(f"{what}, over {MAX_DROPPED_PERCENT:g}%; see {listing}; repair them, or pass --allow-dropped")
+    for name, split in report["splits"].items():
+        if not split["num_files"]:
+            num_dropped, num_copies = (
+                sum(entry["split"] == name for entry in report[key]) for key in ("dropped", "copies")
+            )
+            raise UserError(
+                f"nothing is left of split {name}: {num_dropped} recordings had to be dropped, {num_copies} are copies "
+                f"of recordings in other splits; see {listing}; repair the former, keep the latter in one group"
+            )
 
 
 def _require_names(recordings: list[Recording]) -> None:
@@ -324,7 +428,7 @@ def _require_names(recordings: list[Recording]) -> None:
 
 
 def _hash_listing(recordings: list[Recording]) -> str:
-    """Hash over names, splits and sizes: tells whether files were added, changed or moved to another split."""
+    """Hash over names, splits and sizes: tells quickly that files were added or moved to another split."""
     digest = hashlib.sha256()
     for recording in recordings:
         size = os.path.getsize(recording.path) if os.path.isfile(recording.path) else -1
