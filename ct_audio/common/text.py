@@ -68,11 +68,13 @@ def require_utf8(raw: bytes, path: Path, begin: int = 0) -> None:
     except UnicodeDecodeError as error:
         around = raw[max(0, error.start - 10) : error.end + 10]
         with path.open("rb") as handle:
+            source = "utf-16" if handle.read(2) in (b"\xff\xfe", b"\xfe\xff") else "latin1"
+            handle.seek(0)
             line = 1 + sum(block.count(b"\n") for block in _blocks(handle, begin + error.start))
         where = f"{path.absolute()}, line {line}, byte {begin + error.start}"
         raise UserError(
             f"{where}: expected UTF-8, got {around!r}; convert the file, as with: "
-            "iconv -f latin1 -t utf-8 FILE > NEW_FILE"
+            f"iconv -f {source} -t utf-8 FILE > NEW_FILE"
         ) from error
 
 
