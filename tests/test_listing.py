@@ -33,14 +33,19 @@ def test_hidden_files_and_folders_of_systems_are_no_inputs(tmp_path):
 
 def test_what_looks_like_audio_is_named_by_kind(tmp_path):
     touch(tmp_path, "a.wav", "b.m4a", "c.WMA", "d.txt", "e/f.webm")
+    (tmp_path / "take.1").write_bytes(b"RIFF....WAVE")
+    (tmp_path / "take").write_bytes(b"fLaC")
+    (tmp_path / "README").write_bytes(b"no audio")
     audio = find_audio(tmp_path)
     assert list(audio.files) == ["a.wav"]
     assert {name: str(why).partition(":")[0] for name, (_, why) in audio.unusable.items()} == {
         "b.m4a": "not read (m4a)",
         "c.WMA": "not read (wma)",
         "e/f.webm": "not read (webm)",
+        "take": "without suffix",
+        "take.1": "without suffix",
     }
-    assert count_suffixes(audio.unusable) == "1 .m4a, 1 .webm, 1 .wma"
+    assert count_suffixes(audio.unusable) == "1 .1, 1 .m4a, 1 .webm, 1 .wma, 1 without suffix"
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -110,6 +115,34 @@ def test_two_files_that_differ_in_the_form_of_unicode_alone_are_both_there(tmp_p
     names = list(find_audio(tmp_path).files)
     assert len(names) == 2
     assert {unicodedata.normalize("NFC", name) for name in names} == {"é/ü.wav"}
+
+
+@pytest.mark.parametrize("options", [(), ("--group", "file")])
+def test_splits_that_were_full_are_as_they_were(tmp_path, options):
+    """By the formula in the README: 80 groups of one or two files leave no split empty."""
+    names = [f"speaker{speaker}/{take}.wav" for speaker in range(80) for take in range(2)]
+    touch(tmp_path, *names)
+    groups = {name: name if options else name.partition("/")[0] for name in names}
+    expected = {name: split_by_hash(group, valid_percent=5.0, test_percent=5.0) for name, group in groups.items()}
+    assert set(expected.values()) == {"train", "valid", "test"}
+    assert list_recordings(tmp_path, *options) == expected
+
+
+@pytest.mark.parametrize("num_groups", [3, 4, 9, 30])
+def test_a_split_that_would_be_empty_takes_a_small_group(tmp_path, num_groups):
+    names = [f"{group}/{take}.wav" for group in range(num_groups) for take in range(1 + group % 4)]
+    touch(tmp_path, *names)
+    splits = list_recordings(tmp_path, "--valid-percent", "0.001", "--test-percent", "0.001")
+    folders = {split: {name.partition("/")[0] for name in names if splits[name] == split} for split in splits.values()}
+    assert {split: len(found) for split, found in folders.items()} == {
+        "train": num_groups - 2,
+        "valid": 1,
+        "test": 1,
+    }
+    largest = {str(group) for group in range(num_groups) if group % 4 == min(num_groups - 1, 3)}
+    assert not largest & (folders["valid"] | folders["test"])
+    most = list_recordings(tmp_path, "--valid-percent", "50", "--test-percent", "49.999")
+    assert set(most.values()) == {"train", "valid", "test"}
 
 
 def list_recordings(source: Path, *options: str) -> dict[str, str]:

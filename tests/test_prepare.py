@@ -310,6 +310,7 @@ def test_without_a_place_for_what_joins_processes_one_does_it(tmp_path, monkeypa
     assert contents(tmp_path / "out") == contents(tmp_path / "one" / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_long_tmpdir_is_no_obstacle(tmp_path):
     for index in range(3):

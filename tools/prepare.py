@@ -5,6 +5,7 @@ Recordings or texts, as the recipe has it. One that makes its own recordings, as
 
 import argparse
 import importlib.util
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -49,7 +50,11 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--allow-dropped", action="store_true", help="go on though over 5%% of the files are unusable")
     parser.add_argument("--overwrite", action="store_true", help="prepare again and replace the corpus that is there")
     parser.add_argument("--verify", action="store_true", help="texts: decode the corpus back and compare it with them")
-    return parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    options, others = parser.parse_known_args(arguments[:cut])
+    if others:
+        line = shlex.join(["--", *others, *arguments[cut + 1 :]])
+        raise UserError(f"{others[0]}: not known here; options of the recipe stand at the end, after --: {line}")
+    return options, arguments[cut + 1 :]
 
 
 def load_recipe(folder: Path) -> ModuleType:

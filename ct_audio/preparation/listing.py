@@ -24,6 +24,7 @@ OTHER_AUDIO_SUFFIXES = frozenset(
     ]
 )  # fmt: skip
 """Audio that no recipe takes; it is named, so that nobody takes it for prepared."""
+_AUDIO_BEGINNINGS = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"FORM", b"caff", b".snd", b"ID3")
 _OF_SYSTEMS = frozenset(["@eaDir", "__MACOSX", "lost+found"])
 
 
@@ -123,6 +124,8 @@ def find_audio(source: Path) -> Audio:
     for name, path in everything.files.items():
         if (suffix := _suffix(name)) in OTHER_AUDIO_SUFFIXES:
             unusable[name] = (path, f"not read ({suffix[1:]}): convert it, as with: ffmpeg -i IN{suffix} OUT.flac")
+        elif not suffix.strip(".0123456789") and _begins_like_audio(path):
+            unusable[name] = (path, "without suffix: it begins like audio; give it its suffix, as in NAME.wav")
     for name, path in everything.folders.items():
         inside = f"{name}/"
         if _suffix(name) in AUDIO_SUFFIXES and not any(other.startswith(inside) for other in (*files, *unusable)):
@@ -138,6 +141,16 @@ def count_suffixes(names: Iterable[str]) -> str:
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
+
+
+def _begins_like_audio(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as handle:
+            return handle.read(4).startswith(_AUDIO_BEGINNINGS)
+    except OSError:
+        return False
 
 
 def _is_hidden(name: str) -> bool:

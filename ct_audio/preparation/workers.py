@@ -103,7 +103,8 @@ def prepare_once(
 
     Args:
         find_current: the corpus that is there, if it is the one asked for.
-        make: makes it, and goes on from what lies in a folder OUT.partial, which is deleted afterwards.
+        make: makes it, and goes on from what lies in a folder OUT.partial, which is deleted afterwards, and where it
+            fails before there is a result (a JSON file) or a list for the user (a text file).
     Returns:
         the corpus, opened, and whether it was there already.
     Raises:
@@ -118,7 +119,12 @@ def prepare_once(
     with hold_alone(partial / "lock", busy):
         there = find_current()  # again: another process may have finished in between
         if there is None:
-            make(partial)
+            try:
+                make(partial)
+            except UserError:
+                if not any(file.suffix in (".json", ".txt") for file in partial.rglob("*")):  # nothing to go on from
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
         shutil.rmtree(partial, ignore_errors=True)
     return open_corpus(out), there is not None
 

@@ -93,14 +93,14 @@ def _groups(names: list[str], num_splits: int, options: argparse.Namespace) -> d
             f"{num_splits} splits; use one that finds more different texts, or leave it out"
         )
     if len(names) >= num_splits:
-        warn(f"{num_groups} folders for {num_splits} splits: each file is a group for itself, as with -- --group file")
+        warn(f"fewer folders ({num_groups}) than splits ({num_splits}): each file is a group, as with -- --group file")
     return {name: same_name(name) for name in names}
 
 
 def _cut_in_time(files: dict[str, Path], shares: dict[str, float]) -> list[Recording]:
     """Parts of each file, one a split, where there are fewer files than splits."""
     warn(
-        f"{len(files)} files for {len(shares)} splits: each file is cut in time, into "
+        f"fewer files ({len(files)}) than splits ({len(shares)}): each file is cut in time, into "
         f"{', '.join(f'{share:g}% {split}' for split, share in shares.items())}"
     )
     recordings, begin = [], 0.0
