@@ -103,7 +103,7 @@ def find_files(source: Path) -> Files:
             path, file = prefix + entry.name, folder / entry.name
             if entry.is_dir(follow_symlinks=False):
                 todo.append((f"{path}/", file))
-            elif os.path.isdir(file):
+            elif entry.is_symlink() and os.path.isdir(file):
                 if source.resolve().is_relative_to(file.resolve()):
                     unusable[path] = file
                 else:
@@ -164,7 +164,7 @@ def _is_own_output(folder: Path, names: set[str]) -> bool:
     try:
         with (folder / "corpus.json").open("rb") as handle:
             return FORMAT.encode() in handle.read(100)
-    except OSError:
+    except OSError:  # there is none, as a rule
         return False
 
 
