@@ -6,16 +6,16 @@ Shape letters: N samples or codes.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import librosa
 import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
@@ -23,18 +23,23 @@ from tqdm import tqdm
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_file
 from ct_audio.common.text import printable
-from ct_audio.data.audio_files import read_wav, require_finite, resample, write_wav
-from ct_audio.data.codecs import MuLaw
+from ct_audio.data.audio_files import CheckedRecording, write_wav
+from ct_audio.data.codecs import MuLaw, require_signal
 from ct_audio.data.corpus import Corpus, CorpusWriter
 from ct_audio.preparation.audio_report import FileResult, count_reasons, make_report, write_report
 from ct_audio.preparation.workers import existing_corpus, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
 MAX_DROPPED_PERCENT = 5.0
-SILENCE = 2.0**-15  # -90 dBFS, one step of 16 bits
 FULL_SCALE = 32767 / 32768
-OUT_OF_RANGE = 16.0  # 24 dB over full scale: no loud recording, but a file of another scale, or damaged
+TRIM_FRAME, TRIM_HOP = 2048, 512
 EXAMPLE_SECONDS = 10.0
+REASONS = (
+    *("truncated", "damaged", "empty", "not finite", "out of range", "silent", "channels cancel out", "offset"),
+    *("hardly any different codes", "too short"),
+)
+"""What the reason to drop a file begins with; all others are "unreadable"."""
+COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -108,33 +113,83 @@ def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> s
     return "test" if place < valid_percent + test_percent else "train"
 
 
-def prepare_waveform(
-    waveform: Float[np.ndarray, "N"], sample_rate_hz: int, settings: AudioSettings
-) -> Float[np.ndarray, "M"]:
-    """Resample, gain, trim.
+def prepared_blocks(recording: CheckedRecording, trim_db: float | None) -> Iterator[Float[np.ndarray, "N"]]:
+    """Blocks of a recording, trimmed; where it is trimmed, it is read twice.
 
+    Args:
+        trim_db: see `AudioSettings`.
     Raises:
-        UserError: the recording is empty, not finite, beyond 16 times full scale after gain, silent or too short.
+        UserError: see `CheckedRecording.blocks`.
     """
-    if not len(waveform):
-        raise UserError("empty: no samples")
-    require_finite(waveform, "not finite")
-    gain = 10 ** (settings.gain_db / 20)
-    peak = float(np.abs(waveform).max()) * gain
-    if peak > OUT_OF_RANGE:
-        raise UserError(f"out of range: the peak is {peak:.3g}, full scale is 1; scale the file, or use a lower gain")
-    deviation = float(np.abs(waveform - waveform.mean(dtype=np.float64).astype(np.float32)).max())
-    if deviation < SILENCE:
-        raise UserError(f"silent: no sample is farther than {deviation:.1e} from the mean")
-    waveform = resample(waveform, sample_rate_hz, settings.sample_rate_hz)
-    if settings.gain_db:
-        waveform = waveform * np.float32(gain)
-    if settings.trim_db is not None:
-        waveform = librosa.effects.trim(waveform, top_db=settings.trim_db)[0]
-    seconds = len(waveform) / settings.sample_rate_hz
-    if seconds < settings.min_seconds:
-        raise UserError(f"too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
-    return waveform
+    if trim_db is None:
+        yield from recording.blocks()
+        return
+    start, end = sounding_range(recording.blocks(), trim_db)
+    place = 0
+    for block in recording.blocks():
+        kept = block[max(0, start - place) : max(0, end - place)]
+        place += len(block)
+        if len(kept):
+            yield kept
+
+
+def sounding_range(blocks: Iterable[Float[np.ndarray, "_"]], trim_db: float) -> tuple[int, int]:
+    """First sample of the first and last sample of the last frame of a recording that is not quiet, as (start, end).
+
+    Computes what `librosa.effects.trim` does, without holding the recording: a frame is centred on every 512th sample,
+    and it is quiet if its RMS is more than `trim_db` below the loudest one's.
+    """
+    silence = np.zeros(TRIM_FRAME // 2, np.float32)  # before the start and after the end
+    pending, num_samples, levels = silence, 0, []
+    for block in itertools.chain(blocks, [silence]):
+        num_samples += len(block)
+        pending = np.concatenate([pending, block])
+        if len(pending) >= TRIM_FRAME:
+            frames = np.lib.stride_tricks.sliding_window_view(pending, TRIM_FRAME)[::TRIM_HOP]
+            levels.append(np.sqrt(np.square(frames).mean(axis=1)))
+            pending = pending[len(frames) * TRIM_HOP :]
+    power = np.maximum(np.square(np.concatenate(levels)), 1e-10)
+    loud = np.flatnonzero(10 * np.log10(power) - 10 * np.log10(power.max()) > -trim_db)
+    return int(loud[0]) * TRIM_HOP, min(num_samples - len(silence), (int(loud[-1]) + 1) * TRIM_HOP)
+
+
+def prepare_recording(path: Path, settings: AudioSettings, write: Callable[[bytes], Any]) -> FileResult:
+    """Prepare one recording in blocks: the same memory whatever its length.
+
+    Args:
+        write: is given the codes, one byte each.
+    Raises:
+        UserError: the recording cannot be read, fails a check of `CheckedRecording` or `require_signal`, or is too
+            short; codes may have been written by then.
+    """
+    recording = CheckedRecording(path, settings.sample_rate_hz, gain_db=settings.gain_db)
+    codec = MuLaw(settings.sample_rate_hz)
+    histogram = np.zeros(codec.vocab_size, np.int64)
+    crc32, peak, sum_of_squares, num_clipped = 0, 0.0, 0.0, 0
+    for waveform in prepared_blocks(recording, settings.trim_db):
+        codes, magnitude = codec.encode(waveform), np.abs(waveform)
+        raw = codes.tobytes()
+        write(raw)
+        crc32 = zlib.crc32(raw, crc32)
+        histogram += np.bincount(codes, minlength=codec.vocab_size)
+        peak = max(peak, float(magnitude.max(initial=0.0)))
+        sum_of_squares += float(np.square(waveform, dtype=np.float64).sum())
+        num_clipped += int((magnitude >= FULL_SCALE).sum())
+    num_codes = int(histogram.sum())
+    seconds = num_codes / settings.sample_rate_hz
+    if seconds < settings.min_seconds or not num_codes:
+        raise UserError(f"cannot use {path}: too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
+    require_signal(histogram, path)
+    return FileResult(
+        num_codes=num_codes,
+        crc32=crc32,
+        sample_rate_hz=recording.source_rate_hz,
+        source_seconds=recording.num_source_samples / recording.source_rate_hz,
+        peak=peak,
+        sum_of_squares=sum_of_squares,
+        num_clipped=num_clipped,
+        histogram=tuple(histogram.tolist()),
+    )
 
 
 def prepare_audio(
@@ -196,11 +251,7 @@ def _prepare_files(
     todo = [index for index, result in enumerate(found) if result is None]
     progress = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="file", desc="prepare", disable=None)
     done: dict[int, FileResult] = {}
-    trims = any(task.settings.trim_db is not None for task in tasks)
-    preload = [
-        "ct_audio.preparation.recordings",
-        *(["librosa.effects", "librosa.feature"] if trims else []),
-    ]  # it takes seconds
+    preload = ["ct_audio.preparation.recordings"]  # it takes seconds
     with progress:
         for index, result in run_tasks(
             _prepare_file, {index: tasks[index] for index in todo}, num_processes, preload=preload
@@ -212,30 +263,20 @@ def _prepare_files(
 
 def _prepare_file(task: _Task) -> FileResult:
     """Prepare one recording: its codes and its result lie in `task.target`.* afterwards, unless it is dropped."""
+    target = task.target.with_suffix(".codes")
     try:
         key = _key(task)
-        waveform, sample_rate_hz = read_wav(task.path)
-        prepared = prepare_waveform(waveform, sample_rate_hz, task.settings)
-        codes = MuLaw(task.settings.sample_rate_hz).encode(prepared)
+        # without fsync: sizes and checksums are compared when the corpus is put together
+        with target.open("wb") as file:
+            result = prepare_recording(task.path, task.settings, file.write)
     except UserError as error:
-        reason = str(error).removeprefix(f"cannot read {task.path}: ")
-        known = ("truncated", "empty", "not finite", "out of range", "silent", "too short")
-        return FileResult(reason=printable(reason if reason.startswith(known) else f"unreadable: {reason}"))
-    except MemoryError:
-        return FileResult(reason="unreadable: too long for the memory of this machine")
-    raw, magnitude = codes.tobytes(), np.abs(prepared)
-    result = FileResult(
-        num_codes=len(codes),
-        crc32=zlib.crc32(raw),
-        sample_rate_hz=sample_rate_hz,
-        source_seconds=len(waveform) / sample_rate_hz,
-        peak=float(magnitude.max()),
-        sum_of_squares=float(np.square(prepared, dtype=np.float64).sum()),
-        num_clipped=int((magnitude >= FULL_SCALE).sum()),
-        histogram=tuple(np.bincount(codes, minlength=256).tolist()),
-    )
-    # without fsync: sizes and checksums are compared when the corpus is put together
-    write_file(task.target.with_suffix(".codes"), raw, sync=False)
+        target.unlink(missing_ok=True)
+        reason = str(error).removeprefix(f"cannot read {task.path}: ").removeprefix(f"cannot use {task.path}: ")
+        return FileResult(reason=printable(reason if reason.startswith(REASONS) else f"unreadable: {reason}"))
+    except OSError as error:
+        target.unlink(missing_ok=True)  # it may be what fills the disk
+        error.filename = str(target)
+        raise
     record = json.dumps({"key": key, "result": asdict(result)})
     write_file(task.target.with_suffix(".json"), record.encode(), sync=False)
     return result
@@ -276,10 +317,12 @@ def _assemble(
     writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
     tasks = [(r, result) for r, result in zip(recordings, results, strict=True) if result.reason is None]
     for recording, result in tqdm(tasks, unit="file", desc="write", disable=None):
-        codes = _read_codes(_target(partial / "files", recording.name), result)
-        writer.add_document(recording.split, recording.name, codes)
+        blocks = _read_codes(_target(partial / "files", recording.name), result)
+        writer.add_document(recording.split, recording.name, next(blocks))
+        for codes in blocks:
+            writer.extend_document(recording.split, codes)
     example = next((task for task in tasks if task[0].split == "valid"), tasks[0])
-    codes = _read_codes(_target(partial / "files", example[0].name), example[1])
+    codes = next(_read_codes(_target(partial / "files", example[0].name), example[1]))
     waveform = codec.decode(codes[: int(EXAMPLE_SECONDS * codec.sample_rate_hz)])
     write_wav(writer.work_dir / "example.wav", waveform, codec.sample_rate_hz)
     report |= {"example": example[0].name}
@@ -292,12 +335,16 @@ def _target(files: Path, name: str) -> Path:
     return files / hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def _read_codes(target: Path, result: FileResult) -> UInt8[np.ndarray, "N"]:
-    raw = target.with_suffix(".codes").read_bytes()
-    if len(raw) != result.num_codes or zlib.crc32(raw) != result.crc32:
+def _read_codes(target: Path, result: FileResult) -> Iterator[UInt8[np.ndarray, "N"]]:
+    """Blocks of the codes of a recording; that they are damaged is found after the last one."""
+    num_codes = crc32 = 0
+    with target.with_suffix(".codes").open("rb") as file:
+        while raw := file.read(COPY_BYTES):
+            num_codes, crc32 = num_codes + len(raw), zlib.crc32(raw, crc32)
+            yield np.frombuffer(raw, dtype=np.uint8)
+    if num_codes != result.num_codes or crc32 != result.crc32:
         target.with_suffix(".json").unlink()
         raise UserError(f"{target}.codes was damaged since it was written; run the same command again")
-    return np.frombuffer(raw, dtype=np.uint8)
 
 
 def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool) -> None:
