@@ -8,25 +8,35 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import librosa
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from hypothesis import given
 from hypothesis import strategies as st
 from recordings import ROOT, count_calls, voice, write
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import hold_alone
-from ct_audio.data.audio_files import read_wav, resample
-from ct_audio.data.codecs import MuLaw
+from ct_audio.data.audio_files import CheckedRecording, read_wav
+from ct_audio.data.codecs import Byte, MuLaw, read_codes
 from ct_audio.data.corpus import open_corpus
 from ct_audio.preparation import recordings as prepare
 from ct_audio.preparation import workers
 from ct_audio.preparation.audio_report import summary_lines
-from ct_audio.preparation.recordings import AudioSettings, Recording, prepare_audio, prepare_waveform, split_by_hash
+from ct_audio.preparation.recordings import (
+    AudioSettings,
+    Recording,
+    prepare_audio,
+    prepared_blocks,
+    sounding_range,
+    split_by_hash,
+)
 
 
 def make_recordings(folder: Path, num: int = 6) -> list[Recording]:
@@ -60,7 +70,8 @@ def test_the_corpus_is_what_a_plain_loop_makes(tmp_path):
         for recording in sorted(recordings, key=lambda r: r.name):
             if recording.split == split:
                 waveform, rate = soundfile.read(recording.path, dtype="float32", always_2d=True)
-                mono = resample(waveform.mean(1, dtype=np.float32), rate, 24_000)
+                mono = waveform.mean(1, dtype=np.float32)
+                mono = mono if rate == 24_000 else soxr.resample(mono, rate, 24_000, quality="HQ")
                 expected.append(MuLaw().encode(mono * np.float32(10 ** (-6 / 20))))
                 names.append(recording.name)
         assert corpus.split(split).document_names == tuple(names)
@@ -146,6 +157,59 @@ def test_every_reason_to_drop_is_named(tmp_path):
     assert all(str(tmp_path) not in entry["reason"] for entry in report["dropped"])
 
 
+@pytest.mark.parametrize(
+    ("fault", "make"),
+    [
+        ("empty", lambda x: x[:0]),
+        ("silent", lambda x: 0 * x + 0.3),
+        ("out of range", lambda x: x * 700),
+        ("not finite", lambda x: np.where(np.arange(len(x)) == 7000, np.nan, x)),
+        ("channels cancel out", lambda x: np.stack([x, 1e-4 * np.sin(np.arange(len(x))) - x], 1)),
+        ("offset", lambda x: x + 0.7),
+        ("hardly any different codes", lambda x: x / 1000),
+    ],
+)
+@pytest.mark.parametrize("rate", [24_000, 44_100])
+def test_primes_scores_and_corpora_have_the_same_checks(tmp_path, fault, make, rate):
+    file = tmp_path / "a.wav"
+    write(file, voice(1, rate=rate), rate, "FLOAT")
+    assert len(read_codes(file, MuLaw())) == 9600
+    write(file, make(voice(1, rate=rate)), rate, "FLOAT")
+    with pytest.raises(UserError, match=rf"cannot use .*a\.wav: {fault}"):
+        read_codes(file, MuLaw())
+    with pytest.raises(UserError, match="nothing is left"):
+        run([Recording(file, "train", "a")], tmp_path / "out", allow_dropped=True)
+    dropped = (tmp_path / "out.partial" / "dropped.txt").read_text()
+    assert dropped.startswith(f"a: {fault}: ")
+    assert not list((tmp_path / "out.partial" / "files").iterdir())
+
+
+def test_only_the_first_codes_of_a_prime(tmp_path):
+    write(tmp_path / "a.wav", voice(1))
+    (tmp_path / "a.txt").write_text("four")
+    whole = read_codes(tmp_path / "a.wav", MuLaw())
+    assert np.array_equal(read_codes(tmp_path / "a.wav", MuLaw(), num_codes=9600), whole)
+    assert np.array_equal(read_codes(tmp_path / "a.wav", MuLaw(), num_codes=1), whole[:1])
+    with pytest.raises(UserError, match=r"a\.wav is too short: it holds 9600 samples \(0\.400 s\), 9601"):
+        read_codes(tmp_path / "a.wav", MuLaw(), num_codes=9601)
+    with pytest.raises(UserError, match=r"a\.txt is too short: it holds 4 bytes, 5 asked for"):
+        read_codes(tmp_path / "a.txt", Byte(), num_codes=5)
+
+
+@pytest.mark.parametrize("trim_db", [None, 30.0])
+def test_a_long_recording_needs_the_memory_of_a_short_one(tmp_path, trim_db):
+    """Counted in the process: a minute would need 27 MiB in one piece."""
+    with soundfile.SoundFile(tmp_path / "a.wav", "w", 44_100, 2, "PCM_16") as file:
+        for second in range(60):
+            file.write(np.stack([voice(second, 1.0, 44_100)] * 2, 1))
+    tracemalloc.start()
+    result = prepare.prepare_recording(tmp_path / "a.wav", AudioSettings(trim_db=trim_db), len)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.num_codes > 59 * 24_000
+    assert peak < 8 * 2**20
+
+
 def test_few_dropped_files_are_no_error(tmp_path):
     recordings = [Recording(tmp_path / f"{index}.wav", "train", str(index)) for index in range(20)]
     for index, recording in enumerate(recordings):
@@ -167,18 +231,32 @@ def test_nothing_usable_is_an_error_whatever_is_allowed(tmp_path):
         run([Recording(tmp_path / "a.wav", split, "a") for split in ("train", "test")], tmp_path / "out")
 
 
-def test_gain_and_trimming():
+def test_gain_and_trimming(tmp_path):
     pause = np.full(24_000, 1e-4, np.float32) * np.array([1, -1] * 12_000, np.float32)
     speech = voice(1, 1.0)
     waveform = np.concatenate([pause, speech, pause])
-    kept = prepare_waveform(waveform, 24_000, AudioSettings())
-    assert np.array_equal(kept, waveform)
-    trimmed = prepare_waveform(waveform, 24_000, AudioSettings(trim_db=40.0))
+
+    def prepared(samples: np.ndarray, settings: AudioSettings) -> np.ndarray:
+        write(tmp_path / "a.wav", samples, subtype="FLOAT")
+        recording = CheckedRecording(tmp_path / "a.wav", settings.sample_rate_hz, gain_db=settings.gain_db)
+        return np.concatenate(list(prepared_blocks(recording, settings.trim_db)))
+
+    assert np.array_equal(prepared(waveform, AudioSettings()), waveform)
+    trimmed = prepared(waveform, AudioSettings(trim_db=40.0))
+    assert np.array_equal(trimmed, librosa.effects.trim(waveform, top_db=40.0)[0])
     assert 24_000 <= len(trimmed) <= 24_000 + 4 * 2048
-    quieter = prepare_waveform(waveform * np.float32(0.01), 24_000, AudioSettings(trim_db=40.0))
-    assert len(quieter) == len(trimmed)
-    louder = prepare_waveform(waveform, 24_000, AudioSettings(gain_db=20.0))
-    assert np.allclose(louder, 10 * waveform)
+    assert len(prepared(waveform * np.float32(0.01), AudioSettings(trim_db=40.0))) == len(trimmed)
+    assert np.allclose(prepared(waveform, AudioSettings(gain_db=20.0)), 10 * waveform)
+
+
+@given(st.integers(1, 20_000), st.integers(0, 2**32), st.floats(1, 100), st.lists(st.integers(0, 20_000), max_size=4))
+def test_trimming_is_librosas_whatever_the_blocks(num_samples, seed, trim_db, cuts):
+    random_numbers = np.random.default_rng(seed)
+    place = (np.arange(num_samples) - num_samples * random_numbers.random()) / num_samples
+    noise = random_numbers.standard_normal(num_samples) * np.exp(-50 * random_numbers.random() * place**2)
+    waveform = (0.3 * noise).astype(np.float32)
+    expected = librosa.effects.trim(waveform, top_db=trim_db)[1].tolist()
+    assert list(sounding_range(np.split(waveform, sorted(cuts)), trim_db)) == expected
 
 
 @pytest.mark.parametrize(
@@ -321,17 +399,6 @@ def test_a_long_tmpdir_is_no_obstacle(tmp_path):
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "going on with one process; they need TMPDIR" in done.stderr
-
-
-def test_librosa_without_a_cache_is_one_clear_error(tmp_path, monkeypatch):
-    def cannot(name):
-        raise RuntimeError("cannot cache function '__o_fold': no locator available for file 'notation.py'")
-
-    monkeypatch.setattr(prepare.importlib, "import_module", cannot)
-    recordings = make_recordings(tmp_path / "in")
-    with pytest.raises(UserError, match=r"--trim-db: .*no locator.*export NUMBA_CACHE_DIR=\S+$"):
-        run(recordings, tmp_path / "out", AudioSettings(trim_db=40.0))
-    run(recordings, tmp_path / "out")
 
 
 def test_a_damaged_corpus_is_not_complete(tmp_path):

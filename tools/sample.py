@@ -190,10 +190,8 @@ def _read_prime(arguments: argparse.Namespace, codec: "Codec") -> "np.ndarray | 
         return None
     from ct_audio.data.codecs import read_codes
 
-    codes = read_codes(arguments.prime, codec)
-    return (
-        codes[: _num_codes("prime-", arguments.prime_length, arguments.prime_seconds, codec)] if any(given) else codes
-    )
+    num_codes = _num_codes("prime-", arguments.prime_length, arguments.prime_seconds, codec) if any(given) else None
+    return read_codes(arguments.prime, codec, num_codes=num_codes)
 
 
 def _make_directory(path: Path) -> None:

@@ -6,19 +6,17 @@ Shape letters: N samples or codes.
 """
 
 import hashlib
-import importlib
+import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
-import librosa
 import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
@@ -26,8 +24,8 @@ from tqdm import tqdm
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_file
 from ct_audio.common.text import printable
-from ct_audio.data.audio_files import read_wav, require_finite, resample, write_wav
-from ct_audio.data.codecs import MuLaw
+from ct_audio.data.audio_files import CheckedRecording, write_wav
+from ct_audio.data.codecs import MuLaw, require_signal
 from ct_audio.data.corpus import Corpus, CorpusWriter
 from ct_audio.preparation.audio_report import FileResult, count_reasons, make_report, write_report
 from ct_audio.preparation.listing import same_name
@@ -35,10 +33,15 @@ from ct_audio.preparation.workers import CONTENT_KEY, existing_corpus, join_hash
 
 PREPARATION_VERSION = 1
 MAX_DROPPED_PERCENT = 5.0
-SILENCE = 2.0**-15  # -90 dBFS, one step of 16 bits
 FULL_SCALE = 32767 / 32768
-OUT_OF_RANGE = 16.0  # 24 dB over full scale: no loud recording, but a file of another scale, or damaged
+TRIM_FRAME, TRIM_HOP = 2048, 512
 EXAMPLE_SECONDS = 10.0
+REASONS = (
+    *("truncated", "damaged", "empty", "not finite", "out of range", "silent", "channels cancel out", "offset"),
+    *("hardly any different codes", "too short"),
+)
+"""What the reason to drop a file begins with; all others are "unreadable"."""
+COPY_BYTES = 1 << 20
 GAP_SECONDS = 0.5
 _RANKS = {"test": 0, "valid": 1, "train": 3}
 """Of splits: what two of them have goes to the first."""
@@ -124,51 +127,110 @@ def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> s
     return "test" if place < valid_percent + test_percent else "train"
 
 
-def prepare_waveform(
-    waveform: Float[np.ndarray, "N"], sample_rate_hz: int, settings: AudioSettings
-) -> Float[np.ndarray, "M"]:
-    """Resample, gain, trim.
+def prepared_blocks(recording: CheckedRecording, trim_db: float | None) -> Iterator[Float[np.ndarray, "N"]]:
+    """Blocks of a recording, trimmed; where it is trimmed, it is read twice.
 
+    Args:
+        trim_db: see `AudioSettings`.
     Raises:
-        UserError: the recording is empty, not finite, beyond 16 times full scale after gain, silent or too short.
+        UserError: see `CheckedRecording.blocks`.
     """
-    if not len(waveform):
-        raise UserError("empty: no samples")
-    require_finite(waveform, "not finite")
-    gain = 10 ** (settings.gain_db / 20)
-    peak = float(np.abs(waveform).max()) * gain
-    if peak > OUT_OF_RANGE:
-        raise UserError(f"out of range: the peak is {peak:.3g}, full scale is 1; scale the file, or use a lower gain")
-    deviation = float(np.abs(waveform - waveform.mean(dtype=np.float64).astype(np.float32)).max())
-    if deviation < SILENCE:
-        raise UserError(f"silent: no sample is farther than {deviation:.1e} from the mean")
-    waveform = resample(waveform, sample_rate_hz, settings.sample_rate_hz)
-    if settings.gain_db:
-        waveform = waveform * np.float32(gain)
-    if settings.trim_db is not None:
-        waveform = librosa.effects.trim(waveform, top_db=settings.trim_db)[0]
-    _require_length(waveform, settings)
-    return waveform
+    if trim_db is None:
+        yield from recording.blocks()
+        return
+    start, end = sounding_range(recording.blocks(), trim_db)
+    yield from _stretch(recording.blocks(), start, end)
+
+
+def _stretch(blocks: Iterable[Float[np.ndarray, "_"]], start: int, end: int) -> Iterator[Float[np.ndarray, "_"]]:
+    place = 0
+    for block in blocks:
+        kept = block[max(0, start - place) : max(0, end - place)]
+        place += len(block)
+        if len(kept):
+            yield kept
 
 
 def take_part(
-    waveform: Float[np.ndarray, "N"], part: tuple[float, float], settings: AudioSettings
-) -> Float[np.ndarray, "M"]:
-    """The part of a prepared waveform that `Recording.part` says.
+    read: Callable[[], Iterator[Float[np.ndarray, "_"]]], part: tuple[float, float], sample_rate_hz: int
+) -> Iterator[Float[np.ndarray, "_"]]:
+    """Blocks of the part of a recording that `Recording.part` says.
 
-    Raises:
-        UserError: it is too short.
+    Args:
+        read: begins to read the recording; where a part is wanted, it is read twice.
     """
-    begin, end = (round(share * len(waveform)) for share in part)
-    gap = min(round(GAP_SECONDS * settings.sample_rate_hz), (end - begin) // 2) if begin else 0
-    _require_length(waveform[begin + gap : end], settings)
-    return waveform[begin + gap : end]
+    if part == (0.0, 1.0):
+        yield from read()
+        return
+    num_samples = sum(map(len, read()))
+    start, end = (round(share * num_samples) for share in part)
+    gap = min(round(GAP_SECONDS * sample_rate_hz), (end - start) // 2) if start else 0
+    yield from _stretch(read(), start + gap, end)
 
 
-def _require_length(waveform: Float[np.ndarray, "N"], settings: AudioSettings) -> None:
-    seconds = len(waveform) / settings.sample_rate_hz
-    if seconds < settings.min_seconds:
-        raise UserError(f"too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
+def sounding_range(blocks: Iterable[Float[np.ndarray, "_"]], trim_db: float) -> tuple[int, int]:
+    """First sample of the first and last sample of the last frame of a recording that is not quiet, as (start, end).
+
+    Computes what `librosa.effects.trim` does, without holding the recording: a frame is centred on every 512th sample,
+    and it is quiet if its RMS is more than `trim_db` below the loudest one's.
+    """
+    silence = np.zeros(TRIM_FRAME // 2, np.float32)  # before the start and after the end
+    pending, num_samples, levels = silence, 0, []
+    for block in itertools.chain(blocks, [silence]):
+        num_samples += len(block)
+        pending = np.concatenate([pending, block])
+        if len(pending) >= TRIM_FRAME:
+            frames = np.lib.stride_tricks.sliding_window_view(pending, TRIM_FRAME)[::TRIM_HOP]
+            levels.append(np.sqrt(np.square(frames).mean(axis=1)))
+            pending = pending[len(frames) * TRIM_HOP :]
+    power = np.maximum(np.square(np.concatenate(levels)), 1e-10)
+    loud = np.flatnonzero(10 * np.log10(power) - 10 * np.log10(power.max()) > -trim_db)
+    return int(loud[0]) * TRIM_HOP, min(num_samples - len(silence), (int(loud[-1]) + 1) * TRIM_HOP)
+
+
+def prepare_recording(
+    path: Path, settings: AudioSettings, write: Callable[[bytes], Any], *, part: tuple[float, float] = (0.0, 1.0)
+) -> FileResult:
+    """Prepare one recording in blocks: the same memory whatever its length.
+
+    Args:
+        write: is given the codes, one byte each.
+        part: see `Recording`.
+    Raises:
+        UserError: the recording cannot be read, fails a check of `CheckedRecording` or `require_signal`, or is too
+            short; codes may have been written by then.
+    """
+    recording = CheckedRecording(path, settings.sample_rate_hz, gain_db=settings.gain_db)
+    codec = MuLaw(settings.sample_rate_hz)
+    histogram = np.zeros(codec.vocab_size, np.int64)
+    crc32, sha256, peak, sum_of_squares, num_clipped = 0, hashlib.sha256(), 0.0, 0.0, 0
+    blocks = take_part(lambda: prepared_blocks(recording, settings.trim_db), part, settings.sample_rate_hz)
+    for waveform in blocks:
+        codes, magnitude = codec.encode(waveform), np.abs(waveform)
+        raw = codes.tobytes()
+        write(raw)
+        crc32 = zlib.crc32(raw, crc32)
+        sha256.update(raw)
+        histogram += np.bincount(codes, minlength=codec.vocab_size)
+        peak = max(peak, float(magnitude.max(initial=0.0)))
+        sum_of_squares += float(np.square(waveform, dtype=np.float64).sum())
+        num_clipped += int((magnitude >= FULL_SCALE).sum())
+    num_codes = int(histogram.sum())
+    seconds = num_codes / settings.sample_rate_hz
+    if seconds < settings.min_seconds or not num_codes:
+        raise UserError(f"cannot use {path}: too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
+    require_signal(histogram, path)
+    return FileResult(
+        codes_sha256=sha256.hexdigest(),
+        num_codes=num_codes,
+        crc32=crc32,
+        sample_rate_hz=recording.source_rate_hz,
+        source_seconds=recording.num_source_samples / recording.source_rate_hz * (part[1] - part[0]),
+        peak=peak,
+        sum_of_squares=sum_of_squares,
+        num_clipped=num_clipped,
+        histogram=tuple(histogram.tolist()),
+    )
 
 
 def prepare_audio(
@@ -196,8 +258,6 @@ def prepare_audio(
     Raises:
         UserError: nothing to prepare, too many dropped, a split that would be empty, or `out` is taken.
     """
-    if settings.trim_db is not None:
-        _require_trimming()
     out, recordings = Path(out), sorted(recordings, key=lambda recording: (recording.split, recording.name))
     _require_names(recordings)
     source = source | {"num_files": len(recordings), "listing_sha256": _hash_listing(recordings)}
@@ -222,18 +282,6 @@ def prepare_audio(
     return corpus, None if was_there else report
 
 
-def _require_trimming() -> None:
-    """Import what cuts silence, which compiles itself and needs a place for that."""
-    try:
-        importlib.import_module("librosa.effects")
-        importlib.import_module("librosa.feature")
-    except RuntimeError as error:
-        raise UserError(
-            f"--trim-db: librosa cannot be loaded: {error}; where home cannot be written, choose a folder that can: "
-            f"export NUMBA_CACHE_DIR={gettempdir()}/numba"
-        ) from error
-
-
 @dataclass(frozen=True)
 class _Task:
     recording: Recording
@@ -246,10 +294,7 @@ def _prepare_files(
 ) -> list[FileResult]:
     tasks = {index: _Task(r, _target(files, r.name), settings) for index, r in enumerate(recordings)}
     done: dict[int, FileResult] = {}
-    preload = [
-        "ct_audio.preparation.recordings",
-        *(["librosa.effects", "librosa.feature"] if settings.trim_db is not None else []),
-    ]  # it takes seconds
+    preload = ["ct_audio.preparation.recordings"]  # it takes seconds
     with tqdm(total=len(tasks), unit="file", desc="prepare", disable=None) as progress:
         for index, result in run_tasks(_prepare_file, tasks, num_processes, preload=preload):
             done[index] = result
@@ -269,8 +314,7 @@ def _prepare_file(task: _Task) -> FileResult:
     key = {"source_sha256": source_sha256, "part": list(recording.part), "settings": task.settings.to_json()}
     result = _reusable(task, key) if source_sha256 else None
     if result is None:
-        result = _encode_file(task)
-        result = replace(result, source_sha256=source_sha256)
+        result = replace(_encode_file(task), source_sha256=source_sha256)
         if result.reason is None:  # without fsync: sizes and checksums are compared when the corpus is put together
             record = json.dumps({"key": key, "result": asdict(result)})
             write_file(task.target.with_suffix(".json"), record.encode(), sync=False)
@@ -279,30 +323,18 @@ def _prepare_file(task: _Task) -> FileResult:
 
 def _encode_file(task: _Task) -> FileResult:
     """Read and encode one recording; its codes lie in `task.target`.codes afterwards, unless it is dropped."""
-    path, settings = task.recording.path, task.settings
+    path, target = task.recording.path, task.target.with_suffix(".codes")
     try:
-        waveform, sample_rate_hz = read_wav(path)
-        prepared = take_part(prepare_waveform(waveform, sample_rate_hz, settings), task.recording.part, settings)
-        codes = MuLaw(settings.sample_rate_hz).encode(prepared)
+        with target.open("wb") as file:  # without fsync, likewise
+            return prepare_recording(path, task.settings, file.write, part=task.recording.part)
     except UserError as error:
-        reason = str(error).removeprefix(f"cannot read {path}: ")
-        known = ("truncated", "empty", "not finite", "out of range", "silent", "too short")
-        return FileResult(reason=printable(reason if reason.startswith(known) else f"unreadable: {reason}"))
-    except MemoryError:
-        return FileResult(reason="unreadable: too long for the memory of this machine")
-    raw, magnitude, (begin, end) = codes.tobytes(), np.abs(prepared), task.recording.part
-    write_file(task.target.with_suffix(".codes"), raw, sync=False)
-    return FileResult(
-        codes_sha256=hashlib.sha256(raw).hexdigest(),
-        num_codes=len(codes),
-        crc32=zlib.crc32(raw),
-        sample_rate_hz=sample_rate_hz,
-        source_seconds=len(waveform) / sample_rate_hz * (end - begin),
-        peak=float(magnitude.max()),
-        sum_of_squares=float(np.square(prepared, dtype=np.float64).sum()),
-        num_clipped=int((magnitude >= FULL_SCALE).sum()),
-        histogram=tuple(np.bincount(codes, minlength=256).tolist()),
-    )
+        target.unlink(missing_ok=True)
+        reason = str(error).removeprefix(f"cannot read {path}: ").removeprefix(f"cannot use {path}: ")
+        return FileResult(reason=printable(reason if reason.startswith(REASONS) else f"unreadable: {reason}"))
+    except OSError as error:
+        target.unlink(missing_ok=True)  # it may be what fills the disk
+        error.filename = str(target)
+        raise
 
 
 def _reusable(task: _Task, key: dict[str, Any]) -> FileResult | None:
@@ -370,10 +402,12 @@ def _assemble(
     writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
     tasks = [(r, result) for r, result in zip(recordings, results, strict=True) if result.reason is None]
     for recording, result in tqdm(tasks, unit="file", desc="write", disable=None):
-        codes = _read_codes(_target(partial / "files", recording.name), result)
-        writer.add_document(recording.split, recording.name, codes)
+        blocks = _read_codes(_target(partial / "files", recording.name), result)
+        writer.add_document(recording.split, recording.name, next(blocks))
+        for codes in blocks:
+            writer.extend_document(recording.split, codes)
     example = next((task for task in tasks if task[0].split == "valid"), tasks[0])
-    codes = _read_codes(_target(partial / "files", example[0].name), example[1])
+    codes = next(_read_codes(_target(partial / "files", example[0].name), example[1]))
     waveform = codec.decode(codes[: int(EXAMPLE_SECONDS * codec.sample_rate_hz)])
     write_wav(writer.work_dir / "example.wav", waveform, codec.sample_rate_hz)
     report |= {"example": example[0].name}
@@ -386,12 +420,16 @@ def _target(files: Path, name: str) -> Path:
     return files / hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def _read_codes(target: Path, result: FileResult) -> UInt8[np.ndarray, "N"]:
-    raw = target.with_suffix(".codes").read_bytes()
-    if len(raw) != result.num_codes or zlib.crc32(raw) != result.crc32:
+def _read_codes(target: Path, result: FileResult) -> Iterator[UInt8[np.ndarray, "N"]]:
+    """Blocks of the codes of a recording; that they are damaged is found after the last one."""
+    num_codes = crc32 = 0
+    with target.with_suffix(".codes").open("rb") as file:
+        while raw := file.read(COPY_BYTES):
+            num_codes, crc32 = num_codes + len(raw), zlib.crc32(raw, crc32)
+            yield np.frombuffer(raw, dtype=np.uint8)
+    if num_codes != result.num_codes or crc32 != result.crc32:
         target.with_suffix(".json").unlink()
         raise UserError(f"{target}.codes was damaged since it was written; run the same command again")
-    return np.frombuffer(raw, dtype=np.uint8)
 
 
 def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool) -> None:
