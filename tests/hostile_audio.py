@@ -4,11 +4,13 @@ Some kinds look bad and are fine; they must be accepted. `make_hostile_corpus` w
 """
 
 import os
+import re
 import socket
 import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -98,11 +100,41 @@ def chunk(name: bytes, content: bytes, *, length: int | None = None) -> bytes:
 
 def encoded(waveform: np.ndarray, kind: str, subtype: str | None = None, rate: int = RATE) -> bytes:
     """A waveform as libsndfile writes it into a file of a format."""
-    from io import BytesIO
-
     memory = BytesIO()
     soundfile.write(memory, waveform, rate, format=kind, subtype=subtype)
     return memory.getvalue()
+
+
+def mp3(waveform: np.ndarray, rate: int = RATE, *, mode: str = "VARIABLE", counted: bool = True) -> bytes:
+    """A waveform as mp3, below 44.1 kHz of up to 160 kbit/s.
+
+    Args:
+        mode: of the bit rate: CONSTANT, AVERAGE or VARIABLE.
+        counted: whether the first frame states the number of frames; otherwise it is left out.
+    """
+    memory = BytesIO()
+    channels = 1 if waveform.ndim == 1 else waveform.shape[1]
+    options = {"format": "MP3", "bitrate_mode": mode, "compression_level": 0.3}
+    with soundfile.SoundFile(memory, "w", rate, channels, **options) as file:
+        file.write(waveform)
+    content = memory.getvalue()
+    again = content.find(content[:2], 2 if counted else 100)
+    return content if counted else content[again:]
+
+
+def ogg_page(content: bytes, number: int) -> slice:
+    """Where a page is; the checksums of the others do not change when it is changed or cut out."""
+    starts = [found.start() for found in re.finditer(b"OggS\0", content)]
+    return slice(starts[number], [*starts, len(content)][number + 1])
+
+
+def patched(content: bytes, *changes: tuple[bytes | int, int, bytes]) -> bytes:
+    """A file with other bytes at some places, each given as a mark or offset and a distance from it."""
+    changed = bytearray(content)
+    for mark, distance, new in changes:
+        place = (mark if isinstance(mark, int) else content.index(mark)) + distance
+        changed[place : place + len(new)] = new
+    return bytes(changed)
 
 
 def _write(path: Path, waveform: np.ndarray, rate: int = RATE, subtype: str | None = None) -> None:
@@ -153,14 +185,16 @@ def _socket(path: Path) -> None:
     os.close(folder)
 
 
-def _with(value: float, dtype: type = np.float32) -> np.ndarray:
-    changed = VOICE.astype(dtype)
+def _with(value: float, dtype: type = np.float32, *, like: np.ndarray | None = None) -> np.ndarray:
+    changed = (VOICE if like is None else like).astype(dtype)
     changed[777] = value
     return changed
 
 
 VOICE = voice(3)
 NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, RATE // 2).astype(np.float32)
+HISS = (10 ** (-79 / 20) * np.random.default_rng(1).standard_normal(len(VOICE))).astype(np.float32)
+SPEECH = np.tile(np.concatenate([voice(index, 1.0) for index in range(4)]), 2)
 LONG_NAME = "n" * 251 + ".wav"
 GOOD = ("good_a.wav", "m_good.wav", "z_good.wav", "folder/good_b.wav", "x.wav/good_c.wav")
 WHOLE_WAV = encoded(VOICE, "WAV")
@@ -224,7 +258,7 @@ CUT_OR_FLIPPED = [
     Kind("flac, a byte flipped", "flip.flac", _flipped(encoded(NOISE, "FLAC"), 0.5), "unreadable"),
     Kind("ogg, half", "half.ogg", _cut(encoded(NOISE, "OGG"), 0.5), "truncated"),
     Kind("ogg without its last byte", "cut1.ogg", _bytes(encoded(NOISE, "OGG")[:-1]), "truncated"),
-    Kind("opus, half", "half.opus", _cut(encoded(NOISE, "OGG", "OPUS"), 0.5), "unreadable"),
+    Kind("opus, half", "half.opus", _cut(encoded(NOISE, "OGG", "OPUS"), 0.5), "truncated"),
     Kind("mp3, half", "half.mp3", _cut(encoded(np.tile(NOISE, 4), "MP3"), 0.5), "truncated"),
     Kind("aiff, half", "half.aiff", _cut(encoded(VOICE, "AIFF"), 0.5), "truncated"),
     Kind("caf, half", "half.caf", _cut(encoded(VOICE, "CAF"), 0.5), "unreadable"),
@@ -248,13 +282,108 @@ LYING_HEADERS = [
     Kind("a LIST chunk of 4 GB", "list.wav", _bytes(riff(before=chunk(b"LIST", b"", length=2**32 - 2))), "unreadable"),
     Kind("half a sample at the end", "half_sample.wav", _bytes(riff(data=WHOLE_WAV[44:] + b"\1")), ACCEPTED),
 ]
+STALE = patched(encoded(SPEECH, "WAV"), (40, 0, struct.pack("<I", 9600)))
+OGG, OPUS = encoded(SPEECH, "OGG"), encoded(SPEECH, "OGG", "OPUS")
+MP3 = mp3(SPEECH)
+TAG_FIRST, TAG_LAST = b"ID3\4\0\0\0\0\1\0" + bytes(128), b"TAG" + b"x" * 125
+JOINED = [
+    Kind(f"two files in one, {name}", f"joined.{name}", _bytes(first + second), ACCEPTED, seconds=0.7)
+    for name, first, second in [
+        (name, encoded(VOICE, *kind), encoded(voice(4, 0.3), *kind))
+        for name, kind in {
+            "ogg": ("OGG",),
+            "opus": ("OGG", "OPUS"),
+            "flac": ("FLAC",),
+            "mp3": ("MP3",),
+            "wav": ("WAV",),
+            "aiff": ("AIFF",),
+            "caf": ("CAF",),
+            "au": ("AU",),
+            "w64": ("W64",),
+            "rf64": ("RF64",),
+        }.items()
+    ]
+]
+JOINED += [
+    Kind("mp3 thrice with tags", "tags.mp3", _bytes((TAG_FIRST + MP3 + TAG_LAST) * 3), ACCEPTED, seconds=24.0),
+    Kind("mp3, the first part cut", "cut_joined.mp3", _bytes(MP3[: len(MP3) // 2] + MP3), "damaged"),
+    Kind("ogg, the first part cut", "cut_joined.ogg", _bytes(OGG[: len(OGG) // 2] + OGG), "damaged"),
+    Kind(
+        "ogg, the first part without its last page",
+        "cut.ogg",
+        _bytes(OGG[: ogg_page(OGG, -1).start] + OGG),
+        "truncated",
+    ),
+    Kind("ogg and opus in one", "mixed.ogg", _bytes(OGG + OPUS), ACCEPTED, seconds=16.0),
+    Kind("flac and wav in one", "mixed.flac", _bytes(encoded(VOICE, "FLAC") + WHOLE_WAV), "unreadable"),
+    Kind(
+        "mp3s of different rates in one",
+        "rates.mp3",
+        _bytes(MP3 + encoded(voice(1, rate=16_000), "MP3", rate=16_000)),
+        "unreadable: joined from parts of [16000, 24000] Hz",
+    ),
+]
+UNKNOWN_LENGTH = [
+    Kind("wav, lengths 0", "stream.wav", _bytes(patched(WHOLE_WAV, (4, 0, bytes(4)), (40, 0, bytes(4)))), ACCEPTED),
+    Kind("wav, data of length 0", "died.wav", _bytes(riff(promised=0)), ACCEPTED, seconds=0.4),
+    Kind("RIFX, data of length 0", "died_x.wav", _bytes(riff(promised=0, order=">")), ACCEPTED, seconds=0.4),
+    Kind("rf64, lengths 0", "0.rf64", _bytes(patched(encoded(VOICE, "RF64"), (20, 0, bytes(24)))), ACCEPTED),
+    Kind("rf64, lengths 2^64 - 1", "-1.rf64", _bytes(patched(encoded(VOICE, "RF64"), (20, 0, b"\xff" * 24))), ACCEPTED),
+    Kind("w64, lengths 0", "0.w64", _bytes(patched(encoded(VOICE, "W64"), (b"data", 16, bytes(8)))), ACCEPTED),
+    Kind("caf, length -1", "-1.caf", _bytes(patched(encoded(VOICE, "CAF"), (b"data", 4, b"\xff" * 8))), ACCEPTED),
+    Kind("au, length 0", "0.au", _bytes(patched(encoded(VOICE, "AU"), (8, 0, bytes(4)))), ACCEPTED, seconds=0.4),
+    Kind("au, length -1", "-1.au", _bytes(patched(encoded(VOICE, "AU"), (8, 0, b"\xff" * 4))), ACCEPTED, seconds=0.4),
+    Kind("aiff, length 0", "0.aiff", _bytes(patched(encoded(VOICE, "AIFF"), (b"SSND", 4, bytes(4)))), ACCEPTED),
+    Kind(
+        "flac, 0 samples in all",
+        "0.flac",
+        _bytes(patched(encoded(VOICE, "FLAC"), (21, 0, b"\xf0"), (22, 0, bytes(4)))),
+        ACCEPTED,
+        seconds=0.4,
+    ),
+    Kind("mp3 of many rates, no count", "vbr.mp3", _bytes(mp3(SPEECH, counted=False)), ACCEPTED),
+    Kind("the same twice", "vbr2.mp3", _bytes(mp3(SPEECH, counted=False) * 2), ACCEPTED),
+    Kind("mp3 of one rate, no count", "cbr.mp3", _bytes(mp3(SPEECH, mode="CONSTANT", counted=False)), ACCEPTED),
+    Kind("mp3, no count, last frame cut", "cut.mp3", _bytes(mp3(SPEECH, counted=False)[:-9]), "truncated"),
+    Kind("wav, the header counts a part only", "stale.wav", _bytes(STALE), "damaged: its header counts"),
+    Kind("mp3 with other bytes in it", "junk.mp3", _bytes(MP3[:9999] + b"junk" * 99 + MP3[9999:]), "damaged"),
+    Kind("ogg without one of its pages", "hole.ogg", _bytes(OGG.replace(OGG[ogg_page(OGG, 4)], b"")), "damaged"),
+    Kind("ogg, a byte flipped", "flip.ogg", _flipped(OGG, 0.5), "damaged"),
+    Kind("opus, a byte flipped", "flip.opus", _flipped(OPUS, 0.5), "damaged"),
+    Kind("wav and zeros", "padded.wav", _bytes(WHOLE_WAV + bytes(100_000)), ACCEPTED, seconds=0.4),
+]
 BAD_SAMPLES = [
     Kind("no samples", "frames0.wav", _wave(VOICE[:0]), "empty"),
     Kind("one sample", "one.wav", _wave(VOICE[500:501]), "silent"),
     Kind("50 ms", "short.wav", _wave(VOICE[:1200]), "too short"),
     Kind("silence", "silent.wav", _wave(0 * VOICE), "silent"),
     Kind("silence with an offset", "offset.wav", _wave(0 * VOICE + 0.25), "silent"),
-    Kind("channels that cancel out", "cancel.wav", _wave(np.stack([VOICE, -VOICE], 1), subtype="FLOAT"), "silent"),
+    Kind(
+        "channels that cancel out",
+        "cancel.wav",
+        _wave(np.stack([VOICE, -VOICE], 1), subtype="FLOAT"),
+        "channels cancel out",
+    ),
+    Kind(
+        "channels that cancel out, and noise",
+        "cancel2.wav",
+        _wave(np.stack([VOICE, HISS - VOICE], 1)),
+        "channels cancel out",
+    ),
+    Kind(
+        "three channels, a third of each cancels",
+        "cancel3.wav",
+        _wave(VOICE[:, None] * [1, 1, -1.98]),
+        "channels cancel out",
+    ),
+    Kind("an offset of 0.3 and noise", "offset2.wav", _wave(HISS + 0.3), "offset"),
+    Kind("a voice on an offset of -0.6", "offset3.wav", _wave(VOICE - 0.6), "offset"),
+    Kind("noise of -79 dBFS", "faint.wav", _wave(HISS, subtype="PCM_24"), "hardly any different codes"),
+    Kind("noise of -79 dBFS and a click", "click.wav", _wave(_with(0.9, like=HISS)), "hardly any different codes"),
+    Kind(
+        "a voice at 0.002 of its level", "quiet.wav", _wave(VOICE / 500, subtype="PCM_24"), "hardly any different codes"
+    ),
+    Kind("a peak of 300", "300.wav", _wave(VOICE * 700, subtype="FLOAT"), "out of range"),
     Kind("NaN", "nan.wav", _wave(_with(np.nan), subtype="FLOAT"), "not finite"),
     Kind("infinity", "inf.wav", _wave(_with(np.inf), subtype="FLOAT"), "not finite"),
     Kind("minus infinity", "minus_inf.wav", _wave(_with(-np.inf), subtype="FLOAT"), "not finite"),
@@ -265,4 +394,4 @@ BAD_SAMPLES = [
     Kind("3e38 at 48 kHz", "huge4.wav", _wave(np.sign(NOISE) * 3e38, 48_000, "FLOAT"), "out of range"),
     Kind("float on the scale of 16 bits", "scale.wav", _wave(VOICE * 32768, subtype="FLOAT"), "out of range"),
 ]
-KINDS = [*ODD_BUT_FINE, *NO_AUDIO, *CUT_OR_FLIPPED, *LYING_HEADERS, *BAD_SAMPLES]
+KINDS = [*ODD_BUT_FINE, *NO_AUDIO, *CUT_OR_FLIPPED, *LYING_HEADERS, *JOINED, *UNKNOWN_LENGTH, *BAD_SAMPLES]

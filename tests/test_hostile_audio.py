@@ -20,9 +20,8 @@ from ct_audio.commands import prepare as prepare_command
 from ct_audio.commands.command_line import run_tool
 from ct_audio.common.errors import UserError
 from ct_audio.common.text import printable
-from ct_audio.data.audio_files import read_wav
 from ct_audio.data.corpus import open_corpus
-from ct_audio.preparation.recordings import AudioSettings, Recording, prepare_audio, prepare_waveform
+from ct_audio.preparation.recordings import REASONS, AudioSettings, Recording, prepare_audio, prepare_recording
 
 BY_FILE = ("--group", "file")
 ALL_TRAIN = ("--valid-percent", "0", "--test-percent", "0")
@@ -139,16 +138,7 @@ def test_there_are_enough_kinds_and_both_outcomes():
     assert len(KINDS) >= 80
     assert len({kind.path for kind in KINDS}) == len({kind.name for kind in KINDS}) == len(KINDS)
     assert min(counts[reason] for reason in (ACCEPTED, "unreadable", "truncated", "not finite", "out of range")) >= 3
-    assert counts.keys() == {
-        ACCEPTED,
-        "unreadable",
-        "truncated",
-        "empty",
-        "silent",
-        "too short",
-        "not finite",
-        "out of range",
-    }
+    assert counts.keys() == {ACCEPTED, "unreadable", *REASONS}
 
 
 def test_over_5_percent_of_bad_files_stop_the_run_and_name_them(tmp_path, monkeypatch, capsys):
@@ -166,8 +156,8 @@ def test_over_5_percent_of_bad_files_stop_the_run_and_name_them(tmp_path, monkey
 
 @pytest.mark.parametrize("option", ["--valid-list", "--group-regex"])
 def test_folders_that_nobody_can_read_do_not_stop_the_other_options(tmp_path, monkeypatch, option):
-    for name in ("a", "b"):
-        write(tmp_path / "in" / f"{name}_take1.wav", voice(1))
+    for seed, name in enumerate("ab"):
+        write(tmp_path / "in" / f"{name}_take1.wav", voice(seed))
     (tmp_path / "in" / "ring").symlink_to(".")
     (tmp_path / "list").write_text("a_take1.wav\n")
     recipe_options = {
@@ -193,13 +183,15 @@ def test_a_recipe_must_make_names_printable(tmp_path):
         prepare_audio([Recording(tmp_path, "train", "a\nb")], tmp_path / "out", settings=AudioSettings(), source={})
 
 
-def test_the_range_is_checked_after_the_gain():
-    loud = VOICE * 32768
-    with pytest.raises(UserError, match=r"out of range: the peak is .*, full scale is 1"):
-        prepare_waveform(loud, RATE, AudioSettings())
-    assert len(prepare_waveform(loud, RATE, AudioSettings(gain_db=-90.0))) == len(VOICE)
+def test_the_range_is_checked_after_the_gain(tmp_path):
+    write(tmp_path / "loud.wav", VOICE * 32768, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"loud\.wav: out of range: .* at 0\.\d+ s, full scale is 1"):
+        prepare_recording(tmp_path / "loud.wav", AudioSettings(), len)
+    settings = AudioSettings(gain_db=-90.0)
+    assert prepare_recording(tmp_path / "loud.wav", settings, len).num_codes == len(VOICE)
+    write(tmp_path / "quiet.wav", VOICE)
     with pytest.raises(UserError, match="out of range"):
-        prepare_waveform(VOICE, RATE, AudioSettings(gain_db=60.0))
+        prepare_recording(tmp_path / "quiet.wav", AudioSettings(gain_db=60.0), len)
 
 
 @pytest.mark.slow
@@ -222,8 +214,7 @@ def test_fuzzed_files_are_read_or_refused(tmp_path):
             file = tmp_path / "fuzzed.wav"
             file.write_bytes(content)
             try:
-                waveform, rate = read_wav(file)
-                prepare_waveform(waveform, rate, AudioSettings())
+                prepare_recording(file, AudioSettings(), len)
                 counts["read"] += 1
             except UserError:
                 counts["refused"] += 1

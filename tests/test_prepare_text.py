@@ -16,13 +16,13 @@ from ct_audio.preparation import texts as module
 from ct_audio.preparation.text_blocks import (
     Text,
     hash_texts,
-    join_hashes,
     read_blocks,
     require_decodes_back,
     whole_file,
 )
 from ct_audio.preparation.text_tables import statistics_table, vocabulary_table
 from ct_audio.preparation.texts import TextSettings, prepare_text
+from ct_audio.preparation.workers import join_hashes
 
 SETTINGS = {
     "byte": TextSettings("byte"),

@@ -1,13 +1,18 @@
 """The recipes of text: which documents they find, what they do with other layouts, and their downloads from mirrors."""
 
 import base64
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import re
+import shutil
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 from http_mirror import Mirror, serve
 from recordings import ROOT, load_script
@@ -300,3 +305,112 @@ def test_a_listing_writes_nowhere_else(tmp_path, monkeypatch, capsys, quick, nam
         assert prepare_books(monkeypatch, mirror, tmp_path) == 2
     assert "listing of train: expected names as train/123.txt" in capsys.readouterr().err
     assert not list((tmp_path / "in").rglob("*"))
+
+
+def as_other_systems_write(text, form):
+    """A text of WikiText in the bytes of another system or tool."""
+    if form == "no spaces":
+        return "\n".join(line.strip() for line in text.split("\n")).encode()
+    raw = text.encode()
+    return {
+        "line feeds": raw,
+        "CRLF": raw.replace(b"\n", b"\r\n"),
+        "empty lines": raw.replace(b"\n \n", b"\n\n").replace(b"\n \n", b"\n\n"),
+        "byte order mark": b"\xef\xbb\xbf" + raw,
+        "both": b"\xef\xbb\xbf" + raw.replace(b"\n", b"\r\n"),
+    }[form]
+
+
+@pytest.mark.parametrize("form", ["line feeds", "CRLF", "empty lines", "no spaces", "byte order mark", "both"])
+def test_wikitext_of_any_system_has_the_same_articles_and_codes(tmp_path, monkeypatch, form):
+    article = " \n = Title {} = \n \n A b <unk> c . \n \n = = A section = = \n \n The b \n"
+    text = "".join(article.format(number) for number in range(4))
+    (tmp_path / "in").mkdir()
+    for split in WIKITEXT:
+        (tmp_path / "in" / f"wiki.{split}.tokens").write_bytes(as_other_systems_write(text, form))
+    assert run(monkeypatch, "wikitext103", tmp_path / "out", "--source", str(tmp_path / "in"), "--verify") == 0
+    corpus = open_corpus(tmp_path / "out")
+    for split in corpus.splits.values():
+        assert split.document_names == tuple(f"Title {number}" for number in range(4))
+        assert corpus.codec.decode(split.codes[:]) == text.encode()
+        assert len(set(np.diff(split.document_offsets))) == 1
+
+
+def test_a_file_without_articles_says_so(tmp_path, monkeypatch, capsys):
+    write_wikitext(tmp_path / "in")
+    (tmp_path / "in" / "wiki.test.tokens").write_text("a b \n c \n")
+    assert run(monkeypatch, "wikitext103", tmp_path / "out", "--source", str(tmp_path / "in")) == 0
+    assert f"warning: {tmp_path}/in/wiki.test.tokens: found no title of an article" in capsys.readouterr().err
+    assert open_corpus(tmp_path / "out").split("test").document_names == ("wiki.test.tokens",)
+
+
+COMPRESS = [gzip.compress, bz2.compress, lzma.compress, lambda raw: zipped({"x": raw}), lambda raw: b"(\xb5/\xfd" + raw]
+
+
+@pytest.mark.parametrize("compress", COMPRESS, ids=["gz", "bz2", "xz", "zip", "zst"])
+@pytest.mark.parametrize("recipe", ["enwik8", "wikitext103", "pg19"])
+def test_archives_under_the_name_of_a_text_are_refused(tmp_path, monkeypatch, capsys, compress, recipe):
+    names = {"enwik8": "enwik8", "wikitext103": "wiki.train.tokens", "pg19": "train/10.txt"}
+    write_wikitext(tmp_path)
+    write_books(tmp_path)
+    (tmp_path / names[recipe]).write_bytes(compress(ENWIK8 * 9))
+    assert run(monkeypatch, recipe, tmp_path / "out", "--source", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"error: {tmp_path}/{names[recipe]}: expected text, got an? \w+ archive; unpack it", error)
+
+
+@pytest.mark.parametrize("folder", ["train", "validation", "test"])
+def test_a_book_that_is_no_utf8_is_named_with_line_and_byte_in_every_split(tmp_path, monkeypatch, capsys, folder):
+    write_books(tmp_path / "in")
+    file = next((tmp_path / "in" / folder).iterdir())
+    file.write_bytes("one\ntwo\nGrüße\n".encode("latin-1"))
+    options = ("--source", str(tmp_path / "in"), "--", "--vocab-size", "270")
+    assert run(monkeypatch, "pg19", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert f"error: {file}, line 3, byte 10: expected UTF-8" in error
+    assert "iconv -f latin1 -t utf-8 FILE > NEW_FILE" in error
+    left = {"in"} if folder == "train" else {"in", "out.partial"}  # the vocabulary, to go on from
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_words_that_are_no_utf8_are_no_unknown_words(tmp_path, monkeypatch, capsys, split):
+    write_wikitext(tmp_path / "in")
+    file = tmp_path / "in" / f"wiki.{split}.tokens"
+    raw = file.read_bytes() + "Grüße \n".encode("latin-1")
+    file.write_bytes(raw)
+    assert run(monkeypatch, "wikitext103", tmp_path / "out", "--source", str(tmp_path / "in")) == 2
+    place = f"line {raw.count(bytes([10]))}, byte {raw.index(bytes([0xFC]))}"
+    assert f"error: {file}, {place}: expected UTF-8" in capsys.readouterr().err
+
+
+def test_what_is_no_book_is_left_out_with_a_word(tmp_path, monkeypatch, capsys):
+    write_books(tmp_path / "in")
+    for name in ("train/._9.txt", "validation/.DS_Store"):
+        (tmp_path / "in" / name).write_bytes(b"\0\5\x16\7\xff a Macintosh's own")
+    (tmp_path / "in" / "train" / "11.txt.gz").write_bytes(gzip.compress(b"a book"))
+    (tmp_path / "in" / "train" / "more").mkdir()
+    (tmp_path / "in" / "train" / "more" / "12.txt").write_text("a book")
+    raw = (tmp_path / "in" / "metadata.csv").read_text()
+    (tmp_path / "in" / "metadata.csv").write_bytes(b"\xef\xbb\xbf" + raw.replace("\n", "\r\n").encode())
+    options = ("--source", str(tmp_path / "in"), "--verify", "--", "--vocab-size", "270")
+    assert run(monkeypatch, "pg19", tmp_path / "out", *options) == 0
+    assert open_corpus(tmp_path / "out").split("train").document_names == ("9 Second", "10 The First, indeed")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        f"warning: {tmp_path}/in/train: left out what is no book (NAME.txt): 1 .gz, 1 .txt",
+    ]
+    (tmp_path / "in" / "metadata.csv").write_bytes("9,Zweites Büchlein\n".encode("latin-1"))
+    assert run(monkeypatch, "pg19", tmp_path / "out", *options) == 2
+    assert f"{tmp_path}/in/metadata.csv, line 1, byte 11: expected UTF-8" in capsys.readouterr().err
+
+
+def test_a_book_in_two_splits_is_reported(tmp_path, monkeypatch, capsys):
+    write_books(tmp_path / "in")
+    shutil.copy(tmp_path / "in" / "train" / "9.txt", tmp_path / "in" / "test" / "5.txt")
+    options = ("--source", str(tmp_path / "in"), "--", "--vocab-size", "270")
+    assert run(monkeypatch, "pg19", tmp_path / "out", *options) == 0
+    error = capsys.readouterr().err
+    assert (
+        "warning: 1 held-out texts are in train too, byte by byte, as '5' of test, which is '9 Second' there" in error
+    )

@@ -164,6 +164,31 @@ def test_sample_errors_are_one_line(
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 
+@pytest.mark.parametrize(
+    ("level", "options", "message"),
+    [
+        (1.0, ["--prime-seconds", 60], "prime.wav is too short: it holds 1000 samples (0.042 s), 1440000 (60.000 s)"),
+        (1.0, ["--prime-length", 1001], "too short: it holds 1000 samples (0.042 s), 1001 (0.042 s) asked for"),
+        (1e-4, [], "prime.wav: hardly any different codes"),
+        (0.0, [], "prime.wav: silent"),
+    ],
+)
+def test_a_prime_must_be_a_recording_that_could_be_trained_on(
+    level: float,
+    options: list,
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    sample: Tool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_wav(tmp_path / "prime.wav", speech_like(1000, 1) * np.float32(level), RATE)
+    run, out = make_run(corpus, tmp_path), tmp_path / "out"
+    assert sample(run, "--prime", tmp_path / "prime.wav", *options, "--seconds", 0.01, "--out", out) == 2
+    assert message in capsys.readouterr().err
+    assert not list(out.glob("*"))
+
+
 def test_sample_needs_a_checkpoint_and_a_place(
     tmp_path: Path, corpus: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,15 @@ def test_bfloat16_runs_under_autocast_and_keeps_weights_in_float32(tmp_path: Pat
     assert 0 < largest_difference(weights(first), weights(second)) < 0.1
 
 
+def test_from_another_folder_the_path_is_told_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = tiny_run(tmp_path, data__corpus="data/x", runs_dir="runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{tmp_path}/elsewhere/data/x is no prepared corpus"):
+        train(config)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_documents_reset_memory(tmp_path: Path):
     plain = tiny_run(tmp_path, name="plain", train__num_steps=8, **QUIET)
     reset = tiny_run(tmp_path, name="reset", train__num_steps=8, data__reset_memory_at_document=True)

@@ -5,6 +5,7 @@ A recipe that makes its own recordings, as recipes/espeak, needs no --source.
 
 import argparse
 import importlib.util
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -42,10 +43,12 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--min-seconds", type=float, default=0.1, help="drop recordings shorter than this")
     parser.add_argument("--num-processes", type=int, default=usable_cpus(), help="worker processes of one thread each")
     parser.add_argument("--allow-dropped", action="store_true", help="go on though over 5%% of the files are unusable")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a corpus that was made otherwise, or of texts before a change"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="prepare again and replace the corpus that is there")
     parser.add_argument("--verify", action="store_true", help="texts: decode the corpus back and compare it with them")
+    _, others = parser.parse_known_args(arguments[:cut])
+    if others:
+        line = shlex.join(["--", *others, *arguments[cut + 1 :]])
+        raise UserError(f"{others[0]}: not known here; options of the recipe stand at the end, after --: {line}")
     return parse(parser, arguments[:cut]), arguments[cut + 1 :]
 
 
@@ -82,7 +85,7 @@ def find_source(options: argparse.Namespace, recipe: ModuleType, recipe_options:
         advice = "pass it, or -- --download" if hasattr(recipe, "download") else "pass it"
         raise UserError(f"--source: expected the folder of the data; {options.recipe} makes none of its own: {advice}")
     if not options.source.is_dir():
-        raise UserError(f"--source {options.source}: expected a folder of the data; it does not exist")
+        raise UserError(f"--source {options.source.absolute()}: expected a folder of the data; it does not exist")
     return options.source
 
 

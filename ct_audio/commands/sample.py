@@ -148,9 +148,10 @@ def _requests(arguments: argparse.Namespace, codec: Any) -> list[tuple[Path | No
     prime = prime_name = None
     if arguments.prime is not None:
         prime_name = arguments.prime.name
-        prime = read_codes(arguments.prime, codec)
-        if not arguments.given.isdisjoint({"--prime-seconds", "--prime-length"}):
-            prime = prime[: _num_codes("prime-", arguments.prime_length, arguments.prime_seconds, codec)]
+        is_cut = not arguments.given.isdisjoint({"--prime-seconds", "--prime-length"})
+        length, seconds = arguments.prime_length, arguments.prime_seconds
+        num_codes = _num_codes("prime-", length, seconds, codec) if is_cut else None
+        prime = read_codes(arguments.prime, codec, num_codes=num_codes)
     settings: dict[str, Any] = {
         "num_codes": _num_codes("", arguments.length, arguments.seconds, codec),
         "num_lanes": arguments.num,

@@ -40,6 +40,11 @@ def draw_spectrogram(
     panel.set_ylabel("kHz")
 
 
+def plain_text(text: str) -> str:
+    """Text of others, as names, for a title, a label or a legend: matplotlib draws it as it is, and no formula."""
+    return text.replace("$", r"\$")
+
+
 def write_figure(figure: Figure, path: Path, *, dpi: int = 110) -> None:
     """Write a PNG, whole or not at all."""
     content = io.BytesIO()

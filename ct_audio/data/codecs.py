@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer, UInt8
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import write_file
-from ct_audio.data.audio_files import read_wav, require_finite, resample
+from ct_audio.data.audio_files import CheckedRecording
 from ct_audio.data.vocabulary_codecs import Subword, Word, read_vocabulary, require_codes
 
 
@@ -184,16 +184,42 @@ VOCABULARY_CODECS = ("word", "subword")
 """Codecs that are made from a training split and read back from a file."""
 
 
-def read_codes(path: Path, codec: Codec) -> Integer[np.ndarray, "N"]:
+_SIGNAL_DISTANCE, _SIGNAL_SHARE = 4, 0.001
+
+
+def require_signal(histogram: Integer[np.ndarray, "V"], path: Path) -> None:
+    """Raise `UserError` if nearly all codes of a recording are the same few: too quiet for mu-law, or a constant.
+
+    Args:
+        histogram: how often each code occurs; of its codes, 0.1% must be farther than 4 from the most frequent one.
+    """
+    most = int(histogram.argmax())
+    total = int(histogram.sum())
+    near = int(histogram[max(0, most - _SIGNAL_DISTANCE) : most + _SIGNAL_DISTANCE + 1].sum())
+    if total - near < _SIGNAL_SHARE * total:
+        raise UserError(
+            f"cannot use {path}: hardly any different codes: {near} of {total} are within {_SIGNAL_DISTANCE} of code "
+            f"{most}; amplify the recording (prepare: --gain-db), or take another"
+        )
+
+
+def read_codes(path: Path, codec: Codec, *, num_codes: int | None = None) -> Integer[np.ndarray, "N"]:
     """Codes of a recording (any format, mixed down and resampled to the codec's rate) or of a text.
 
+    Args:
+        num_codes: only so many, the first; None: all.
     Raises:
-        UserError: the file cannot be read, holds nothing, or is of the other kind.
+        UserError: the file cannot be read, holds nothing or less than `num_codes`, or is of the other kind; a recording
+            fails one of the checks of `CheckedRecording` and `require_signal`, as in preparation.
     """
     if codec.sample_rate_hz:
-        waveform, sample_rate_hz = read_wav(path)
-        require_finite(waveform, str(path))
-        codes = codec.encode(resample(waveform, sample_rate_hz, codec.sample_rate_hz))
+        recording, blocks = CheckedRecording(path, codec.sample_rate_hz), []
+        histogram = np.zeros(codec.vocab_size, np.int64)
+        for waveform in recording.blocks():
+            blocks.append(codec.encode(waveform))
+            histogram += np.bincount(blocks[-1], minlength=codec.vocab_size)
+        require_signal(histogram, path)
+        codes = np.concatenate(blocks)
     else:
         try:
             codes = codec.encode(path.read_bytes())
@@ -201,4 +227,10 @@ def read_codes(path: Path, codec: Codec) -> Integer[np.ndarray, "N"]:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
     if not len(codes):
         raise UserError(f"{path} is empty; expected at least one {codec.unit}")
-    return codes
+    if num_codes is not None and num_codes > len(codes):
+        rate = codec.sample_rate_hz
+        found, wanted = (f" ({number / rate:.3f} s)" if rate else "" for number in (len(codes), num_codes))
+        raise UserError(
+            f"{path} is too short: it holds {len(codes)} {codec.unit}s{found}, {num_codes}{wanted} asked for"
+        )
+    return codes[:num_codes]

@@ -92,8 +92,9 @@ class Corpus:
             UserError: there is none of that name; the message lists those that there are.
         """
         if name not in self.splits:
+            advice = f"; recipes/folder makes it with --overwrite -- --{name}-percent 5" if name != "train" else ""
             raise UserError(
-                f"corpus {self.path} has no split {name!r}; expected one of {', '.join(sorted(self.splits))}"
+                f"corpus {self.path} has no split {name!r}; expected one of {', '.join(sorted(self.splits))}{advice}"
             )
         return self.splits[name]
 
@@ -285,7 +286,9 @@ class _SplitInProgress:
 def _read_description(path: Path) -> dict[str, Any]:
     file = path / "corpus.json"
     if not file.is_file():
-        raise UserError(f"{path} is no prepared corpus: there is no corpus.json in it; make one with tools/prepare.py")
+        raise UserError(
+            f"{path.absolute()} is no prepared corpus: there is no corpus.json in it; make one with tools/prepare.py"
+        )
     try:
         description = read_json(file)
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ct_audio.common.files import write_file, write_json
-from ct_audio.common.text import markdown_table
+from ct_audio.common.text import markdown_code, markdown_table, markdown_text
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,10 @@ class FileResult:
     """What became of one recording.
 
     Attributes:
-        reason: why it was dropped; None if it was not, and then the rest is set.
+        reason: why it was dropped, or left out as a copy; None if it was not, and then the rest is set.
+        is_copy: whether it was left out because another split has the same codes.
+        source_sha256: of the source file; "" if it cannot be read.
+        codes_sha256: of the codes.
         num_codes: after resampling and trimming.
         crc32: of the codes.
         sample_rate_hz: of the source file.
@@ -33,6 +36,9 @@ class FileResult:
     """
 
     reason: str | None = None
+    is_copy: bool = False
+    source_sha256: str = ""
+    codes_sha256: str = ""
     num_codes: int = 0
     crc32: int = 0
     sample_rate_hz: int = 0
@@ -52,7 +58,12 @@ def make_report(results: Iterable[tuple[str, str, FileResult]], sample_rate_hz: 
     """
     results = list(results)
     kept = [(name, split, result) for name, split, result in results if result.reason is None]
-    dropped = [{"name": name, "split": split, "reason": r.reason} for name, split, r in results if r.reason is not None]
+    left_out = [
+        ({"name": name, "split": split, "reason": r.reason}, r.is_copy)
+        for name, split, r in results
+        if r.reason is not None
+    ]
+    dropped = [entry for entry, is_copy in left_out if not is_copy]
     rates = Counter(result.sample_rate_hz for _, _, result in kept)
     splits = sorted({split for _, split, _ in results})
     return {
@@ -62,6 +73,7 @@ def make_report(results: Iterable[tuple[str, str, FileResult]], sample_rate_hz: 
         "num_dropped": len(dropped),
         "dropped_percent": round(100 * len(dropped) / max(1, len(results)), 3),
         "dropped": dropped,
+        "copies": [entry for entry, is_copy in left_out if is_copy],
         "histogram": np.sum([result.histogram for _, _, result in kept], axis=0, dtype=np.int64).tolist(),
     }
 
@@ -70,7 +82,7 @@ def write_report(directory: Path, report: dict[str, Any], title: str) -> None:
     """Write report.json, report.md and histogram.png into a directory."""
     from matplotlib.figure import Figure  # here: worker processes import this module and draw nothing
 
-    from ct_audio.common.figures import write_figure
+    from ct_audio.common.figures import plain_text, write_figure
 
     write_json(directory / "report.json", report)
     write_file(directory / "report.md", _markdown(report, title).encode())
@@ -78,7 +90,7 @@ def write_report(directory: Path, report: dict[str, Any], title: str) -> None:
     share = np.array(report["histogram"]) / sum(report["histogram"])
     axes = figure.subplots()
     axes.stairs(share, np.arange(len(share) + 1) - 0.5, fill=True)
-    axes.set(xlabel="code", ylabel="share of all codes", title=title, yscale="log", xlim=(-1, len(share)))
+    axes.set(xlabel="code", ylabel="share of all codes", title=plain_text(title), yscale="log", xlim=(-1, len(share)))
     write_figure(figure, directory / "histogram.png")
 
 
@@ -97,6 +109,9 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"{name}: {split['num_files']} files, {60 * split['hours']:.2f} min")
     lines.append(f"dropped: {report['num_dropped']} files ({report['dropped_percent']}%)")
     lines += [f"  {entry['name']}: {entry['reason']}" for entry in report["dropped"]]
+    if report["copies"]:
+        lines.append(f"left out, so that no split holds what another one does: {len(report['copies'])} files")
+        lines += [f"  {entry['name']} in {entry['split']}: {entry['reason']}" for entry in report["copies"]]
     return lines
 
 
@@ -152,9 +167,14 @@ def _markdown(report: dict[str, Any], title: str) -> str:
     totals = {**report["splits"], "total": report["total"]}
     rows = [["split", *columns.values()], *([name, *map(total.get, columns)] for name, total in totals.items())]
     rates = ", ".join(f"{rate} Hz in {count} files" for rate, count in report["source_rates_hz"].items())
-    dropped = [f"- `{entry['name']}`: {entry['reason']}" for entry in report["dropped"]] or ["None."]
+    dropped, copies = (
+        [f"- {markdown_code(entry['name'])}: {entry['reason']}" for entry in report[key]]
+        for key in ("dropped", "copies")
+    )
+    if copies:
+        copies = ["", f"## Left out: {len(copies)} copies of recordings in other splits", "", *copies]
     lines = [
-        f"# {title}",
+        f"# {markdown_text(title)}",
         "",
         markdown_table(rows),
         "",
@@ -167,6 +187,7 @@ def _markdown(report: dict[str, Any], title: str) -> str:
         "",
         f"## Dropped: {report['num_dropped']} files ({report['dropped_percent']}%)",
         "",
-        *dropped,
+        *(dropped or ["None."]),
+        *copies,
     ]
     return "\n".join(lines) + "\n"

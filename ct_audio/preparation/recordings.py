@@ -6,16 +6,17 @@ Shape letters: N samples or codes.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import librosa
 import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
@@ -23,18 +24,27 @@ from tqdm import tqdm
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_file
 from ct_audio.common.text import printable
-from ct_audio.data.audio_files import read_wav, require_finite, resample, write_wav
-from ct_audio.data.codecs import MuLaw
+from ct_audio.data.audio_files import CheckedRecording, write_wav
+from ct_audio.data.codecs import MuLaw, require_signal
 from ct_audio.data.corpus import Corpus, CorpusWriter
 from ct_audio.preparation.audio_report import FileResult, count_reasons, make_report, write_report
-from ct_audio.preparation.workers import existing_corpus, prepare_once, run_tasks
+from ct_audio.preparation.listing import same_name
+from ct_audio.preparation.workers import CONTENT_KEY, existing_corpus, join_hashes, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
 MAX_DROPPED_PERCENT = 5.0
-SILENCE = 2.0**-15  # -90 dBFS, one step of 16 bits
 FULL_SCALE = 32767 / 32768
-OUT_OF_RANGE = 16.0  # 24 dB over full scale: no loud recording, but a file of another scale, or damaged
+TRIM_FRAME, TRIM_HOP = 2048, 512
 EXAMPLE_SECONDS = 10.0
+REASONS = (
+    *("truncated", "damaged", "empty", "not finite", "out of range", "silent", "channels cancel out", "offset"),
+    *("hardly any different codes", "too short"),
+)
+"""What the reason to drop a file begins with; all others are "unreadable"."""
+COPY_BYTES = 1 << 20
+GAP_SECONDS = 0.5
+_RANKS = {"test": 0, "valid": 1, "train": 3}
+"""Of splits: what two of them have goes to the first."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,16 @@ class Recording:
         split: where it goes, as "train".
         name: unique in the corpus, printable (`common.text.printable` makes it so); recordings of a split are put in
             the order of their names.
+        part: begin and end of the part that is taken, as shares of the whole; a part that does not begin at 0 begins
+            `GAP_SECONDS` later, so that it does not continue what another split ends with.
+        reason: why it cannot be used, to be named in the report; None: reading it tells.
     """
 
     path: Path
     split: str
     name: str
+    part: tuple[float, float] = (0.0, 1.0)
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,50 +106,131 @@ class AudioSettings:
         return asdict(self) | fixed
 
 
-def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> str:
-    """The split of a group of recordings that must stay together, from the group's name alone.
+def hash_place(group: str) -> float:
+    """Where a group of recordings that must stay together lies in 0..100, from the group's name alone.
 
-    The first 8 bytes of SHA-256 of the UTF-8 name, as a big-endian fraction of 2^64 times 100, is compared: below
-    `valid_percent` is valid, below `valid_percent + test_percent` is test, else train.
+    The first 8 bytes of SHA-256 of the name, in NFC and as UTF-8, as a big-endian fraction of 2^64, times 100.
     """
+    digest = hashlib.sha256(same_name(group).encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 * 100
+
+
+def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> str:
+    """The split of a group: `hash_place` below `valid_percent` is valid, below the sum of both test, else train."""
     if min(valid_percent, test_percent) < 0 or not valid_percent + test_percent < 100:
         raise UserError(
             f"expected valid and test percentages that sum to less than 100, got {valid_percent}, {test_percent}"
         )
-    digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64 * 100
+    place = hash_place(group)
     if place < valid_percent:
         return "valid"
     return "test" if place < valid_percent + test_percent else "train"
 
 
-def prepare_waveform(
-    waveform: Float[np.ndarray, "N"], sample_rate_hz: int, settings: AudioSettings
-) -> Float[np.ndarray, "M"]:
-    """Resample, gain, trim.
+def prepared_blocks(recording: CheckedRecording, trim_db: float | None) -> Iterator[Float[np.ndarray, "N"]]:
+    """Blocks of a recording, trimmed; where it is trimmed, it is read twice.
 
+    Args:
+        trim_db: see `AudioSettings`.
     Raises:
-        UserError: the recording is empty, not finite, beyond 16 times full scale after gain, silent or too short.
+        UserError: see `CheckedRecording.blocks`.
     """
-    if not len(waveform):
-        raise UserError("empty: no samples")
-    require_finite(waveform, "not finite")
-    gain = 10 ** (settings.gain_db / 20)
-    peak = float(np.abs(waveform).max()) * gain
-    if peak > OUT_OF_RANGE:
-        raise UserError(f"out of range: the peak is {peak:.3g}, full scale is 1; scale the file, or use a lower gain")
-    deviation = float(np.abs(waveform - waveform.mean(dtype=np.float64).astype(np.float32)).max())
-    if deviation < SILENCE:
-        raise UserError(f"silent: no sample is farther than {deviation:.1e} from the mean")
-    waveform = resample(waveform, sample_rate_hz, settings.sample_rate_hz)
-    if settings.gain_db:
-        waveform = waveform * np.float32(gain)
-    if settings.trim_db is not None:
-        waveform = librosa.effects.trim(waveform, top_db=settings.trim_db)[0]
-    seconds = len(waveform) / settings.sample_rate_hz
-    if seconds < settings.min_seconds:
-        raise UserError(f"too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
-    return waveform
+    if trim_db is None:
+        yield from recording.blocks()
+        return
+    start, end = sounding_range(recording.blocks(), trim_db)
+    yield from _stretch(recording.blocks(), start, end)
+
+
+def _stretch(blocks: Iterable[Float[np.ndarray, "_"]], start: int, end: int) -> Iterator[Float[np.ndarray, "_"]]:
+    place = 0
+    for block in blocks:
+        kept = block[max(0, start - place) : max(0, end - place)]
+        place += len(block)
+        if len(kept):
+            yield kept
+
+
+def take_part(
+    read: Callable[[], Iterator[Float[np.ndarray, "_"]]], part: tuple[float, float], sample_rate_hz: int
+) -> Iterator[Float[np.ndarray, "_"]]:
+    """Blocks of the part of a recording that `Recording.part` says.
+
+    Args:
+        read: begins to read the recording; where a part is wanted, it is read twice.
+    """
+    if part == (0.0, 1.0):
+        yield from read()
+        return
+    num_samples = sum(map(len, read()))
+    start, end = (round(share * num_samples) for share in part)
+    gap = min(round(GAP_SECONDS * sample_rate_hz), (end - start) // 2) if start else 0
+    yield from _stretch(read(), start + gap, end)
+
+
+def sounding_range(blocks: Iterable[Float[np.ndarray, "_"]], trim_db: float) -> tuple[int, int]:
+    """First sample of the first and last sample of the last frame of a recording that is not quiet, as (start, end).
+
+    Computes what `librosa.effects.trim` does, without holding the recording: a frame is centred on every 512th sample,
+    and it is quiet if its RMS is more than `trim_db` below the loudest one's.
+    """
+    silence = np.zeros(TRIM_FRAME // 2, np.float32)  # before the start and after the end
+    pending, num_samples, levels = silence, 0, []
+    for block in itertools.chain(blocks, [silence]):
+        num_samples += len(block)
+        pending = np.concatenate([pending, block])
+        if len(pending) >= TRIM_FRAME:
+            frames = np.lib.stride_tricks.sliding_window_view(pending, TRIM_FRAME)[::TRIM_HOP]
+            levels.append(np.sqrt(np.square(frames).mean(axis=1)))
+            pending = pending[len(frames) * TRIM_HOP :]
+    power = np.maximum(np.square(np.concatenate(levels)), 1e-10)
+    loud = np.flatnonzero(10 * np.log10(power) - 10 * np.log10(power.max()) > -trim_db)
+    return int(loud[0]) * TRIM_HOP, min(num_samples - len(silence), (int(loud[-1]) + 1) * TRIM_HOP)
+
+
+def prepare_recording(
+    path: Path, settings: AudioSettings, write: Callable[[bytes], Any], *, part: tuple[float, float] = (0.0, 1.0)
+) -> FileResult:
+    """Prepare one recording in blocks: the same memory whatever its length.
+
+    Args:
+        write: is given the codes, one byte each.
+        part: see `Recording`.
+    Raises:
+        UserError: the recording cannot be read, fails a check of `CheckedRecording` or `require_signal`, or is too
+            short; codes may have been written by then.
+    """
+    recording = CheckedRecording(path, settings.sample_rate_hz, gain_db=settings.gain_db)
+    codec = MuLaw(settings.sample_rate_hz)
+    histogram = np.zeros(codec.vocab_size, np.int64)
+    crc32, sha256, peak, sum_of_squares, num_clipped = 0, hashlib.sha256(), 0.0, 0.0, 0
+    blocks = take_part(lambda: prepared_blocks(recording, settings.trim_db), part, settings.sample_rate_hz)
+    for waveform in blocks:
+        codes, magnitude = codec.encode(waveform), np.abs(waveform)
+        raw = codes.tobytes()
+        write(raw)
+        crc32 = zlib.crc32(raw, crc32)
+        sha256.update(raw)
+        histogram += np.bincount(codes, minlength=codec.vocab_size)
+        peak = max(peak, float(magnitude.max(initial=0.0)))
+        sum_of_squares += float(np.square(waveform, dtype=np.float64).sum())
+        num_clipped += int((magnitude >= FULL_SCALE).sum())
+    num_codes = int(histogram.sum())
+    seconds = num_codes / settings.sample_rate_hz
+    if seconds < settings.min_seconds or not num_codes:
+        raise UserError(f"cannot use {path}: too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
+    require_signal(histogram, path)
+    return FileResult(
+        codes_sha256=sha256.hexdigest(),
+        num_codes=num_codes,
+        crc32=crc32,
+        sample_rate_hz=recording.source_rate_hz,
+        source_seconds=recording.num_source_samples / recording.source_rate_hz * (part[1] - part[0]),
+        peak=peak,
+        sum_of_squares=sum_of_squares,
+        num_clipped=num_clipped,
+        histogram=tuple(histogram.tolist()),
+    )
 
 
 def prepare_audio(
@@ -155,12 +251,12 @@ def prepare_audio(
         source: where the recordings come from, for corpus.json; `path` in it may differ between runs.
         num_processes: each of them uses one thread.
         allow_dropped: go on when over 5% of the files had to be dropped.
-        overwrite: replace a corpus that stands at `out` and was made otherwise.
+        overwrite: replace the corpus that stands at `out`.
     Returns:
         corpus: opened.
         report: what report.json says; None if the same corpus was there already.
     Raises:
-        UserError: nothing to prepare, too many dropped, or `out` is taken.
+        UserError: nothing to prepare, too many dropped, a split that would be empty, or `out` is taken.
     """
     out, recordings = Path(out), sorted(recordings, key=lambda recording: (recording.split, recording.name))
     _require_names(recordings)
@@ -170,20 +266,25 @@ def prepare_audio(
     def make(partial: Path) -> None:
         (partial / "files").mkdir(exist_ok=True)
         results = _prepare_files(recordings, partial / "files", settings, num_processes)
+        content = join_hashes([result.source_sha256 for result in results])
+        results = _leave_out_copies(recordings, results)
         named = [(r.name, r.split, result) for r, result in zip(recordings, results, strict=True)]
         report.update(make_report(named, settings.sample_rate_hz))
         _check_dropped(report, partial, allow_dropped=allow_dropped)
-        _assemble(recordings, results, report, partial, out, settings, source)
+        _assemble(recordings, results, report, partial, out, settings, source | {CONTENT_KEY: content})
 
+    content_hash = cache(lambda: _hash_contents(recordings))
     corpus, was_there = prepare_once(
-        out, lambda: existing_corpus(out, source, settings.to_json(), overwrite=overwrite), make
+        out,
+        lambda: existing_corpus(out, source, settings.to_json(), content_hash=content_hash, overwrite=overwrite),
+        make,
     )
     return corpus, None if was_there else report
 
 
 @dataclass(frozen=True)
 class _Task:
-    path: Path
+    recording: Recording
     target: Path
     settings: AudioSettings
 
@@ -191,61 +292,56 @@ class _Task:
 def _prepare_files(
     recordings: list[Recording], files: Path, settings: AudioSettings, num_processes: int
 ) -> list[FileResult]:
-    tasks = [_Task(r.path, _target(files, r.name), settings) for r in recordings]
-    found = [_reusable(task) for task in tasks]
-    todo = [index for index, result in enumerate(found) if result is None]
-    progress = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="file", desc="prepare", disable=None)
+    tasks = {index: _Task(r, _target(files, r.name), settings) for index, r in enumerate(recordings)}
     done: dict[int, FileResult] = {}
-    trims = any(task.settings.trim_db is not None for task in tasks)
-    preload = [
-        "ct_audio.preparation.recordings",
-        *(["librosa.effects", "librosa.feature"] if trims else []),
-    ]  # it takes seconds
-    with progress:
-        for index, result in run_tasks(
-            _prepare_file, {index: tasks[index] for index in todo}, num_processes, preload=preload
-        ):
+    preload = ["ct_audio.preparation.recordings"]  # it takes seconds
+    with tqdm(total=len(tasks), unit="file", desc="prepare", disable=None) as progress:
+        for index, result in run_tasks(_prepare_file, tasks, num_processes, preload=preload):
             done[index] = result
             progress.update()
-    return [done[index] if result is None else result for index, result in enumerate(found)]
+    return [done[index] for index in tasks]
 
 
 def _prepare_file(task: _Task) -> FileResult:
-    """Prepare one recording: its codes and its result lie in `task.target`.* afterwards, unless it is dropped."""
-    try:
-        key = _key(task)
-        waveform, sample_rate_hz = read_wav(task.path)
-        prepared = prepare_waveform(waveform, sample_rate_hz, task.settings)
-        codes = MuLaw(task.settings.sample_rate_hz).encode(prepared)
-    except UserError as error:
-        reason = str(error).removeprefix(f"cannot read {task.path}: ")
-        known = ("truncated", "empty", "not finite", "out of range", "silent", "too short")
-        return FileResult(reason=printable(reason if reason.startswith(known) else f"unreadable: {reason}"))
-    except MemoryError:
-        return FileResult(reason="unreadable: too long for the memory of this machine")
-    raw, magnitude = codes.tobytes(), np.abs(prepared)
-    result = FileResult(
-        num_codes=len(codes),
-        crc32=zlib.crc32(raw),
-        sample_rate_hz=sample_rate_hz,
-        source_seconds=len(waveform) / sample_rate_hz,
-        peak=float(magnitude.max()),
-        sum_of_squares=float(np.square(prepared, dtype=np.float64).sum()),
-        num_clipped=int((magnitude >= FULL_SCALE).sum()),
-        histogram=tuple(np.bincount(codes, minlength=256).tolist()),
-    )
-    # without fsync: sizes and checksums are compared when the corpus is put together
-    write_file(task.target.with_suffix(".codes"), raw, sync=False)
-    record = json.dumps({"key": key, "result": asdict(result)})
-    write_file(task.target.with_suffix(".json"), record.encode(), sync=False)
+    """Codes and result of a recording lie in `task.target`.* afterwards, unless it is dropped.
+
+    What an interrupted run left there is taken where the file's bytes and the settings are still the same.
+    """
+    recording = task.recording
+    if recording.reason is not None:
+        return FileResult(reason=printable(recording.reason))
+    source_sha256 = _hash_file(recording.path)
+    key = {"source_sha256": source_sha256, "part": list(recording.part), "settings": task.settings.to_json()}
+    result = _reusable(task, key) if source_sha256 else None
+    if result is None:
+        result = replace(_encode_file(task), source_sha256=source_sha256)
+        if result.reason is None:  # without fsync: sizes and checksums are compared when the corpus is put together
+            record = json.dumps({"key": key, "result": asdict(result)})
+            write_file(task.target.with_suffix(".json"), record.encode(), sync=False)
     return result
 
 
-def _reusable(task: _Task) -> FileResult | None:
-    """What an interrupted run left of this file, if source file and settings are still the same."""
+def _encode_file(task: _Task) -> FileResult:
+    """Read and encode one recording; its codes lie in `task.target`.codes afterwards, unless it is dropped."""
+    path, target = task.recording.path, task.target.with_suffix(".codes")
+    try:
+        with target.open("wb") as file:  # without fsync, likewise
+            return prepare_recording(path, task.settings, file.write, part=task.recording.part)
+    except UserError as error:
+        target.unlink(missing_ok=True)
+        reason = str(error).removeprefix(f"cannot read {path}: ").removeprefix(f"cannot use {path}: ")
+        return FileResult(reason=printable(reason if reason.startswith(REASONS) else f"unreadable: {reason}"))
+    except OSError as error:
+        target.unlink(missing_ok=True)  # it may be what fills the disk
+        error.filename = str(target)
+        raise
+
+
+def _reusable(task: _Task, key: dict[str, Any]) -> FileResult | None:
+    """What an interrupted run left of this file, if the file's bytes and the settings are still the same."""
     try:
         record = read_json(task.target.with_suffix(".json"))
-        if record["key"] != _key(task):
+        if record["key"] != json.loads(json.dumps(key)):
             return None
         fields = record["result"]
         result = FileResult(**(fields | {"histogram": tuple(fields["histogram"])}))
@@ -255,12 +351,42 @@ def _reusable(task: _Task) -> FileResult | None:
     return result if size == result.num_codes else None
 
 
-def _key(task: _Task) -> dict[str, Any]:
+def _hash_file(path: Path) -> str:
+    """SHA-256 of a file; "" where there is no plain file that can be read."""
     try:
-        status = task.path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {task.path}: {error.strerror}") from error
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "settings": task.settings.to_json()}
+        if not path.is_file():
+            return ""
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _hash_contents(recordings: list[Recording]) -> str:
+    """What `join_hashes` says of the files as they are now: all of them are read."""
+    known: dict[Path, str] = {}
+    for recording in tqdm(recordings, unit="file", desc="hash", disable=None):
+        if recording.path not in known:
+            known[recording.path] = _hash_file(recording.path)
+    return join_hashes([known[r.path] if r.reason is None else "" for r in recordings])
+
+
+def _leave_out_copies(recordings: list[Recording], results: list[FileResult]) -> list[FileResult]:
+    """Codes that several splits have stay in test, else in valid: what is held out must not be trained on."""
+    owners: dict[str, Recording] = {}
+    for recording, result in sorted(zip(recordings, results, strict=True), key=lambda pair: _rank(pair[0])):
+        if result.reason is None:
+            owners.setdefault(result.codes_sha256, recording)
+    found = list(results)
+    for index, (recording, result) in enumerate(zip(recordings, results, strict=True)):
+        owner = owners.get(result.codes_sha256)
+        if owner is not None and owner.split != recording.split:
+            found[index] = replace(result, reason=f"the same audio as {owner.name} in {owner.split}", is_copy=True)
+    return found
+
+
+def _rank(recording: Recording) -> int:
+    return _RANKS.get(recording.split, 2)
 
 
 def _assemble(
@@ -276,10 +402,12 @@ def _assemble(
     writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
     tasks = [(r, result) for r, result in zip(recordings, results, strict=True) if result.reason is None]
     for recording, result in tqdm(tasks, unit="file", desc="write", disable=None):
-        codes = _read_codes(_target(partial / "files", recording.name), result)
-        writer.add_document(recording.split, recording.name, codes)
+        blocks = _read_codes(_target(partial / "files", recording.name), result)
+        writer.add_document(recording.split, recording.name, next(blocks))
+        for codes in blocks:
+            writer.extend_document(recording.split, codes)
     example = next((task for task in tasks if task[0].split == "valid"), tasks[0])
-    codes = _read_codes(_target(partial / "files", example[0].name), example[1])
+    codes = next(_read_codes(_target(partial / "files", example[0].name), example[1]))
     waveform = codec.decode(codes[: int(EXAMPLE_SECONDS * codec.sample_rate_hz)])
     write_wav(writer.work_dir / "example.wav", waveform, codec.sample_rate_hz)
     report |= {"example": example[0].name}
@@ -292,23 +420,37 @@ def _target(files: Path, name: str) -> Path:
     return files / hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def _read_codes(target: Path, result: FileResult) -> UInt8[np.ndarray, "N"]:
-    raw = target.with_suffix(".codes").read_bytes()
-    if len(raw) != result.num_codes or zlib.crc32(raw) != result.crc32:
+def _read_codes(target: Path, result: FileResult) -> Iterator[UInt8[np.ndarray, "N"]]:
+    """Blocks of the codes of a recording; that they are damaged is found after the last one."""
+    num_codes = crc32 = 0
+    with target.with_suffix(".codes").open("rb") as file:
+        while raw := file.read(COPY_BYTES):
+            num_codes, crc32 = num_codes + len(raw), zlib.crc32(raw, crc32)
+            yield np.frombuffer(raw, dtype=np.uint8)
+    if num_codes != result.num_codes or crc32 != result.crc32:
         target.with_suffix(".json").unlink()
         raise UserError(f"{target}.codes was damaged since it was written; run the same command again")
-    return np.frombuffer(raw, dtype=np.uint8)
 
 
 def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool) -> None:
     dropped, num_kept = report["dropped"], report["total"]["num_files"]
     listing = partial / "dropped.txt"
-    write_file(listing, "".join(f"{entry['name']}: {entry['reason']}\n" for entry in dropped).encode())
+    left_out = [*dropped, *report["copies"]]
+    write_file(listing, "".join(f"{entry['name']}: {entry['reason']}\n" for entry in left_out).encode())
     what = f"{len(dropped)} of {len(dropped) + num_kept} files had to be dropped ({count_reasons(dropped)})"
     if not num_kept:
         raise UserError(f"{what}: nothing is left; see {listing}")
     if report["dropped_percent"] > MAX_DROPPED_PERCENT and not allow_dropped:
         raise UserError(f"{what}, over {MAX_DROPPED_PERCENT:g}%; see {listing}; repair them, or pass --allow-dropped")
+    for name, split in report["splits"].items():
+        if not split["num_files"]:
+            num_dropped, num_copies = (
+                sum(entry["split"] == name for entry in report[key]) for key in ("dropped", "copies")
+            )
+            raise UserError(
+                f"nothing is left of split {name}: {num_dropped} recordings had to be dropped, {num_copies} are copies "
+                f"of recordings in other splits; see {listing}; repair the former, keep the latter in one group"
+            )
 
 
 def _require_names(recordings: list[Recording]) -> None:
@@ -324,7 +466,7 @@ def _require_names(recordings: list[Recording]) -> None:
 
 
 def _hash_listing(recordings: list[Recording]) -> str:
-    """Hash over names, splits and sizes: tells whether files were added, changed or moved to another split."""
+    """Hash over names, splits and sizes: tells quickly that files were added or moved to another split."""
     digest = hashlib.sha256()
     for recording in recordings:
         size = os.path.getsize(recording.path) if os.path.isfile(recording.path) else -1

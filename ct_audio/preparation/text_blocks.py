@@ -10,12 +10,23 @@ from jaxtyping import Integer
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.text import require_utf8
 from ct_audio.data.codecs import Codec
 from ct_audio.data.corpus import Corpus, Split
 from ct_audio.data.vocabulary_codecs import LINE_END, UNKNOWN, Word
+from ct_audio.preparation.workers import join_hashes
 
 BLOCK_BYTES = 1 << 20
 _BLOCK_CODES = 1 << 18
+_ARCHIVES = {
+    "a gzip archive": (b"\x1f\x8b", "gunzip < FILE > NEW_FILE"),
+    "a zip archive": (b"PK\3\4", "unzip FILE"),
+    "a zstd archive": (b"\x28\xb5\x2f\xfd", "zstd -d < FILE > NEW_FILE"),
+    "a bzip2 archive": (b"BZh", "bunzip2 < FILE > NEW_FILE"),
+    "an xz archive": (b"\xfd7zXZ\0", "unxz < FILE > NEW_FILE"),
+    "a 7z archive": (b"7z\xbc\xaf\x27\x1c", "7z x FILE"),
+}
+"""By the bytes that they begin with; no text begins so."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +57,26 @@ def whole_file(path: Path, split: str, name: str) -> Text:
     return Text(path, split, name, 0, path.stat().st_size)
 
 
-def read_blocks(text: Text, *, block_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
+def read_blocks(text: Text, *, block_bytes: int = BLOCK_BYTES, utf8: bool = False) -> Iterator[bytes]:
     """A text in blocks, each but the last one ending with a line feed (a longer line is held as a whole).
 
+    Args:
+        utf8: whether it must be UTF-8.
     Raises:
-        UserError: the file ends before the text does.
+        UserError: the file ends before the text does, is an archive, or is no UTF-8 and must be.
     """
-    rest, left = b"", text.num_bytes
+    rest, left, begin = b"", text.num_bytes, text.begin
     for part in _read_parts(text, part_bytes=block_bytes):
         left -= len(part)
         block = rest + part
         cut = block.rfind(b"\n") + 1 if left else len(block)
-        rest = block[cut:]
-        if cut:
-            yield block[:cut]
+        block, rest = block[:cut], block[cut:]
+        if not block:
+            continue
+        if utf8:
+            require_utf8(block, text.path, begin)
+        yield block
+        begin += cut
 
 
 def _read_parts(text: Text, *, part_bytes: int = BLOCK_BYTES) -> Iterator[bytes]:
@@ -71,8 +88,16 @@ def _read_parts(text: Text, *, part_bytes: int = BLOCK_BYTES) -> Iterator[bytes]
             part = handle.read(min(left, part_bytes))
             if not part:
                 raise UserError(f"{text.path}: expected {text.end} bytes, it has become shorter; run the command again")
+            if left == text.num_bytes and not text.begin:
+                _require_no_archive(text.path, part)
             left -= len(part)
             yield part
+
+
+def _require_no_archive(path: Path, beginning: bytes) -> None:
+    for kind, (magic, unpack) in _ARCHIVES.items():
+        if beginning.startswith(magic):
+            raise UserError(f"{path.absolute()}: expected text, got {kind}; unpack it, as with: {unpack}")
 
 
 def hash_texts(texts: Sequence[Text]) -> str:
@@ -93,11 +118,6 @@ def hash_texts(texts: Sequence[Text]) -> str:
                 raise UserError(f"cannot read {text.path}: {error.strerror}") from error
             hashes.append(digest.hexdigest())
     return join_hashes(hashes)
-
-
-def join_hashes(hashes: Sequence[str]) -> str:
-    """What `hash_texts` says of texts whose SHA-256 are known."""
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def as_words(text: bytes) -> list[bytes]:

@@ -18,7 +18,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -33,12 +33,11 @@ from ct_audio.common.files import read_json, write_file, write_json
 from ct_audio.data.codecs import VOCABULARY_CODECS, Codec, codec_from_json, write_codec_files
 from ct_audio.data.corpus import Corpus, CorpusWriter, code_dtype
 from ct_audio.data.vocabulary_codecs import Subword, Word
-from ct_audio.preparation.text_blocks import Text, as_words, hash_texts, join_hashes, read_blocks
-from ct_audio.preparation.workers import existing_corpus, prepare_once, run_tasks
+from ct_audio.preparation.listing import warn
+from ct_audio.preparation.text_blocks import Text, as_words, hash_texts, read_blocks
+from ct_audio.preparation.workers import CONTENT_KEY, existing_corpus, join_hashes, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
-CONTENT_KEY = "content_sha256"
-"""In `source` of corpus.json."""
 SHARD_BYTES = 8 << 20
 _VOCABULARY_BLOCK_BYTES = 1 << 16  # the tokenizers library holds 256 at a time
 _BLOCK_CODES = 1 << 20
@@ -84,7 +83,7 @@ def prepare_text(
     Args:
         texts: documents in their order; empty ones are left out.
         source: where the texts come from, for corpus.json; `path` in it may differ between runs.
-        overwrite: replace a corpus that stands at `out` and was made otherwise, or whose texts have changed.
+        overwrite: replace the corpus that stands at `out`.
     Returns:
         the corpus, opened, and whether it was there already.
     Raises:
@@ -99,9 +98,7 @@ def prepare_text(
     content_hash = cache(lambda: hash_texts(listed))
 
     def find_current() -> Corpus | None:
-        found = existing_corpus(out, source, settings.to_json(), overwrite=overwrite, ignore=[CONTENT_KEY])
-        is_current = found is not None and _holds_texts(found, content_hash, overwrite=overwrite)
-        return found if is_current else None
+        return existing_corpus(out, source, settings.to_json(), content_hash=content_hash, overwrite=overwrite)
 
     def make(partial: Path) -> None:  # in place of what `find_current` saw
         _make_corpus(listed, out, partial, settings, source, num_processes)
@@ -117,26 +114,11 @@ def _make_corpus(
     codec = _make_codec(texts, partial, settings, num_processes)
     shards = _encode(texts, partial, codec, settings, num_processes)
     codec, new_codes = _sort_codec(codec, shards)
+    _warn_of_copies(shards)
     source = source | {CONTENT_KEY: join_hashes([found for _, result in shards for found in result.sha256])}
     writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
     _assemble(shards, writer, new_codes)
     writer.finish(overwrite=True)
-
-
-def _holds_texts(corpus: Corpus, content_hash: Callable[[], str], *, overwrite: bool) -> bool:
-    """Whether a corpus of the same names, sizes and settings was made of what the texts hold now.
-
-    Raises:
-        UserError: it was not, and `overwrite` is False.
-    """
-    recorded = corpus.description.get("source", {}).get(CONTENT_KEY)
-    if recorded == content_hash() or overwrite:
-        return recorded == content_hash()
-    raise UserError(
-        f"{corpus.path} was made of other texts: their names and sizes are the same, but their bytes have changed "
-        f"({CONTENT_KEY}: {str(recorded)[:12]} there, {content_hash()[:12]} now); "
-        "pass --overwrite to prepare it again, or choose another --out"
-    )
 
 
 def _make_codec(texts: list[Text], partial: Path, settings: TextSettings, num_processes: int) -> Codec:
@@ -172,7 +154,7 @@ def _make_codec(texts: list[Text], partial: Path, settings: TextSettings, num_pr
 
 def _read_train(texts: list[Text], progress: tqdm) -> Iterator[bytes]:
     for text in texts:
-        for block in read_blocks(text, block_bytes=_VOCABULARY_BLOCK_BYTES):
+        for block in read_blocks(text, block_bytes=_VOCABULARY_BLOCK_BYTES, utf8=True):
             yield block
             progress.update(len(block))
 
@@ -252,9 +234,9 @@ def _encode_shard(shard: _Shard) -> _Result:
     hashes = [hashlib.sha256() for _ in shard.texts]
     with shard.target.with_suffix(".codes").open("wb") as handle:  # the JSON file is what makes it count
         for index, text in enumerate(shard.texts):
-            for block in read_blocks(text):
+            for block in read_blocks(text, utf8=codec.name != "byte"):
                 hashes[index].update(block)
-                codes = _encode_block(codec, block, text)
+                codes = codec.encode(block)
                 raw = codes.astype(dtype).tobytes()
                 handle.write(raw)
                 crc32 = zlib.crc32(raw, crc32)
@@ -266,11 +248,23 @@ def _encode_shard(shard: _Shard) -> _Result:
     return result
 
 
-def _encode_block(codec: Codec, block: bytes, text: Text) -> Integer[np.ndarray, "N"]:
-    try:
-        return codec.encode(block)
-    except UserError as error:
-        raise UserError(f"{text.path}, in {text.name!r}: {error}") from error
+def _warn_of_copies(shards: list[tuple[_Shard, _Result]]) -> None:
+    """Say which held-out texts are in train too: they stay, since a data set of text brings its own splits."""
+    train: dict[str, str] = {}
+    held_out: list[tuple[str, Text]] = []
+    for shard, result in shards:
+        for text, sha256 in zip(shard.texts, result.sha256, strict=True):
+            if text.split == "train":
+                train.setdefault(sha256, text.name)
+            else:
+                held_out.append((sha256, text))
+    copies = [(text, train[sha256]) for sha256, text in held_out if sha256 in train]
+    if copies:
+        text, name = copies[0]
+        warn(
+            f"{len(copies)} held-out texts are in train too, byte by byte, as {text.name!r} of {text.split}, which is "
+            f"{name!r} there; remove one of the two files, or scores of {text.split} say too little"
+        )
 
 
 def _reusable(shard: _Shard, dtype: np.dtype) -> _Result | None:

@@ -1,5 +1,6 @@
 """What preparations of audio and of text share: worker processes, and a corpus that is made once and whole."""
 
+import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -8,9 +9,10 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +20,14 @@ import torch
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import hold_alone
 from ct_audio.data.corpus import Corpus, open_corpus
+from ct_audio.preparation.listing import warn
 
 Key = TypeVar("Key")
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+CONTENT_KEY = "content_sha256"
+"""In `source` of corpus.json: hash over the bytes of all inputs."""
 
 
 def run_tasks(
@@ -36,7 +42,8 @@ def run_tasks(
         UserError: a worker died.
     """
     num_processes = max(1, min(num_processes, len(tasks)))
-    if num_processes == 1:
+    started = _start_workers(function, tasks, num_processes, preload) if num_processes > 1 else None
+    if started is None:
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # more would wait for each other, actively
         try:
@@ -44,11 +51,8 @@ def run_tasks(
         finally:
             torch.set_num_threads(num_threads)
         return
-    context = multiprocessing.get_context("forkserver")  # fork would copy torch's and BLAS's threads half
-    context.set_forkserver_preload(preload)
-    executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin_worker)
+    executor, futures = started
     try:
-        futures = {executor.submit(function, task): key for key, task in tasks.items()}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
@@ -57,6 +61,26 @@ def run_tasks(
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _start_workers(
+    function: Callable[[Task], Result], tasks: Mapping[Key, Task], num_processes: int, preload: list[str]
+) -> tuple[ProcessPoolExecutor, dict[Future[Result], Key]] | None:
+    """Processes that work on the tasks; None, with a warning, where the system has no place for what joins them."""
+    context = multiprocessing.get_context("forkserver")  # fork would copy torch's and BLAS's threads half
+    context.set_forkserver_preload(preload)
+    executor = None
+    try:
+        executor = ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin_worker)
+        return executor, {executor.submit(function, task): key for key, task in tasks.items()}
+    except OSError as error:
+        if executor is not None:
+            executor.shutdown(wait=False, cancel_futures=True)
+        warn(
+            f"no worker processes ({error}): going on with one process; they need TMPDIR, now {gettempdir()}, to be a "
+            "folder with a path of at most 80 characters, and room in /dev/shm"
+        )
+        return None
 
 
 def _begin_worker() -> None:
@@ -79,7 +103,8 @@ def prepare_once(
 
     Args:
         find_current: the corpus that is there, if it is the one asked for.
-        make: makes it, and goes on from what lies in a folder OUT.partial, which is deleted afterwards.
+        make: makes it, and goes on from what lies in a folder OUT.partial, which is deleted afterwards, and where it
+            fails before there is a result (a JSON file) or a list for the user (a text file).
     Returns:
         the corpus, opened, and whether it was there already.
     Raises:
@@ -94,19 +119,31 @@ def prepare_once(
     with hold_alone(partial / "lock", busy):
         there = find_current()  # again: another process may have finished in between
         if there is None:
-            make(partial)
+            try:
+                make(partial)
+            except UserError:
+                if not any(file.suffix in (".json", ".txt") for file in partial.rglob("*")):  # nothing to go on from
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
         shutil.rmtree(partial, ignore_errors=True)
     return open_corpus(out), there is not None
 
 
 def existing_corpus(
-    out: Path, source: dict[str, Any], settings: dict[str, Any], *, overwrite: bool, ignore: Sequence[str] = ()
+    out: Path,
+    source: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    content_hash: Callable[[], str],
+    overwrite: bool,
 ) -> Corpus | None:
-    """The corpus at `out` if it is the one asked for; None if `out` is free or may be replaced.
+    """The corpus at `out` if it is the one asked for; None if `out` is free or is to be replaced.
 
     Args:
         source, settings: what corpus.json says as source and preparation; `path` may differ.
-        ignore: what else may differ; the caller compares it.
+        content_hash: hash over the bytes of all inputs, which `source` of corpus.json has as `CONTENT_KEY`; called only
+            where all else is the same.
+        overwrite: replace whatever corpus is there.
     Raises:
         UserError: something else is there, and `overwrite` is False or it is no corpus.
     """
@@ -114,20 +151,28 @@ def existing_corpus(
         return None
     if not (out / "corpus.json").is_file():
         raise UserError(f"{out} exists and is no corpus; choose another --out")
+    if overwrite:
+        return None
     try:
         corpus = open_corpus(out)
     except UserError as error:
-        if overwrite:
-            return None
         raise UserError(f"{error}; pass --overwrite to replace it") from error
     there = {**corpus.description.get("source", {}), **corpus.description.get("preparation", {})}
     asked_for = json.loads(json.dumps({**source, **settings}))
-    may_differ = {"path", *ignore}
-    was, now = ({k: v for k, v in each.items() if k not in may_differ} for each in (there, asked_for))
-    if was == now:
-        return corpus
-    if overwrite:
-        return None
-    differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
-    changes = ", ".join(f"{key}: {was.get(key)!r} there, {now.get(key)!r} asked for" for key in differing)
-    raise UserError(f"{out} is a corpus made otherwise ({changes}); choose another --out, or pass --overwrite")
+    was, now = ({k: v for k, v in each.items() if k not in ("path", CONTENT_KEY)} for each in (there, asked_for))
+    if was != now:
+        differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+        changes = ", ".join(f"{key}: {was.get(key)!r} there, {now.get(key)!r} asked for" for key in differing)
+        raise UserError(f"{out} is a corpus made otherwise ({changes}); choose another --out, or pass --overwrite")
+    if there.get(CONTENT_KEY) != content_hash():
+        raise UserError(
+            f"{out} was made of other data: names and sizes are the same, but their bytes have changed "
+            f"({CONTENT_KEY}: {str(there.get(CONTENT_KEY))[:12]} there, {content_hash()[:12]} now); "
+            "pass --overwrite to prepare it again, or choose another --out"
+        )
+    return corpus
+
+
+def join_hashes(hashes: Sequence[str]) -> str:
+    """The hash over all inputs, of which each one's SHA-256 is known."""
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -126,6 +126,8 @@ class Session:
 
 def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
     """On rank 0: lock the run's directory and check that it is this configuration's; returns whether it is finished."""
+    if not config.run_dir.exists():
+        open_corpus(config.data.corpus)  # its errors, before anything is written
     config.run_dir.mkdir(parents=True, exist_ok=True)
     busy = f"another process is training {config.run_dir}; wait for it, or choose another name"
     stack.enter_context(hold_alone(config.run_dir / "train.lock", busy))

@@ -1,19 +1,21 @@
 """Your own recordings: any nested folder of audio files that libsndfile reads.
 
 Splits by explicit lists, or by a hash of a group key, so that what belongs together (takes of one text, chapters of one
-book) never straddles splits.
+book) never straddles splits. Where there are fewer folders than splits, each file is a group; where there are fewer
+files than splits, each file is cut.
 """
 
 import argparse
-import os
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.text import printable
+from ct_audio.common.text import printable, read_text
 from ct_audio.data.audio_files import AUDIO_SUFFIXES
-from ct_audio.preparation.recordings import Recording, split_by_hash
+from ct_audio.preparation.listing import count_suffixes, find_audio, same_name, warn
+from ct_audio.preparation.recordings import Recording, hash_place, split_by_hash
 
 USELESS_WITH = {
     "--group": ("--group-regex",),
@@ -28,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group",
         choices=("folder", "file"),
         default="folder",
-        help="what stays together in one split: all files of a folder (not of its subfolders), or each file for itself",
+        help="what stays together in one split: all files of a folder (not of its subfolders; where there are fewer "
+        "folders than splits, as if it were file), or each file for itself",
     )
     parser.add_argument(
         "--group-regex",
@@ -47,60 +50,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording]:
     """Every audio file below `source`, named by its path; hidden files and folders are left out.
 
-    What cannot be used (locked folders, links to folders, FIFOs, ...) is listed too: it is dropped by name.
+    What looks like audio and cannot be used (other formats, locked folders, FIFOs, ...) is listed too, in train: it is
+    dropped by name.
 
     Raises:
-        UserError: there is no audio file, an option does not fit the files, or a split stays empty.
+        UserError: there is no audio file, or an option does not fit the files.
     """
-    paths, unusable = _find_audio(source)
-    if not paths:
-        raise UserError(f"{source}: found no audio file; expected one of {', '.join(sorted(AUDIO_SUFFIXES))}")
-    groups = {path: _group_of(path, options) for path in paths}
-    if options.valid_list or options.test_list:
-        splits = _splits_from_lists(groups, {"valid": options.valid_list, "test": options.test_list})
+    files, unusable = find_audio(source)
+    if not files:
+        found = f" (there are {count_suffixes(unusable)}: convert them first)" if unusable else ""
+        suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
+        raise UserError(f"{source.absolute()}: found no audio file; expected one of {suffixes}{found}")
+    left_out = [Recording(path, "train", printable(name), reason=why) for name, (path, why) in unusable.items()]
+    has_lists = options.valid_list is not None or options.test_list is not None
+    shares = _shares_of_lists(options) if has_lists else _shares(options)
+    groups = _groups(list(files), len(shares), options)
+    if has_lists:
+        splits = _splits_from_lists(groups, options)
+    elif len(set(groups.values())) >= len(shares):
+        splits = _splits_from_hash(groups, shares)
     else:
-        splits = _splits_from_hash(groups, options.valid_percent, options.test_percent)
-    recordings = [Recording(file, splits[path], printable(path)) for path, file in paths.items()]
-    return recordings + [Recording(file, "train", printable(path)) for path, file in unusable.items()]
+        return left_out + _cut_in_time(files, shares)
+    return left_out + [Recording(path, splits[name], printable(name)) for name, path in files.items()]
 
 
-def _find_audio(source: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Paths below `source`, with "/" between folders: what is named like audio; and what nobody can look into.
+def _shares(options: argparse.Namespace) -> dict[str, float]:
+    """Percent of each split that is wanted, in the order of time."""
+    valid, test = options.valid_percent, options.test_percent
+    split_by_hash("", valid_percent=valid, test_percent=test)  # it checks them
+    return {split: share for split, share in (("train", 100 - valid - test), ("valid", valid), ("test", test)) if share}
 
-    The latter are locked folders and links to folders (they may lead in circles): listed, so that the report names
-    them. A folder that is named like audio stands for what is in it, and for itself if that is nothing.
-    """
-    found, unusable, named_folders, todo = {}, {}, {}, [("", source)]
-    while todo:
-        prefix, folder = todo.pop()
-        try:
-            entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        except OSError as error:
-            if not prefix:
-                raise UserError(f"cannot read the folder {source}: {error.strerror}") from error
-            unusable[prefix[:-1]] = folder
-            continue
-        for entry in entries:
-            path, file = prefix + entry.name, folder / entry.name
-            is_audio = file.suffix.lower() in AUDIO_SUFFIXES
-            if entry.is_dir(follow_symlinks=False):
-                todo.append((f"{path}/", file))
-                named_folders |= {path: file} if is_audio else {}
-            elif is_audio:
-                found[path] = file
-            elif os.path.isdir(file):
-                unusable[path] = file
-    unusable |= {
-        path: file
-        for path, file in named_folders.items()
-        if not any(other.startswith(f"{path}/") for other in (*found, *unusable))
+
+def _shares_of_lists(options: argparse.Namespace) -> dict[str, float]:
+    return {"train": 100.0} | {
+        split: 0.0 for split in ("valid", "test") if getattr(options, f"{split}_list") is not None
     }
-    return dict(sorted(found.items())), dict(sorted(unusable.items()))
+
+
+def _groups(names: list[str], num_splits: int, options: argparse.Namespace) -> dict[str, str]:
+    """The group of each file; each file is one where there would be fewer groups than splits."""
+    groups = {name: _group_of(name, options) for name in names}
+    num_groups = len(set(groups.values()))
+    if num_groups >= num_splits or (options.group == "file" and options.group_regex is None):
+        return groups
+    if options.group_regex is not None:
+        raise UserError(
+            f"--group-regex {options.group_regex!r} makes {num_groups} groups of {len(names)} files, fewer than the "
+            f"{num_splits} splits; use one that finds more different texts, or leave it out"
+        )
+    if len(names) >= num_splits:
+        warn(f"fewer folders ({num_groups}) than splits ({num_splits}): each file is a group, as with -- --group file")
+    return {name: same_name(name) for name in names}
+
+
+def _cut_in_time(files: dict[str, Path], shares: dict[str, float]) -> list[Recording]:
+    """Parts of each file, one a split, where there are fewer files than splits."""
+    warn(
+        f"fewer files ({len(files)}) than splits ({len(shares)}): each file is cut in time, into "
+        f"{', '.join(f'{share:g}% {split}' for split, share in shares.items())}"
+    )
+    recordings, begin = [], 0.0
+    for split, share in shares.items():
+        end = begin + share
+        part = (begin / 100, min(1.0, end / 100))
+        recordings += [
+            Recording(path, split, f"{printable(name)} [{begin:g}% to {end:g}%]", part) for name, path in files.items()
+        ]
+        begin = end
+    return recordings
 
 
 def _group_of(path: str, options: argparse.Namespace) -> str:
     if options.group_regex is None:
-        return path if options.group == "file" else path.rpartition("/")[0]
+        return same_name(path if options.group == "file" else path.rpartition("/")[0])
     try:
         match = re.search(options.group_regex, path)
     except re.error as error:
@@ -110,45 +132,54 @@ def _group_of(path: str, options: argparse.Namespace) -> str:
     return "/".join(group or "" for group in match.groups()) if match.groups() else match.group()
 
 
-def _splits_from_lists(groups: dict[str, str], lists: dict[str, Path | None]) -> dict[str, str]:
+def _splits_from_lists(groups: dict[str, str], options: argparse.Namespace) -> dict[str, str]:
+    lists = {"valid": options.valid_list, "test": options.test_list}
     wanted: dict[str, str] = {}
     for split, file in lists.items():
         for line in _read_list(file):
             if wanted.setdefault(line, split) != split:
                 raise UserError(f"{line!r} stands in the lists of two splits; a group belongs to one")
-    unknown = sorted(wanted.keys() - groups.keys() - set(groups.values()))
+    folders = {path: same_name(path.rpartition("/")[0]) for path in groups}
+    unknown = sorted(wanted.keys() - groups.keys() - set(groups.values()) - set(folders.values()))
     if unknown:
-        raise UserError(f"the lists name {len(unknown)} groups or files that do not exist, as {unknown[0]!r}")
-    splits = {path: wanted.get(path, wanted.get(group, "train")) for path, group in groups.items()}
+        raise UserError(
+            f"the lists name {len(unknown)} groups or files that do not exist, as {unknown[0]!r}; expected names as "
+            f"{next(iter(groups))!r}"
+        )
+    splits = {
+        path: wanted.get(path, wanted.get(group, wanted.get(folders[path], "train"))) for path, group in groups.items()
+    }
     of_group: dict[str, str] = {}
     for path, group in groups.items():
         if of_group.setdefault(group, splits[path]) != splits[path]:
+            given = " ".join(f"--{split}-list {shlex.quote(str(file))}" for split, file in lists.items() if file)
             raise UserError(
-                f"the lists tear group {group!r} apart ({path!r}); list the whole group, or use --group file"
+                f"the lists tear group {group!r} apart ({path!r}); list the whole group, or let each file be a group "
+                f"for itself: -- --group file {given}"
             )
+    for split in _shares_of_lists(options):
+        if split not in splits.values():
+            raise UserError(f"the lists leave no file for split {split}; expected at least one for each split")
     return splits
 
 
 def _read_list(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the list {file}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
+    lines = read_text(file).split("\n") if file is not None else []
+    return [same_name(line.strip()) for line in lines if line.strip()]
 
 
-def _splits_from_hash(groups: dict[str, str], valid_percent: float, test_percent: float) -> dict[str, str]:
-    of_group = {
-        group: split_by_hash(group, valid_percent=valid_percent, test_percent=test_percent)
-        for group in sorted(set(groups.values()))
-    }
-    counts = Counter(of_group.values())
-    for split, percent in (("train", 1), ("valid", valid_percent), ("test", test_percent)):
-        if percent > 0 and not counts[split]:
-            raise UserError(
-                f"no group falls into split {split}: the {len(groups)} files make {len(of_group)} groups; "
-                "use smaller groups (--group file or --group-regex), other percentages, or explicit lists"
-            )
-    return {path: of_group[group] for path, group in groups.items()}
+def _splits_from_hash(groups: dict[str, str], shares: dict[str, float]) -> dict[str, str]:
+    """Each group's split by its hash; a split that would stay empty takes a group from the one that has most.
+
+    It takes the one with the fewest files (train: with the most), of equal ones the one whose hash is lowest.
+    """
+    percent = {"valid_percent": shares.get("valid", 0.0), "test_percent": shares.get("test", 0.0)}
+    sizes = Counter(groups.values())
+    of_group = {group: split_by_hash(group, **percent) for group in sorted(sizes)}
+    for split in shares:
+        if split not in of_group.values():
+            donor, _ = Counter(of_group.values()).most_common(1)[0]
+            sign = -1 if split == "train" else 1
+            candidates = [group for group in of_group if of_group[group] == donor]
+            of_group[min(candidates, key=lambda group: (sign * sizes[group], hash_place(group)))] = split
+    return {name: of_group[group] for name, group in groups.items()}

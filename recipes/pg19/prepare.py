@@ -3,17 +3,18 @@
 import argparse
 import base64
 import csv
+import io
 import json
 import re
-import sys
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.text import printable
+from ct_audio.common.text import printable, read_text
 from ct_audio.preparation.download import RemoteFile, add_download_arguments, download_files, mirror_urls, read_url
+from ct_audio.preparation.listing import count_suffixes, find_files, warn
 from ct_audio.preparation.text_blocks import Text, whole_file
 from ct_audio.preparation.texts import TextSettings
 
@@ -65,11 +66,6 @@ def download(folder: Path, options: argparse.Namespace) -> None:
     download_files([metadata, *files], folder, num_threads=options.download_connections)
 
 
-def warn(text: str) -> None:
-    """Print a warning."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def list_bucket(folder: str) -> dict[str, str | None]:
     """Name and MD5 of every book of a folder, from the bucket; without MD5 from a plain listing if it has none."""
     found: dict[str, str | None] = {}
@@ -117,15 +113,25 @@ def list_texts(source: Path, options: argparse.Namespace) -> list[Text]:
     """
     titles, texts = read_titles(source / "metadata.csv"), []
     for folder, split in FOLDERS.items():
-        files = sorted((source / folder).glob("*.txt"), key=lambda file: (len(file.stem), file.stem))
-        if not files:
+        found = find_files(source / folder).files if (source / folder).is_dir() else {}
+        books = {name.removesuffix(".txt"): path for name, path in found.items() if _is_book(name)}
+        others = [name for name in found if not _is_book(name)]
+        if not books:
             raise UserError(
-                f"{source}: expected books as train/*.txt, validation/*.txt and test/*.txt, none in {folder}"
+                f"{source.absolute()}: expected books as train/*.txt, validation/*.txt and test/*.txt, none in {folder}"
+                + (f" (there are {count_suffixes(others)})" if others else "")
             )
+        if others:
+            warn(f"{source.absolute() / folder}: left out what is no book (NAME.txt): {count_suffixes(others)}")
         texts += [
-            whole_file(file, split, printable(f"{file.stem} {titles.get(file.stem, '')}".strip())) for file in files
+            whole_file(books[stem], split, printable(f"{stem} {titles.get(stem, '')}".strip()))
+            for stem in sorted(books, key=lambda stem: (len(stem), stem))
         ]
     return texts
+
+
+def _is_book(name: str) -> bool:
+    return name.endswith(".txt") and "/" not in name
 
 
 def read_titles(file: Path) -> dict[str, str]:
@@ -133,10 +139,9 @@ def read_titles(file: Path) -> dict[str, str]:
     if not file.is_file():
         return {}
     try:
-        with file.open(encoding="utf-8", newline="") as handle:
-            rows = list(csv.reader(handle))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: cannot be read as comma-separated text: {error}") from error
+        rows = list(csv.reader(io.StringIO(read_text(file))))
+    except csv.Error as error:
+        raise UserError(f"{file.absolute()}: cannot be read as comma-separated text: {error}") from error
     for number, row in enumerate(rows, start=1):
         if len(row) < 2:
             raise UserError(f"{file}, line {number}: expected number, title, year and URL, got {row}")

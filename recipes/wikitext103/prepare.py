@@ -1,12 +1,14 @@
 """WikiText-103 as words: wiki.{train,valid,test}.tokens, one document an article. WikiText-2 has the same layout."""
 
 import argparse
+import codecs
 import re
 from pathlib import Path
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.text import printable
 from ct_audio.preparation.download import RemoteFile, add_download_arguments, download_files, mirror_urls, unpack
+from ct_audio.preparation.listing import warn
 from ct_audio.preparation.text_blocks import Text
 from ct_audio.preparation.texts import TextSettings
 
@@ -21,8 +23,7 @@ ARCHIVE_CHECKSUMS = {
     "wikitext-2": "sha256:92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
 }
 SPLITS = ("train", "valid", "test")
-_TITLE = re.compile(rb" = ([^=\s](?:.*[^=\s])?) = \n")
-_EMPTY = b" \n"
+_TITLE = re.compile(rb"= ([^=\s](?:.*[^=\s])?) =")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,18 +71,25 @@ def list_texts(source: Path, options: argparse.Namespace) -> list[Text]:
 def find_articles(file: Path, split: str) -> list[Text]:
     """An article begins with the empty line before its title, a line ` = Title = ` between two empty ones.
 
-    What comes before the first title goes to the first article.
+    Lines may end as on any system, with white space or without. What comes before the first title goes to the first
+    article; a byte order mark is left out.
     """
     starts: list[tuple[int, str]] = []
-    before, title, begin, offset = _EMPTY, b"", 0, 0
+    title, before, num_before, begin, offset, first = b"", b"", 0, 0, 0, 0
     with file.open("rb") as handle:
         for line in handle:
-            if title and line == _EMPTY:
+            if not offset and line.startswith(codecs.BOM_UTF8):
+                first = offset = len(codecs.BOM_UTF8)
+                line = line.removeprefix(codecs.BOM_UTF8)
+            words = line.strip()
+            if title and not words:
                 starts.append((begin, printable(title.decode("utf-8", "replace"))))
-            match = _TITLE.fullmatch(line) if before == _EMPTY else None
+            match = None if before else _TITLE.fullmatch(words)
             title = match[1] if match else b""
-            begin = max(0, offset - len(_EMPTY))
-            before, offset = line, offset + len(line)
+            begin = offset - num_before
+            before, num_before, offset = words, len(line), offset + len(line)
+    if not starts:
+        warn(f"{file.absolute()}: found no title of an article, a line ` = Title = ` between empty ones: taken as one")
     starts = starts or [(0, file.name)]
-    begins = [0, *(begin for begin, _ in starts[1:]), offset]
+    begins = [first, *(begin for begin, _ in starts[1:]), offset]
     return [Text(file, split, name, begins[i], begins[i + 1]) for i, (_, name) in enumerate(starts)]
