@@ -315,7 +315,10 @@ JOINED += [
         "truncated",
     ),
     Kind("ogg and opus in one", "mixed.ogg", _bytes(OGG + OPUS), ACCEPTED, seconds=16.0),
-    Kind("flac and wav in one", "mixed.flac", _bytes(encoded(VOICE, "FLAC") + WHOLE_WAV), "unreadable"),
+    Kind("flac and wav in one", "mixed.flac", _bytes(encoded(VOICE, "FLAC") + WHOLE_WAV), ACCEPTED, seconds=0.8),
+    Kind("w64 and text", "text.w64", _bytes(encoded(VOICE, "W64") + b"text" * 99), ACCEPTED, seconds=0.4),
+    Kind("id3 and wav", "id3.wav", _bytes(TAG_FIRST + WHOLE_WAV + TAG_LAST), ACCEPTED, seconds=0.4),
+    Kind("id3 and flac", "id3.flac", _bytes(TAG_FIRST + encoded(VOICE, "FLAC") + TAG_LAST), ACCEPTED, seconds=0.4),
     Kind(
         "mp3s of different rates in one",
         "rates.mp3",
