@@ -162,6 +162,12 @@ def test_wav_over_4_gib_whose_length_has_wrapped_is_refused(tmp_path):
         read_wav(tmp_path / "a.wav")
 
 
+def test_bytes_that_look_like_frames_are_searched_once(tmp_path):
+    (tmp_path / "a.mp3").write_bytes(encoded(sines(), "MP3") + b"\xff" * 2**21)
+    with pytest.raises(UserError, match=r"a\.mp3: damaged: its header counts \d+ bytes, 2097152 more follow"):
+        read_wav(tmp_path / "a.mp3")
+
+
 def test_an_empty_wav_with_further_chunks_is_empty(tmp_path):
     raw = encoded(np.zeros(0), "WAV") + b"LIST\x04\0\0\0INFO"
     (tmp_path / "a.wav").write_bytes(raw)

@@ -315,7 +315,7 @@ class _Mp3Header(NamedTuple):
     side_bytes: int
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _parse_mp3_header(raw: bytes) -> _Mp3Header | None:
     """None where it is no header, or of a frame of free length."""
     if len(raw) < 4 or raw[0] != 0xFF or raw[1] & 0xE0 != 0xE0:
@@ -439,16 +439,19 @@ def _after_tag(handle: BinaryIO, place: int, size: int, head: bytes) -> int | No
     return None
 
 
+_FRAME_OR_TAG = re.compile(rb"\xff[\xe0-\xff]|ID3[\x02-\x04]|APETAGEX")
+
+
 def _next_frame(handle: BinaryIO, begin: int, size: int, like: _Mp3Header) -> int:
     """Where the next frame or tag begins, or `size`."""
-    place = begin
-    while (place := _search(handle, re.compile(rb"\xff[\xe0-\xff]|ID3[\x02-\x04]|APETAGEX"), place + 1, size)) < size:
-        head = _bytes_at(handle, place, 4)
-        header = _parse_mp3_header(head)
-        if header is None and head[0] != 0xFF:
-            return place
-        if header and header.stream == like.stream and _is_followed(handle, place, header, size):
-            return place
+    for start in range(begin + 1, size, _BLOCK_BYTES):
+        block = _bytes_at(handle, start, _BLOCK_BYTES + 8)
+        for found in _FRAME_OR_TAG.finditer(block, 0, _BLOCK_BYTES + 7):
+            place, header = start + found.start(), _parse_mp3_header(block[found.start() : found.start() + 4])
+            if block[found.start()] != 0xFF:
+                return place
+            if header is not None and header.stream == like.stream and _is_followed(handle, place, header, size):
+                return place
     return size
 
 
