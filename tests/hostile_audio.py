@@ -386,7 +386,7 @@ BAD_SAMPLES = [
     Kind(
         "a voice at 0.002 of its level", "quiet.wav", _wave(VOICE / 500, subtype="PCM_24"), "hardly any different codes"
     ),
-    Kind("a peak of 300", "300.wav", _wave(VOICE * 700, subtype="FLOAT"), "out of range"),
+    Kind("a peak of 300", "300.wav", _wave(VOICE / abs(VOICE).max() * 300, subtype="FLOAT"), "out of range"),
     Kind("NaN", "nan.wav", _wave(_with(np.nan), subtype="FLOAT"), "not finite"),
     Kind("infinity", "inf.wav", _wave(_with(np.inf), subtype="FLOAT"), "not finite"),
     Kind("minus infinity", "minus_inf.wav", _wave(_with(-np.inf), subtype="FLOAT"), "not finite"),
