@@ -315,7 +315,10 @@ JOINED += [
         "truncated",
     ),
     Kind("ogg and opus in one", "mixed.ogg", _bytes(OGG + OPUS), ACCEPTED, seconds=16.0),
-    Kind("flac and wav in one", "mixed.flac", _bytes(encoded(VOICE, "FLAC") + WHOLE_WAV), "unreadable"),
+    Kind("flac and wav in one", "mixed.flac", _bytes(encoded(VOICE, "FLAC") + WHOLE_WAV), ACCEPTED, seconds=0.8),
+    Kind("w64 and text", "text.w64", _bytes(encoded(VOICE, "W64") + b"text" * 99), ACCEPTED, seconds=0.4),
+    Kind("id3 and wav", "id3.wav", _bytes(TAG_FIRST + WHOLE_WAV + TAG_LAST), ACCEPTED, seconds=0.4),
+    Kind("id3 and flac", "id3.flac", _bytes(TAG_FIRST + encoded(VOICE, "FLAC") + TAG_LAST), ACCEPTED, seconds=0.4),
     Kind(
         "mp3s of different rates in one",
         "rates.mp3",
@@ -383,7 +386,7 @@ BAD_SAMPLES = [
     Kind(
         "a voice at 0.002 of its level", "quiet.wav", _wave(VOICE / 500, subtype="PCM_24"), "hardly any different codes"
     ),
-    Kind("a peak of 300", "300.wav", _wave(VOICE * 700, subtype="FLOAT"), "out of range"),
+    Kind("a peak of 300", "300.wav", _wave(VOICE / abs(VOICE).max() * 300, subtype="FLOAT"), "out of range"),
     Kind("NaN", "nan.wav", _wave(_with(np.nan), subtype="FLOAT"), "not finite"),
     Kind("infinity", "inf.wav", _wave(_with(np.inf), subtype="FLOAT"), "not finite"),
     Kind("minus infinity", "minus_inf.wav", _wave(_with(-np.inf), subtype="FLOAT"), "not finite"),

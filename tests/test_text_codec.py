@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from ct_audio.common.errors import UserError
-from ct_audio.data.codecs import Byte, codec_from_json
+from ct_audio.data.codecs import Byte, codec_from_json, read_codes
 from ct_audio.data.vocabulary_codecs import BYTE_OF_CHARACTER, Subword, Word
 
 ARTICLE = b" \n = A title = \n \n The cat @-@ like <unk> , the hat . \n \n"
@@ -170,3 +170,9 @@ def test_a_wrong_description_is_one_error(tmp_path):
     (tmp_path / "vocabulary.json").symlink_to(tmp_path / "other")
     with pytest.raises(UserError, match="no plain file"):
         codec_from_json(WORD.to_json(), tmp_path)
+
+
+def test_a_text_that_is_no_utf8_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("häuser".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot use .*latin\.txt: expected UTF-8, got .*; convert the file to UTF-8"):
+        read_codes(tmp_path / "latin.txt", SUBWORD)

@@ -239,15 +239,14 @@ def _read_part(path: Path, part: Part) -> Iterator[tuple[Float[np.ndarray, "N C"
             sample_rate_hz = file.samplerate
             if not MIN_RATE_HZ <= sample_rate_hz <= MAX_RATE_HZ:
                 raise ValueError(f"sample rate {sample_rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-            num_found, num_promised = 0, file.frames
-            block_frames = max(1, _BLOCK_SAMPLES // file.channels)
-            while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
-                num_found += len(block)
+            block_frames, num_left = max(1, _BLOCK_SAMPLES // file.channels), file.frames
+            while len(block := file.read(min(block_frames, num_left), dtype="float32", always_2d=True)):
+                num_left -= len(block)
                 yield block, sample_rate_hz
             if piece is not None and piece.error is not None:
                 raise piece.error
-            if num_found < num_promised < _UNKNOWN_FRAMES:
-                raise ValueError(f"truncated: {num_promised} samples promised, {num_found} found")
+            if 0 < num_left < _UNKNOWN_FRAMES:
+                raise ValueError(f"truncated: {file.frames} samples promised, {file.frames - num_left} found")
             yield block, sample_rate_hz
 
 

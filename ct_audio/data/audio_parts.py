@@ -10,14 +10,12 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
 _BLOCK_BYTES = 1 << 20
 _MAX_UNCOUNTED_BYTES = 4096  # tags and text at the end of a file are no sound; more may be
-_FLAC_STREAM = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22")
-
-"""Its first block is always STREAMINFO, of 34 bytes. A stream ends where its header says, or where the next begins."""
 
 
 class Part(NamedTuple):
@@ -78,24 +76,39 @@ def find_parts(handle: BinaryIO) -> list[Part]:
     Raises:
         ValueError: it is truncated or damaged, or holds bytes that may be sound and cannot be read.
     """
-    size, begin, parts = handle.seek(0, os.SEEK_END), 0, []
+    size, parts = handle.seek(0, os.SEEK_END), []
+    begin = _after_tags(handle, 0, size)  # any format may stand behind ID3
     while begin < size:
-        magic = _bytes_at(handle, begin, 16)
-        if magic.startswith(b"OggS"):
-            found = _ogg_parts(handle, begin, size)
-        elif _bytes_at(handle, _after_tag(handle, begin, size, magic) or begin, 4) == b"fLaC":
-            found = [Part(begin, _search(handle, _FLAC_STREAM, begin + 8, size))]
-        elif (layout := next((each for each in _LAYOUTS if magic.startswith(each.magic)), None)) is not None:
-            found = _chunked_part(handle, begin, size, layout)
-        elif magic.startswith(b".snd"):
-            found = _au_part(handle, begin, size, magic)
-        elif magic.startswith(b"ID3") or _parse_mp3_header(magic[:4]) is not None:
-            found = _mp3_parts(handle, begin, size)
-        else:
-            found = [Part(begin, size)]
-        parts += found
-        begin = parts[-1].end
-    return parts or [Part(0, size)]
+        find = _finder(handle, begin, size)
+        if find is None:
+            break
+        parts += find(handle, begin, size)
+        begin = _after_tags(handle, parts[-1].end, size)
+    if not parts:
+        return [Part(0, size)]
+    _require_no_sound(handle, begin, size)
+    return parts
+
+
+def _finder(handle: BinaryIO, begin: int, size: int) -> Callable[[BinaryIO, int, int], list[Part]] | None:
+    """What finds the parts of the format that begins here; None where none does that is known."""
+    magic = _bytes_at(handle, begin, 16)
+    if magic.startswith(b"OggS"):
+        return _ogg_parts
+    if magic.startswith(b"fLaC"):
+        return _flac_parts
+    if magic.startswith(b".snd"):
+        return _au_parts
+    for layout in _LAYOUTS:
+        if magic.startswith(layout.magic):
+            return functools.partial(_chunked_parts, layout)
+    header = _parse_mp3_header(magic[:4])
+    return _mp3_parts if header is not None and _is_followed(handle, begin, header, size) else None
+
+
+def _flac_parts(handle: BinaryIO, begin: int, size: int) -> list[Part]:
+    """One part, up to where the next file begins; the stream's header says where it ends, if it knows."""
+    return [Part(begin, _search(handle, _FLAC_END, begin + 8, size))]
 
 
 def _bytes_at(handle: BinaryIO, place: int, length: int) -> bytes:
@@ -133,6 +146,8 @@ def _ogg_parts(handle: BinaryIO, begin: int, size: int) -> list[Part]:
     in_headers, has_sound = True, False
     while place < size:
         head = _bytes_at(handle, place, 27)
+        if head[:4] != b"OggS" and not open_streams:
+            break
         if head[:4] != b"OggS":
             again = _search(handle, re.compile(rb"OggS\x00"), place, size)
             if again < size:
@@ -163,7 +178,7 @@ def _ogg_parts(handle: BinaryIO, begin: int, size: int) -> list[Part]:
         place += 27 + len(lengths) + len(body)
     if open_streams:
         raise ValueError("truncated: the ogg stream does not end with its last page")
-    return [Part(*pair) for pair in zip(starts, [*starts[1:], size], strict=True)]
+    return [Part(*pair) for pair in zip(starts, [*starts[1:], place], strict=True)]
 
 
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -205,10 +220,11 @@ _LAYOUTS = (
     _Layout(b"caff", 8, 4, struct.Struct(">Q"), 0, 1, b"data"),
 )
 _MAGIC = re.compile(rb"RIF[FX]....WAVE|RF64....WAVE|FORM....AIF[FC]|riff\.\x91\xcf\x11|caff\x00\x01", re.DOTALL)
+_FLAC_END = re.compile(rb"fLaC[\x00\x80]\x00\x00\x22|OggS\x00\x02|" + _MAGIC.pattern, re.DOTALL)
 _DS64_RIFF_LENGTH, _DS64_DATA_LENGTH = 20, 28
 
 
-def _chunked_part(handle: BinaryIO, begin: int, size: int, layout: _Layout) -> list[Part]:
+def _chunked_parts(layout: _Layout, handle: BinaryIO, begin: int, size: int) -> list[Part]:
     """The part that begins here; its header is mended where it says 0 and samples follow.
 
     A length beyond the end of the file is left to the decoder, which tells a cut file from an unknown length.
@@ -217,13 +233,14 @@ def _chunked_part(handle: BinaryIO, begin: int, size: int, layout: _Layout) -> l
     head_bytes = layout.id_bytes + layout.length.size
     unknown = False
     while place + head_bytes <= size:
-        head = _bytes_at(handle, place, max(head_bytes, 16))
-        name, length = head[: layout.id_bytes], layout.length.unpack(head[layout.id_bytes : head_bytes])[0]
+        head = _bytes_at(handle, place, head_bytes)
+        name, length = head[: layout.id_bytes], layout.length.unpack(head[layout.id_bytes :])[0]
         is_data = name == layout.data and data is None
         if layout.magic == b"RF64" and is_data:
             length = struct.unpack("<Q", _bytes_at(handle, begin + _DS64_DATA_LENGTH, 8).ljust(8, b"\0"))[0]
         length = max(0, length - layout.counted_header)
-        if not is_data and (_MAGIC.match(head) or not name[:4].isascii() or not name[:4].decode().isprintable()):
+        is_name = name[:4].isascii() and name[:4].decode().isprintable()
+        if not is_data and (not is_name or _finder(handle, place, size) is not None):
             break
         if is_data and layout.magic in (b"RF64", b"caff") and length >= 2**63 - 1:
             return [_with_length(handle, begin, place + head_bytes, size, layout)]
@@ -238,14 +255,11 @@ def _chunked_part(handle: BinaryIO, begin: int, size: int, layout: _Layout) -> l
     if unknown:
         return [Part(begin, _search(handle, _MAGIC, place + head_bytes, size))]
     place = min(place, size)
-    if data is None or place == size:
+    if data is None:
         return [Part(begin, size)]
-    if _MAGIC.match(_bytes_at(handle, place, 16)):
-        return [Part(begin, place)]
-    if data[1] == 0 and place == data[0]:
-        return [_with_length(handle, begin, data[0], _search(handle, _MAGIC, place, size), layout)]
-    _require_no_sound(handle, place, size)
-    return [Part(begin, size)]
+    if data == (place, 0) and _finder(handle, place, size) is None:
+        return [_with_length(handle, begin, place, _search(handle, _MAGIC, place, size), layout)]
+    return [Part(begin, place)]
 
 
 def _with_length(handle: BinaryIO, begin: int, data: int, end: int, layout: _Layout) -> Part:
@@ -262,20 +276,15 @@ def _with_length(handle: BinaryIO, begin: int, data: int, end: int, layout: _Lay
     return Part(data, end, bytes(header))
 
 
-def _au_part(handle: BinaryIO, begin: int, size: int, head: bytes) -> list[Part]:
-    if len(head) < 12:
-        return [Part(begin, size)]
-    offset, length = struct.unpack(">II", head[4:12])
-    end = begin + offset + length
-    if (length == 0 and end < size) or 2**31 - 2**12 <= length < 2**31:
-        header = bytearray(_bytes_at(handle, begin, offset))
+def _au_parts(handle: BinaryIO, begin: int, size: int) -> list[Part]:
+    head = _bytes_at(handle, begin, 12)
+    offset, length = struct.unpack(">II", head[4:12].ljust(8, b"\0"))
+    data = begin + offset
+    if length == 0 or 2**31 - 2**12 <= length < 2**31:
+        header = bytearray(_bytes_at(handle, begin, offset)).ljust(12, b"\0")
         struct.pack_into(">I", header, 8, 2**32 - 1)
-        return [Part(begin + offset, size, bytes(header))]
-    if end < size and _bytes_at(handle, end, 4) == b".snd":
-        return [Part(begin, end)]
-    if end < size:
-        _require_no_sound(handle, end, size)
-    return [Part(begin, size)]
+        return [Part(min(data, size), size, bytes(header))]
+    return [Part(begin, min(size, data + length))]
 
 
 # MPEG audio: a chain of frames, tags between them, and perhaps a first frame that counts the others.
@@ -306,7 +315,7 @@ class _Mp3Header(NamedTuple):
     side_bytes: int
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _parse_mp3_header(raw: bytes) -> _Mp3Header | None:
     """None where it is no header, or of a frame of free length."""
     if len(raw) < 4 or raw[0] != 0xFF or raw[1] & 0xE0 != 0xE0:
@@ -357,10 +366,10 @@ def _mp3_parts(handle: BinaryIO, begin: int, size: int) -> list[Part]:
         if header is None or not (goes_on or _is_followed(handle, place, header, size)):
             after = _after_tag(handle, place, size, frame)
             if after is None:
-                after = _next_frame(handle, place, size, streams[-1].header if streams else None)
+                after = _next_frame(handle, place, size, streams[-1].header)
                 if after == size:
-                    _require_no_sound(handle, place, size)
-                elif streams and any(_bytes_at(handle, place, after - place)):
+                    break
+                if any(_bytes_at(handle, place, after - place)):
                     raise ValueError(f"damaged: {after - place} bytes at byte {place} are no frame of mp3")
             place, is_open = after, False
             continue
@@ -374,12 +383,8 @@ def _mp3_parts(handle: BinaryIO, begin: int, size: int) -> list[Part]:
         place += header.length
         streams[-1].end = place
         streams[-1].num_frames += promised is None
-    return _parts_of_streams([stream for stream in streams if stream.num_frames], begin, size)
-
-
-def _parts_of_streams(streams: list[_Mp3Stream], begin: int, size: int) -> list[Part]:
     parts = []
-    for stream in streams:
+    for stream in (stream for stream in streams if stream.num_frames):
         # some encoders count the first frame, which holds no sound
         if stream.promised and stream.num_frames < stream.promised - 1:
             raise ValueError(f"truncated: {stream.promised} frames promised, {stream.num_frames} found")
@@ -387,9 +392,7 @@ def _parts_of_streams(streams: list[_Mp3Stream], begin: int, size: int) -> list[
             parts.append(Part(stream.begin, stream.end))
         else:
             parts.append(Part(stream.sound, stream.end, _counting_frame(stream)))
-    if not parts or (len(parts) == 1 and not parts[0].header):
-        return [Part(begin, size)]
-    return [*parts[:-1], parts[-1]._replace(end=size)]  # with the tags at the end
+    return parts or [Part(begin, size)]
 
 
 def _counting_frame(stream: _Mp3Stream) -> bytes:
@@ -414,6 +417,13 @@ def _promised_frames(frame: bytes, header: _Mp3Header) -> int | None:
     return None
 
 
+def _after_tags(handle: BinaryIO, place: int, size: int) -> int:
+    """Where what follows any tags that stand here begins."""
+    while (after := _after_tag(handle, place, size, _bytes_at(handle, place, 8))) is not None:
+        place = after
+    return place
+
+
 def _after_tag(handle: BinaryIO, place: int, size: int, head: bytes) -> int | None:
     """Where a tag that stands here ends; None where there is none."""
     if head.startswith(b"ID3"):
@@ -429,16 +439,19 @@ def _after_tag(handle: BinaryIO, place: int, size: int, head: bytes) -> int | No
     return None
 
 
-def _next_frame(handle: BinaryIO, begin: int, size: int, like: _Mp3Header | None) -> int:
+_FRAME_OR_TAG = re.compile(rb"\xff[\xe0-\xff]|ID3[\x02-\x04]|APETAGEX")
+
+
+def _next_frame(handle: BinaryIO, begin: int, size: int, like: _Mp3Header) -> int:
     """Where the next frame or tag begins, or `size`."""
-    place = begin
-    while (place := _search(handle, re.compile(rb"\xff[\xe0-\xff]|ID3[\x02-\x04]|APETAGEX"), place + 1, size)) < size:
-        head = _bytes_at(handle, place, 4)
-        header = _parse_mp3_header(head)
-        if header is None and head[0] != 0xFF:
-            return place
-        if header and (like is None or header.stream == like.stream) and _is_followed(handle, place, header, size):
-            return place
+    for start in range(begin + 1, size, _BLOCK_BYTES):
+        block = _bytes_at(handle, start, _BLOCK_BYTES + 8)
+        for found in _FRAME_OR_TAG.finditer(block, 0, _BLOCK_BYTES + 7):
+            place, header = start + found.start(), _parse_mp3_header(block[found.start() : found.start() + 4])
+            if block[found.start()] != 0xFF:
+                return place
+            if header is not None and header.stream == like.stream and _is_followed(handle, place, header, size):
+                return place
     return size
 
 

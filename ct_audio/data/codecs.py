@@ -225,6 +225,8 @@ def read_codes(path: Path, codec: Codec, *, num_codes: int | None = None) -> Int
             codes = codec.encode(path.read_bytes())
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except UserError as error:
+            raise UserError(f"cannot use {path}: {error}") from error
     if not len(codes):
         raise UserError(f"{path} is empty; expected at least one {codec.unit}")
     if num_codes is not None and num_codes > len(codes):
