@@ -17,12 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import TINY_MODELS, tiny_model
 
 from ct_audio.common.errors import UserError
-from ct_audio.evaluation.figures import (
-    MEMORY_FIGURES,
-    attention_by_layer_figure,
-    attention_figure,
-    context_figure,
-)
+from ct_audio.evaluation.figures import MEMORY_FIGURES, attention_by_layer_figure, attention_figure, context_figure
 from ct_audio.evaluation.memory_analysis import (
     PARTS,
     Observations,

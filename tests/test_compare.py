@@ -150,11 +150,7 @@ def test_the_beginning_of_a_split_is_kept_apart(corpus: Path, tmp_path: Path, co
 
 
 def test_a_read_only_run_is_warned_of(
-    corpus: Path,
-    tmp_path: Path,
-    compare: Tool,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, _value: Any) -> None:
         raise PermissionError(30, "Read-only file system", str(path))

@@ -106,12 +106,7 @@ def test_sample_needs_no_corpus_after_training(tmp_path: Path, sample: Tool) -> 
 
 @pytest.mark.parametrize(("width_of_codes", "fault"), [(0.2, "silent"), (1000.0, "runaway")])
 def test_sample_warns_of_faults(
-    width_of_codes: float,
-    fault: str,
-    corpus: Path,
-    tmp_path: Path,
-    sample: Tool,
-    capsys: pytest.CaptureFixture[str],
+    width_of_codes: float, fault: str, corpus: Path, tmp_path: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(corpus, tmp_path, width_of_codes=width_of_codes)
     assert sample(run, "--seconds", 0.02, "--num", 1, "--out", tmp_path / "out") == 4
@@ -122,11 +117,7 @@ def test_sample_warns_of_faults(
 
 
 def test_sample_fails_verification_of_a_wrong_step(
-    corpus: Path,
-    tmp_path: Path,
-    sample: Tool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    corpus: Path, tmp_path: Path, sample: Tool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = WaveNet.step
     monkeypatch.setattr(WaveNet, "step", lambda self, codes, state: right(self, (codes + 1) % 256, state))
@@ -150,12 +141,7 @@ def test_sample_fails_verification_of_a_wrong_step(
     ],
 )
 def test_sample_errors_are_one_line(
-    arguments: list[str],
-    message: str,
-    corpus: Path,
-    tmp_path: Path,
-    sample: Tool,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, corpus: Path, tmp_path: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sample(make_run(corpus, tmp_path), *arguments, "--out", tmp_path / "out") == 2
     found = capsys.readouterr()

@@ -99,12 +99,7 @@ def test_evaluate_refuses_another_corpus(
     ],
 )
 def test_evaluate_errors_are_one_line(
-    arguments: list[str],
-    message: str,
-    corpus: Path,
-    tmp_path: Path,
-    evaluate: Tool,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, corpus: Path, tmp_path: Path, evaluate: Tool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(make_run(corpus, tmp_path), *arguments) == 2
     found = capsys.readouterr()

@@ -97,11 +97,7 @@ class WindowStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able, the same on every rank."""
-        return {
-            "codes_per_lane": self._codes_per_lane,
-            "num_lanes": self._num_lanes,
-            "num_codes": len(self._codes),
-        }
+        return {"codes_per_lane": self._codes_per_lane, "num_lanes": self._num_lanes, "num_codes": len(self._codes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position that `state_dict` gave.

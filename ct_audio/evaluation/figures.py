@@ -188,11 +188,7 @@ def context_figure(report: dict[str, Any]) -> Figure:
         start = next(row for row in memory_only if row["memory_length"] == with_compressed[0]["memory_length"])
         start = start | {"gain_over_memory_nats": 0.0, "gain_over_memory_standard_error": 0.0}
         _draw_gain(
-            panels[1],
-            [start, *with_compressed],
-            "gain_over_memory",
-            "compressed_memory",
-            report["sample_rate_hz"],
+            panels[1], [start, *with_compressed], "gain_over_memory", "compressed_memory", report["sample_rate_hz"]
         )
         panels[1].set_ylabel("further gain of compressed memory (nats per code)")
         chosen |= {"memory": start, "compressed_memory": with_compressed[-1]}

@@ -64,11 +64,7 @@ def save_sampling(directory: Path, saved: SavedSampling) -> None:
     name = f"sampling-{digest[:16]}.safetensors"
     write_file(directory / name, raw)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": saved.settings}
-    header |= {
-        "complete": saved.complete,
-        "num_codes": saved.codes.shape[1],
-        "values": plain,
-    }
+    header |= {"complete": saved.complete, "num_codes": saved.codes.shape[1], "values": plain}
     header |= {"file": name, "bytes": len(raw), "sha256": digest}
     _write_header(directory, header)
     for path in directory.glob("sampling-*.safetensors*"):
