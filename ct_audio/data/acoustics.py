@@ -12,14 +12,10 @@ from jaxtyping import Float, Float64
 
 SILENT_RMS_DBFS = -75.0
 """Quieter is no pause: codes 127 and 128 alone give -81 dBFS, the noise floor of quiet recordings is about -60."""
-
 MEL_BANDS = 40
-
 MEL_FLOOR = 1e-10
 """Power of a band below which nothing is told apart: the quantisation noise of mu-law silence has 1e-9."""
-
 LOWEST_PITCH_HZ, HIGHEST_PITCH_HZ = 60.0, 500.0
-
 SILENCE_FLOOR_DBFS = -120.0
 """What is written for the level of exact zeros, because JSON has no infinity."""
 
@@ -44,15 +40,9 @@ def log_mel_frames(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Flo
     length = mel_frame_length(sample_rate_hz)
     if len(waveform) < length:
         return np.zeros((0, MEL_BANDS))
-    transform = torchaudio.transforms.MelSpectrogram(
-        sample_rate_hz,
-        n_fft=length,
-        hop_length=length // 4,
-        n_mels=MEL_BANDS,
-        center=False,
-        normalized=True,
-        mel_scale="slaney",
-    ).double()
+    frames = {"n_fft": length, "hop_length": length // 4, "center": False}
+    bands = {"n_mels": MEL_BANDS, "normalized": True, "mel_scale": "slaney"}
+    transform = torchaudio.transforms.MelSpectrogram(sample_rate_hz, **frames, **bands).double()
     power = transform(torch.from_numpy(waveform.astype(np.float64)))
     return power.clamp(min=MEL_FLOOR).log().T.numpy()
 
