@@ -118,11 +118,10 @@ def result_rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
         }
         for split, evaluation in run.evaluations.items():
             row |= {f"{split} (nats)": evaluation["nll_nats"], f"{split} (bits)": evaluation["nll_bits"]}
-            difference = (
-                (None,) * 3 if run is first else comparison.paired_difference(first.evaluations[split], evaluation)[:3]
-            )
             names = (f"{split} difference (nats)", f"{split} low", f"{split} high")
-            row |= dict(zip(names, difference, strict=True))
+            row |= dict.fromkeys(names)
+            if run is not first:
+                row |= zip(names, comparison.paired_difference(first.evaluations[split], evaluation)[:3], strict=True)
             row[f"{split} codes/s"] = _whole(evaluation["units_per_second"])
         rows.append(row)
     return rows

@@ -3,12 +3,12 @@
 Shape letters: N codes, K bins.
 """
 
+import heapq
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64, Int, Int64, Integer
 from torch import Tensor
 
@@ -78,5 +78,4 @@ def bins_over_time(score: Score, codec: Codec, bin_length: int) -> list[dict[str
 
 def most_surprising(rows: list[dict[str, Any]], number: int = 3) -> list[dict[str, Any]]:
     """The bins with the highest NLL, the highest first."""
-    order = torch.tensor([row["nll_nats"] for row in rows]).argsort(descending=True, stable=True)
-    return [rows[index] for index in order[:number].tolist()]
+    return heapq.nlargest(number, rows, key=lambda row: row["nll_nats"])
