@@ -61,9 +61,8 @@ def load_recipe(folder: Path) -> ModuleType:
     file = folder / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
     if not file.is_file() or spec is None or spec.loader is None:
-        raise UserError(
-            f"{folder} is no recipe: there is no prepare.py in it; expected a folder such as recipes/folder"
-        )
+        expected = "expected a folder such as recipes/folder"
+        raise UserError(f"{folder} is no recipe: there is no prepare.py in it; {expected}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -65,8 +65,7 @@ def save_sampling(directory: Path, saved: SavedSampling) -> None:
     write_file(directory / name, raw)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": saved.settings}
     header |= {"complete": saved.complete, "num_codes": saved.codes.shape[1], "values": plain}
-    header |= {"file": name, "bytes": len(raw), "sha256": digest}
-    _write_header(directory, header)
+    _write_header(directory, header | {"file": name, "bytes": len(raw), "sha256": digest})
     for path in directory.glob("sampling-*.safetensors*"):
         if path.name != name:
             path.unlink(missing_ok=True)
@@ -114,13 +113,10 @@ def load_sampling(directory: Path) -> SavedSampling | None:
         raw = (directory / header["file"]).read_bytes()
     except OSError as error:
         raise _damaged(directory, f"{header['file']} cannot be read: {error.strerror}") from error
-    found = (len(raw), hashlib.sha256(raw).hexdigest())
-    if found != (header["bytes"], header["sha256"]):
-        raise _damaged(
-            directory,
-            f"{header['file']}: expected {header['bytes']} bytes with sha256 {header['sha256'][:12]}, "
-            f"got {found[0]} with {found[1][:12]}",
-        )
+    digest = hashlib.sha256(raw).hexdigest()
+    if (len(raw), digest) != (header["bytes"], header["sha256"]):
+        expected = f"expected {header['bytes']} bytes with sha256 {header['sha256'][:12]}"
+        raise _damaged(directory, f"{header['file']}: {expected}, got {len(raw)} with {digest[:12]}")
     try:
         tensors = safetensors.torch.load(raw)
         codes, log_probabilities = tensors.pop("codes").long(), tensors.pop("log_probabilities")
@@ -152,12 +148,8 @@ def require_same_settings(directory: Path, saved: SavedSampling, settings: dict[
     Raises:
         UserError: a setting differs; the message names all that do.
     """
-    keys = sorted(saved.settings.keys() | settings.keys())
-    changed = [
-        f"{key} (was {saved.settings.get(key)}, now {settings.get(key)})"
-        for key in keys
-        if saved.settings.get(key) != settings.get(key)
-    ]
+    pairs = {key: (saved.settings.get(key), settings.get(key)) for key in sorted(saved.settings | settings)}
+    changed = [f"{key} (was {was}, now {now})" for key, (was, now) in pairs.items() if was != now]
     if changed:
         raise UserError(
             f"{directory} was sampled with other settings: {', '.join(changed)}; "
@@ -166,11 +158,7 @@ def require_same_settings(directory: Path, saved: SavedSampling, settings: dict[
 
 
 def directory_lock(directory: Path) -> AbstractContextManager[None]:
-    """Hold a directory for this process; the lock ends with the process, however that ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold a directory for this process; `UserError` where another process holds it."""
     return hold_alone(directory, f"another process samples to {directory}; wait for it, or choose another --out")
 
 
@@ -184,7 +172,5 @@ def _digest(header: dict[str, Any]) -> str:
 
 
 def _damaged(directory: Path, what: str) -> UserError:
-    return UserError(
-        f"{directory}: the state of its sampling is damaged: {what}; bring it back, or delete {directory / _NAME} to "
-        "begin anew"
-    )
+    advice = f"bring it back, or delete {directory / _NAME} to begin anew"
+    return UserError(f"{directory}: the state of its sampling is damaged: {what}; {advice}")

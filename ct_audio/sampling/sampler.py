@@ -40,7 +40,6 @@ class Sampler:
         top_p: then, of these, from the fewest whose share of the probability reaches this, in (0, 1].
         prime: codes that come first, computed in parallel; the sample goes on after them.
     Attributes:
-        num_lanes: samples made side by side (B).
         num_codes: codes sampled so far in each lane.
     Raises:
         UserError: an argument is out of its range.
