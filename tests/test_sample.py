@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handmade_runs import Patch
 from jaxtyping import Float64
 from model_cases import every_model
 from tiny import tiny_model
@@ -90,7 +91,7 @@ def test_verification_finds_a_wrong_code_and_nan() -> None:
 
 
 @pytest.mark.parametrize("name", ["compressive_transformer", "wavenet"])
-def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: Patch) -> None:
     model = lively_model(name, torch.float32)
     codes, log_probabilities = collect(model, seed=7)
     torch.rand(5)  # the global generator has no say
@@ -129,7 +130,7 @@ def test_a_prime_of_any_length_equals_stepping_through_it() -> None:
                     torch.testing.assert_close(-log_probabilities[:, index - length], nll, rtol=0, atol=1e-11)
 
 
-def test_long_primes_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_primes_go_through_in_pieces(monkeypatch: Patch) -> None:
     prime = torch.randint(32, (2, 37))
     for name in ("compressive_transformer", "wavenet"):
         model = lively_model(name)
