@@ -116,11 +116,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _temperatures(text: str) -> list[float]:
-    """Values of --temperatures.
-
-    Raises:
-        UserError: something in it is no number, or comes twice.
-    """
+    """Values of --temperatures; `UserError` where something in it is no number, or comes twice."""
     try:
         temperatures = [float(part) for part in text.split(",")]
     except ValueError:
@@ -163,10 +159,8 @@ def _requests(arguments: argparse.Namespace, codec: Any) -> list[tuple[Path | No
     }
     if arguments.temperatures is None:
         return [(arguments.out, Request(temperature=arguments.temperature, **settings))]
-    return [
-        (arguments.out / f"temperature_{number_in_name(temperature)}", Request(temperature=temperature, **settings))
-        for temperature in arguments.temperatures
-    ]
+    requests = [Request(temperature=temperature, **settings) for temperature in arguments.temperatures]
+    return [(arguments.out / f"temperature_{number_in_name(each.temperature)}", each) for each in requests]
 
 
 def _num_codes(prefix: str, length: int | None, seconds: float | None, codec: Any) -> int:

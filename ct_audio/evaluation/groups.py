@@ -167,12 +167,9 @@ def by_voicing(_model: SequenceModel, corpus: Corpus, split: Split, num_codes: i
     """Whether the sound around the code has a pitch (probabilistic YIN; about 7 times real time on one core)."""
     codes = split.codes[:num_codes]
     rate, group_of = _rate(corpus), np.empty(len(codes), dtype=np.int8)
-    piece = round(_PIECE_SECONDS * rate)
-    bounds = [
-        (start, min(start + piece, end))
-        for begin, end in _documents(split, num_codes)
-        for start in range(begin, end, piece)
-    ]
+    piece, bounds = round(_PIECE_SECONDS * rate), []
+    for begin, end in _documents(split, num_codes):
+        bounds += [(start, min(start + piece, end)) for start in range(begin, end, piece)]
     with tqdm(total=len(codes), desc="pitch", unit="code", unit_scale=True, leave=False, disable=None) as bar:
         for begin, end in bounds:
             voiced = ~np.isnan(find_pitch(corpus.codec.decode(codes[begin:end]), rate))

@@ -42,7 +42,6 @@ def sweep_memory(
         memory_lengths, compressed_memory_lengths: at least one each, in rows; None: the one of training.
         test_split: None: leave that out.
         max_codes: score only the beginning of `split`.
-        say: told about each result.
     Returns:
         "rows", one for each pair: memory_length, compressed_memory_length, temporal_range in codes, attention_cost in
         rows a code and layer summed, nll_nats, nll_bits, as_trained, is_best; "best", the best row; "test", the report

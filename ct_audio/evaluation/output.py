@@ -38,10 +38,8 @@ def write_sweep(report: dict[str, Any], place: Path) -> None:
 def write_score(
     score: Score, run: LoadedRun, codec: Codec, file_name: str, place: Path, *, bin_length: int
 ) -> dict[str, Any]:
-    """Write bits per unit over time of a file: PLACE.csv, PLACE.png, PLACE.json.
+    """Write bits per unit over time of a file: PLACE.csv, PLACE.png, PLACE.json; see `bins_over_time`.
 
-    Args:
-        bin_length: codes, at least 1.
     Returns:
         what the JSON says, and as "written" where the table is.
     """
