@@ -22,16 +22,12 @@ _LABELS: dict[str, str] = dict(zip(PARTS, ("compressed memory", "memory", "windo
 
 
 def sweep_figure(report: dict[str, Any]) -> Figure:
-    """NLL by memory length, a line for each length of compressed memory; the best and the trained lengths are marked.
-
-    Args:
-        report: of `memory_sweep.sweep_memory`.
-    """
+    """NLL by memory length, a line for each length of compressed memory, or the other way round where those are more;
+    the best and the trained lengths are marked. The report is that of `memory_sweep.sweep_memory`."""
     rows = report["rows"]
-    by_compressed = len({row["compressed_memory_length"] for row in rows}) > len({row["memory_length"] for row in rows})
-    along, across = "memory_length", "compressed_memory_length"
-    if by_compressed:
-        along, across = across, along
+    across, along = sorted(
+        ("compressed_memory_length", "memory_length"), key=lambda name: len({row[name] for row in rows})
+    )
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     panel = figure.subplots()
     for length in sorted({row[across] for row in rows}):

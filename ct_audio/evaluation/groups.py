@@ -38,8 +38,7 @@ class Grouping:
     """A group for each code of a stretch.
 
     Attributes:
-        name: as in GROUPINGS. title: for people.
-        labels: of the groups.
+        name: as in GROUPINGS.
         group_of: [N], index of a label, or -1 for a code that belongs to none.
         unions: further rows of the table, label to groups; "all" is added.
     """
@@ -52,11 +51,7 @@ class Grouping:
 
 
 class GroupSums:
-    """NLL and number of the codes of each group: an `on_nll` of `evaluate_nll`.
-
-    Attributes:
-        nll_sums_nats, counts: [G].
-    """
+    """NLL and number of the codes of each group: an `on_nll` of `evaluate_nll`."""
 
     def __init__(self, grouping: Grouping) -> None:
         self.grouping = grouping
@@ -180,11 +175,8 @@ def by_voicing(_model: SequenceModel, corpus: Corpus, split: Split, num_codes: i
 
 
 def surrounding_level_dbfs(waveform: Float[np.ndarray, "N"], frame_length: int) -> Float64[np.ndarray, "N"]:
-    """Level around each sample: RMS of the `frame_length` samples of which it is the middle, fewer at the ends.
-
-    Returns:
-        [N] decibels, 0 is the constant 1; at least -200.
-    """
+    """Level in decibels around each sample: RMS of the `frame_length` samples of which it is the middle, fewer at the
+    ends; 0 is the constant 1, and -200 the lowest."""
     energy = np.concatenate([[0.0], np.cumsum(waveform.astype(np.float64) ** 2)])
     places = np.arange(len(waveform))
     first = np.maximum(places - frame_length // 2, 0)

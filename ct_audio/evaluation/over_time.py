@@ -51,10 +51,8 @@ def score_codes(run: LoadedRun, codec: Codec, codes: Integer[np.ndarray, "N"], *
 
 
 def bins_over_time(score: Score, codec: Codec, bin_length: int) -> list[dict[str, Any]]:
-    """Means over consecutive bins of codes; the last one may be shorter.
+    """Means over consecutive bins of `bin_length` codes, at least 1; the last one may be shorter.
 
-    Args:
-        bin_length: codes, at least 1.
     Returns:
         for each bin: start (index of its first code), num_units, nll_nats and nll_bits (means of a code); for audio
         start_seconds and level_dbfs; for text the beginning of what stands there.

@@ -84,7 +84,6 @@ def run_ablation(
     Args:
         base_file: YAML of a Compressive Transformer; rows (keys of ROWS) replace what they are about.
         overrides: of all runs, as "a.b=c"; not of OWN_KEYS.
-        num_processes: runs at a time.
     Returns:
         the table as Markdown, "" where no run has ended, and the names of the runs that failed; out/logs holds what
         each of them said.

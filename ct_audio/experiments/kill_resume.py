@@ -41,14 +41,11 @@ train: {{num_steps: {num_steps}, seed: 3, device: cpu, num_threads: 1, valid_cod
 
 
 def kill_and_compare(*, num_kills: int, num_processes: int, num_steps: int, seed: int) -> list[str]:
-    """Train twice, once with kills, in a temporary directory, and compare the last checkpoints.
+    """Train twice, once with kills, and return the names of what differs between the last checkpoints: none should.
 
     Args:
         num_processes: 1, or as many under torchrun; a divisor of 4, the number of lanes.
         num_steps: of training; even, since the last updates take two.
-        seed: of the moments of the kills.
-    Returns:
-        names of what differs: none should.
     """
     with tempfile.TemporaryDirectory() as directory:
         _write_corpus(Path(directory) / "corpus")

@@ -35,6 +35,8 @@ def measure_codes(
 ) -> dict[str, Any]:
     """What a sample is like whatever it is of: nll_nats (mean), nll_bits, distinct_codes, distinct_codes_share.
 
+    Args:
+        codes, log_probabilities: of one lane; in nats, under the model.
     Raises:
         UserError: there are no codes.
     """
@@ -53,12 +55,8 @@ def measure_sample(
     vocab_size: int,
     sample_rate_hz: int,
 ) -> dict[str, Any]:
-    """What a sampled waveform is like, in plain numbers ready for JSON.
+    """What a lane's decoded codes, a waveform in [-1, 1], are like, in plain numbers ready for JSON.
 
-    Args:
-        codes: of one lane.
-        log_probabilities: of these codes under the model, in nats.
-        waveform: the decoded codes, in [-1, 1].
     Returns:
         those of `measure_codes`, and seconds, num_samples, nll_nats_per_second (of each second, the last may be
         shorter), rms_dbfs, peak, dc (mean), clipped_share (at the lowest or highest code), longest_run_seconds (of one
@@ -86,7 +84,6 @@ def find_faults(measures: dict[str, Any], *, vocab_size: int, valid_nll_nats: fl
     """What is wrong with a sample as audio: silent, clipped, stuck or runaway; empty where nothing is.
 
     Args:
-        measures: of `measure_sample`.
         valid_nll_nats: the model's NLL on recordings, against which that of the sample is held; None where it has none.
     """
     seconds, rms_dbfs, dc = measures["seconds"], measures["rms_dbfs"], measures["dc"]

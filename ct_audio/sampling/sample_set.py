@@ -62,11 +62,7 @@ class Request:
 
 
 class SampleStream:
-    """What is sampled, to a pipe: raw mono PCM16, little-endian, or text.
-
-    Attributes:
-        is_open: False once the reader has gone.
-    """
+    """What is sampled, to a pipe: raw mono PCM16, little-endian, or text; not `is_open` once the reader has gone."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self._handle, self.is_open = handle, True

@@ -145,7 +145,6 @@ def verify_steps(
 
     Args:
         codes, log_probabilities: what `Sampler.run` gave, in the order of time.
-        start_code, prime: what the sampler was given.
     Returns:
         largest absolute difference of a code's two log-probabilities in nats; NaN where either is NaN.
     """
@@ -206,7 +205,6 @@ def draw_codes(
     """One code a lane by inversion of the cumulative distribution; a code without probability never comes.
 
     Args:
-        log_probabilities: in nats.
         uniforms: a number in [0, 1) for each lane.
         temperature, top_k, top_p: as in `Sampler`.
     """

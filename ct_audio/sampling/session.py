@@ -39,10 +39,9 @@ def sample_sets(
     verify: bool = False,
     plots: bool = False,
 ) -> Outcome:
-    """Sample and write all sets, and say so; arguments as in `SampleSet.sample` and `write_samples`.
+    """Sample and write sets that differ in temperature alone; arguments as in `SampleSet.sample` and `write_samples`.
 
     Args:
-        sets: opened ones; several differ in temperature alone.
         corpus: of the run, for a report on the temperatures beside the sets; None: no report.
     Raises:
         UserError: there can be no report; nothing has been sampled then.

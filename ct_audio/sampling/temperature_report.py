@@ -48,8 +48,7 @@ class Reference:
     """The validation split, cut in two.
 
     Attributes:
-        frames: [F, D] log-mel frames of the part that rows are compared with.
-        seconds: of that part.
+        frames, seconds: log-mel frames and length of the part that rows are compared with.
         stretches: codes of the part that makes the row of recordings.
     """
 
@@ -79,11 +78,7 @@ def require_comparable(sets: list[SampleSet], corpus: Corpus) -> None:
 
 
 def make_reference(codes: Integer[np.ndarray, "N"], codec: Codec, *, num_stretches: int, length: int) -> Reference:
-    """Cut stretches out of a split at even distances; the rest is what is compared with.
-
-    Args:
-        length: of a stretch in codes; shortened so that at most half of the split goes into stretches.
-    """
+    """Cut stretches of `length` codes, or shorter ones of half the split, out of it; the rest is compared with."""
     rate = codec.sample_rate_hz
     assert rate is not None
     codes = np.asarray(codes[: round(MAX_REFERENCE_SECONDS * rate)])
@@ -117,11 +112,7 @@ def measure_row(
 
 
 def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> None:
-    """Measure the sets, then recordings, then white noise of their level; write and print a report of these rows.
-
-    Args:
-        sets: finished ones that differ in temperature alone.
-    """
+    """Measure finished sets, then recordings, then white noise of their level; write and print a report of the rows."""
     first, codec, request = sets[0], sets[0].codec, sets[0].request
     rate = codec.sample_rate_hz
     assert rate is not None

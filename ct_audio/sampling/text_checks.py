@@ -26,12 +26,8 @@ UNDECODABLE_SHARE = 0.01
 def measure_text(
     codes: Integer[np.ndarray, "N"], log_probabilities: Float[np.ndarray, "N"], text: bytes, *, vocab_size: int
 ) -> dict[str, Any]:
-    """What a sampled text is like, in plain numbers ready for JSON.
+    """What a lane's decoded codes, a text, are like, in plain numbers ready for JSON.
 
-    Args:
-        codes: of one lane.
-        log_probabilities: of these codes under the model, in nats.
-        text: the decoded codes.
     Returns:
         those of `measure_codes`, and num_units, num_bytes, repeat_bytes and repeat_period_bytes (the longest stretch
         that says the same thing again and again, 0 where none has two copies of it), undecodable_share (of the bytes;
