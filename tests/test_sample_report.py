@@ -65,9 +65,9 @@ def test_frechet_distance_equals_the_formula(ranks: tuple[int, int]) -> None:
         else:
             root_trace = np.sqrt(np.linalg.eigvals(product).real.clip(min=0)).sum()
         expected = np.sum((first[0] - second[0]) ** 2) + np.trace(first[1] + second[1]) - 2 * root_trace
-        assert gaussian_frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-6)
-        assert gaussian_frechet_distance(*second, *first) == pytest.approx(expected, rel=1e-6)
-        assert gaussian_frechet_distance(*first, *first) == pytest.approx(0, abs=1e-6)
+        assert gaussian_frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
+        assert gaussian_frechet_distance(second, first) == pytest.approx(expected, rel=1e-6)
+        assert gaussian_frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
 
 
 def test_frechet_distance_of_frames() -> None:

@@ -33,7 +33,10 @@ def main() -> int:
         codec = run_codec(run, arguments.run)
         _require_codec_fits(arguments, codec, to_terminal=arguments.stdout and stdout.isatty())
         if arguments.out is not None:
-            _make_directory(arguments.out)
+            try:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out: cannot make the directory {arguments.out}: {error}") from error
             stack.enter_context(directory_lock(arguments.out))
         requests = _requests(arguments, codec)  # what does not fit is found before any set is begun
         sets = [SampleSet(run, codec, each, place, resume=arguments.resume) for place, each in requests]
@@ -175,10 +178,3 @@ def _num_codes(prefix: str, length: int | None, seconds: float | None, codec: An
     if length < 1:
         raise UserError(f"--{prefix}length: expected at least one {codec.unit}, got {length}")
     return length
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the directory {path}: {error}") from error

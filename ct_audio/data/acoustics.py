@@ -52,26 +52,23 @@ def frechet_distance(first: Float[np.ndarray, "F1 D"], second: Float[np.ndarray,
 
     Source: Kilgour et al. 2019, arXiv 1812.08466. Differs: log-mel frames in place of a network's embedding.
     """
-    moments = [(np.mean(frames, axis=0), np.cov(frames, rowvar=False)) for frames in (first, second)]
-    return gaussian_frechet_distance(*moments[0], *moments[1])
+    one, other = ((np.mean(frames, axis=0), np.cov(frames, rowvar=False)) for frames in (first, second))
+    return gaussian_frechet_distance(one, other)
 
 
 def gaussian_frechet_distance(
-    first_mean: Float[np.ndarray, "D"],
-    first_covariance: Float[np.ndarray, "D D"],
-    second_mean: Float[np.ndarray, "D"],
-    second_covariance: Float[np.ndarray, "D D"],
+    first: tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D D"]],
+    second: tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D D"]],
 ) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (m, C).
 
     The last trace is the sum of the singular values of C1^(1/2) C2^(1/2): symmetric, and sound where a covariance is
     singular, as that of fewer frames than bands is.
     Source: Dowson and Landau 1982.
     """
-    root = [_square_root(covariance) for covariance in (first_covariance, second_covariance)]
-    cross = np.linalg.svd(root[0] @ root[1], compute_uv=False).sum()
-    spread = np.trace(first_covariance) + np.trace(second_covariance) - 2 * cross
-    return float(np.sum((first_mean - second_mean) ** 2) + max(spread, 0.0))
+    cross = np.linalg.svd(_square_root(first[1]) @ _square_root(second[1]), compute_uv=False).sum()
+    spread = np.trace(first[1]) + np.trace(second[1]) - 2 * cross
+    return float(np.sum((first[0] - second[0]) ** 2) + max(spread, 0.0))
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

@@ -88,8 +88,8 @@ class WindowStream:
         """The next T codes of each of this rank's lanes."""
         used = self.num_codes_used
         positions = [(lane * self._segment_length + self._codes_per_lane) % used for lane in self._lanes]
-        rows = [self._read(position) for position in positions]
-        inputs, targets, starts = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True))
+        rows = zip(*map(self._read, positions), strict=True)
+        inputs, targets, starts = (torch.from_numpy(np.stack(arrays)) for arrays in rows)
         self._codes_per_lane += self._chunk_length
         return Chunk(inputs, targets, starts if self._reset else None, torch.tensor(positions, dtype=torch.int64))
 
@@ -136,12 +136,10 @@ def shift_by_one(
     """Inputs, targets and document starts of the codes [begin, end) of a stream.
 
     Args:
-        codes: all codes of the stream; a memory map will do.
         start_code: the code that precedes index 0 and, with `document_offsets`, each document.
         document_offsets: index of the first code of each document, ascending; None: one continuous stream.
     Returns:
-        inputs [T], the code before each target; targets [T]; document starts [T], True where a target is the first of
-        a document, False everywhere in a continuous stream.
+        the code before each target; targets; True where a target is the first of a document.
     """
     targets = np.array(codes[begin:end], dtype=np.int64)
     inputs = np.empty_like(targets)

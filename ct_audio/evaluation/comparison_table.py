@@ -21,17 +21,12 @@ MEMORY_LENGTHS = ("memory_length", "compressed_memory_length")
 
 @dataclass
 class Run:
-    """What is known of a run.
-
-    Attributes:
-        valid_codes: length of the stretch that the validation curve is of; 0: the whole split.
-        evaluations: by split, as they are stored.
-    """
+    """What is known of a run: `valid_codes` is the length of its validation curve's stretch, 0 the whole split."""
 
     path: Path
     curves: Curves
     valid_codes: int = 0
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, as they are stored
 
     @property
     def any_evaluation(self) -> dict[str, Any]:
@@ -57,8 +52,6 @@ def score_runs(
 ) -> None:
     """Give each run its evaluations: those that are stored for its best checkpoint, else measured and stored now.
 
-    Args:
-        max_seconds: score only the beginning of each split.
     Raises:
         UserError: a checkpoint or split is missing, or the runs were not scored alike.
     """

@@ -38,8 +38,6 @@ class SavedSampling:
     Attributes:
         settings: plain values that decide every code.
         complete: the wav files of these codes have been written.
-        codes: of each lane, in the order of time.
-        log_probabilities: of these codes in nats.
         leaves: of the sampler (see `Sampler.leaves`).
     """
 
@@ -51,11 +49,7 @@ class SavedSampling:
 
 
 def save_sampling(directory: Path, saved: SavedSampling) -> None:
-    """Write the state of a sampling in place of the one before.
-
-    Raises:
-        OSError: it cannot be written; the state of before is untouched.
-    """
+    """Write the state of a sampling in place of the one before, which an `OSError` leaves untouched."""
     plain = {name: leaf for name, leaf in saved.leaves.items() if not isinstance(leaf, Tensor)}
     tensors = {f"leaf/{name}": leaf for name, leaf in saved.leaves.items() if isinstance(leaf, Tensor)}
     tensors |= {"codes": saved.codes.int(), "log_probabilities": saved.log_probabilities}
@@ -79,11 +73,7 @@ def mark_complete(directory: Path) -> None:
 
 
 def read_header(directory: Path) -> dict[str, Any] | None:
-    """sampling.json; None where there is none.
-
-    Raises:
-        UserError: it is damaged, or of another format.
-    """
+    """sampling.json, None where there is none; `UserError` where it is damaged or of another format."""
     if not (directory / _NAME).exists():
         return None
     try:
@@ -101,11 +91,7 @@ def read_header(directory: Path) -> dict[str, Any] | None:
 
 
 def load_sampling(directory: Path) -> SavedSampling | None:
-    """The state of a sampling, on the CPU; None where there is none.
-
-    Raises:
-        UserError: it is damaged or truncated, or a part of it is missing.
-    """
+    """The state of a sampling, on the CPU, None where there is none; `UserError` where it is damaged or truncated."""
     header = read_header(directory)
     if header is None:
         return None
@@ -129,11 +115,7 @@ def load_sampling(directory: Path) -> SavedSampling | None:
 
 
 def require_no_unfinished(directory: Path) -> None:
-    """Refuse to begin anew where a sampling was broken off; a finished one may be replaced.
-
-    Raises:
-        UserError: there is one, or its state is damaged.
-    """
+    """Raise `UserError` where a sampling was broken off, or is damaged; a finished one may be replaced."""
     header = read_header(directory)
     if header is not None and not header["complete"]:
         raise UserError(
@@ -143,11 +125,7 @@ def require_no_unfinished(directory: Path) -> None:
 
 
 def require_same_settings(directory: Path, saved: SavedSampling, settings: dict[str, Any]) -> None:
-    """Check that a sampling goes on as it began.
-
-    Raises:
-        UserError: a setting differs; the message names all that do.
-    """
+    """Raise `UserError` where a sampling would not go on with the settings it began with; it names all that differ."""
     pairs = {key: (saved.settings.get(key), settings.get(key)) for key in sorted(saved.settings | settings)}
     changed = [f"{key} (was {was}, now {now})" for key, (was, now) in pairs.items() if was != now]
     if changed:
