@@ -5,6 +5,7 @@ ct_audio is not imported at the top: the jaxtyping hook has to come first.
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +34,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from handmade_runs import noise_corpus
 
     return noise_corpus(tmp_path_factory.mktemp("data") / "corpus")
+
+
+@pytest.fixture
+def sample(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """tools/sample.py as a function of its words, which returns the exit status."""
+    from handmade_runs import tool
+
+    return tool("sample", monkeypatch)
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """tools/evaluate.py likewise."""
+    from handmade_runs import tool
+
+    return tool("evaluate", monkeypatch)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -3,10 +3,9 @@
 import contextlib
 import importlib
 import io
-import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from tiny import TINY_MODELS
 
 from ct_audio.commands.command_line import run_tool
-from ct_audio.data.codecs import MuLaw
+from ct_audio.data.codecs import Codec, MuLaw
 from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.models import build_model
 from ct_audio.runs.config import RunConfig, config_from_dict
@@ -27,6 +26,8 @@ from ct_audio.training.schedules import make_optimizer
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 24_000
 Tool = Callable[..., int]
+Output = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 def tool(name: str, monkeypatch: pytest.MonkeyPatch) -> Tool:
@@ -38,6 +39,17 @@ def tool(name: str, monkeypatch: pytest.MonkeyPatch) -> Tool:
         return run_tool(module.main)
 
     return call
+
+
+def refusal(capsys: Output, command: Tool, *words: Any) -> str:
+    """What a command says that ends with exit status 2: one line, and nothing on stdout."""
+    capsys.readouterr()
+    assert command(*words) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
 
 
 def options_of(name: str) -> set[str]:
@@ -52,48 +64,69 @@ def speech_like(num_samples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.05, num_samples).astype(np.float32)
 
 
-def noise_corpus(path: Path) -> Path:
-    """Four short documents: one in train, two in valid, one in test."""
-    writer = CorpusWriter(path, MuLaw(), source={}, preparation={"order": "as written"})
-    for seed, split in enumerate(["train", "valid", "valid", "test"]):
-        writer.add_document(split, f"document_{seed}", MuLaw().encode(speech_like(300 + 7 * seed, seed)))
+def write_corpus(path: Path, codec: Codec, documents: Iterable[tuple[str, Any]]) -> Path:
+    """A corpus of documents: a split, and a waveform or text."""
+    writer = CorpusWriter(path, codec, source={}, preparation={})
+    for number, (split, content) in enumerate(documents):
+        writer.add_document(split, f"document_{number}", codec.encode(content))
     writer.finish()
     return path
 
 
+def noise_corpus(path: Path) -> Path:
+    """Four short documents: one in train, two in valid, one in test."""
+    splits = enumerate(["train", "valid", "valid", "test"])
+    return write_corpus(path, MuLaw(), [(split, speech_like(300 + 7 * seed, seed)) for seed, split in splits])
+
+
 def make_run(corpus: Path, runs_dir: Path, name: str = "wavenet", width_of_codes: float = 20.0) -> Path:
     """A run whose model draws codes from a bell around 128, whatever came before if it is a WaveNet."""
+
+    def shape(model: Any) -> None:
+        if TINY_MODELS[name]["name"] == "wavenet":
+            model.head.projection.weight.mul_(0.1)
+            model.head.projection.bias.copy_(-0.5 * ((torch.arange(256.0) - 128) / width_of_codes) ** 2)
+
+    return untrained_run(corpus, runs_dir, name, shape)
+
+
+def text_run(directory: Path, codec: Codec, text: str | bytes, *, is_even: bool = False) -> Path:
+    """A corpus of a short text and a transformer on it that was never trained; with even odds for every code or not."""
+
+    def shape(model: Any) -> None:
+        if is_even:
+            model.head.projection.weight.zero_()
+
+    corpus = write_corpus(directory / "corpus", codec, [("train", text), ("valid", text)])
+    return untrained_run(corpus, directory, "compressive_transformer", shape)
+
+
+def untrained_run(corpus: Path, runs_dir: Path, name: str, shape: Callable[[Any], None]) -> Path:
+    """A run at step 7 whose model `shape` has changed."""
+    opened = open_corpus(corpus)
     plain = {
         "name": f"{name}_run",
         "runs_dir": str(runs_dir),
-        "model": TINY_MODELS[name] | {"vocab_size": 256},
+        "model": TINY_MODELS[name] | {"vocab_size": opened.codec.vocab_size},
         "data": {"corpus": str(corpus), "chunk_length": 64, "num_lanes": 1},
     }
     config = config_from_dict(plain)
     torch.manual_seed(0)
-    model: Any = build_model(config)
-    if config.model.name == "wavenet":
-        with torch.no_grad():
-            model.head.projection.weight.mul_(0.1)
-            model.head.projection.bias.copy_(-0.5 * ((torch.arange(256.0) - 128) / width_of_codes) ** 2)
-    save(config, model, fingerprint=open_corpus(corpus).fingerprint)
+    model = build_model(config)
+    with torch.no_grad():
+        shape(model)
+    save(config.run_dir, config, model, step=7, fingerprint=opened.fingerprint)
     return config.run_dir
 
 
-def save(config: RunConfig, model: Any, *, fingerprint: str) -> None:
+def save(run_dir: Path, config: RunConfig, model: Any, *, step: int, fingerprint: str, is_best: bool = False) -> None:
     save_checkpoint(
-        config.run_dir,
+        run_dir,
         config=config,
         model=model,
         optimizer=make_optimizer(model, config.optim),
         memories=[model.zero_memory(1)],
-        state={"step": 7, "corpus_fingerprint": fingerprint},
+        state={"step": step, "corpus_fingerprint": fingerprint},
         world=World(0, 1, 0),
+        is_best=is_best,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)

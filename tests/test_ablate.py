@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from handmade_runs import tool
+from handmade_runs import Patch, tool
 from tiny_runs import tiny_run
 
 from ct_audio.commands.ablate import OTHER_ROWS, PAPER_ROWS
@@ -64,7 +64,7 @@ def test_every_row_is_a_run_with_as_many_codes_a_step(recipe: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_tiny_ablation_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_ablation_and_the_same_command_again(tmp_path: Path, monkeypatch: Patch) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(config_to_yaml(tiny_run(tmp_path, train__num_steps=2, data__chunk_length=32)), encoding="utf-8")
     ablate, rows = tool("ablate", monkeypatch), ["conv_bptt", "most_used", "conv_attention"]

@@ -8,21 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import Tool, make_run, noise_corpus, save, speech_like, tool
+from handmade_runs import Output, Patch, Tool, make_run, noise_corpus, refusal, save, speech_like, tool, write_corpus
 from test_curves import write_curves
 
 from ct_audio.data.codecs import MuLaw
-from ct_audio.data.corpus import CorpusWriter
 from ct_audio.evaluation import comparison
 from ct_audio.evaluation import stored as stored_evaluations
 from ct_audio.runs.open_run import load_run_model
-from ct_audio.training.checkpoint import save_checkpoint
-from ct_audio.training.parallel import World
-from ct_audio.training.schedules import make_optimizer
 
 
 @pytest.fixture
-def compare_and_draw(monkeypatch: pytest.MonkeyPatch) -> Tool:
+def compare_and_draw(monkeypatch: Patch) -> Tool:
     """The tool, with blocks so short that the 621 codes of the validation split have an interval."""
     monkeypatch.setattr(stored_evaluations, "BLOCK_LENGTH", 8)
     monkeypatch.setattr(comparison, "BOOTSTRAP_SECONDS", 16 / 24_000)
@@ -31,7 +27,7 @@ def compare_and_draw(monkeypatch: pytest.MonkeyPatch) -> Tool:
 
 
 @pytest.fixture
-def compare(compare_and_draw: Tool, monkeypatch: pytest.MonkeyPatch) -> Tool:
+def compare(compare_and_draw: Tool, monkeypatch: Patch) -> Tool:
     """The tool without its picture, which takes most of its time."""
     monkeypatch.setattr("ct_audio.evaluation.curves.draw_curves", lambda *_, **__: None)
     return compare_and_draw
@@ -57,9 +53,7 @@ def stored(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "evaluations").glob("*")}
 
 
-def test_table_and_curves(
-    corpus: Path, tmp_path: Path, compare_and_draw: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_and_curves(corpus: Path, tmp_path: Path, compare_and_draw: Tool, capsys: Output) -> None:
     runs = [
         run_of(corpus, tmp_path, "first"),
         run_of(corpus, tmp_path, "same"),
@@ -100,7 +94,7 @@ def test_table_and_curves(
 
 
 def test_stored_evaluations_are_used(
-    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: Output, monkeypatch: Patch
 ) -> None:
     """What tools/evaluate.py has kept is taken, without the corpus."""
     run, out = run_of(corpus, tmp_path, "run"), tmp_path / "out"
@@ -113,25 +107,14 @@ def test_stored_evaluations_are_used(
     assert stored(run) == kept
 
 
-def test_a_run_that_has_gone_on_is_scored_again(
-    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_has_gone_on_is_scored_again(corpus: Path, tmp_path: Path, compare: Tool, capsys: Output) -> None:
     run, out = run_of(corpus, tmp_path, "run"), tmp_path / "out"
     assert compare(run, "--out", out) == 0
     before = float(table(out)[0]["valid (nats)"])
     loaded = load_run_model(run)
     for _, parameter in loaded.model.named_parameters():
         parameter.data.mul_(0.0)
-    save_checkpoint(
-        run,
-        config=loaded.config,
-        model=loaded.model,
-        optimizer=make_optimizer(loaded.model, loaded.config.optim),
-        memories=[loaded.model.zero_memory(1)],
-        state={"step": 9, "corpus_fingerprint": loaded.state["corpus_fingerprint"]},
-        world=World(0, 1, 0),
-        is_best=True,
-    )
+    save(run, loaded.config, loaded.model, step=9, fingerprint=loaded.state["corpus_fingerprint"], is_best=True)
     capsys.readouterr()
     assert compare(run, "--out", out) == 0
     assert "step_00000009: no stored evaluation fits" in capsys.readouterr().err
@@ -151,11 +134,7 @@ def test_the_beginning_of_a_split_is_kept_apart(corpus: Path, tmp_path: Path, co
 
 
 def test_a_read_only_run_is_warned_of(
-    corpus: Path,
-    tmp_path: Path,
-    compare: Tool,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: Output, monkeypatch: Patch
 ) -> None:
     def refuse(path: Path, _value: Any) -> None:
         raise PermissionError(30, "Read-only file system", str(path))
@@ -183,39 +162,42 @@ def test_a_model_without_parameters_is_a_level(corpus: Path, tmp_path: Path, com
     assert (tmp_path / "out" / "curves.png").read_bytes() != before
 
 
-def test_another_protocol_is_refused(
-    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_protocol_is_refused(corpus: Path, tmp_path: Path, compare: Tool, capsys: Output) -> None:
     runs = [run_of(corpus, tmp_path, name) for name in ("a", "b")]
     assert compare(*runs, "--out", tmp_path / "out") == 0
     file = runs[1] / "evaluations" / "valid-step_00000007.json"
     found = json.loads(file.read_text())
     file.write_text(json.dumps(found | {"protocol": found["protocol"] | {"num_lanes": 4}}), encoding="utf-8")
-    capsys.readouterr()
-    assert compare(*runs, "--out", tmp_path / "refused") == 2
-    error = capsys.readouterr().err
+    error = refusal(capsys, compare, *runs, "--out", tmp_path / "refused")
     assert error.startswith("error: a and b were not scored alike on valid: num_lanes is 1 against 4")
-    assert error.count("\n") == 1
     assert not (tmp_path / "refused").exists()
 
 
-def test_other_codes_are_refused(tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_codes_are_refused(tmp_path: Path, compare: Tool, capsys: Output) -> None:
     """Other validation codes of the same length; another training split alone does no harm."""
     runs = []
     for name, train, valid in (("base", 1, 2), ("other_valid", 1, 3), ("other_train", 4, 2)):
-        writer = CorpusWriter(tmp_path / name, MuLaw(), source={}, preparation={})
-        writer.add_document("train", "a", MuLaw().encode(speech_like(100, train)))
-        writer.add_document("valid", "b", MuLaw().encode(speech_like(300, valid)))
-        writer.finish()
+        documents = [("train", speech_like(100, train)), ("valid", speech_like(300, valid))]
+        write_corpus(tmp_path / name, MuLaw(), documents)
         runs.append(run_of(tmp_path / name, tmp_path, f"run_on_{name}"))
     assert compare(*runs[:2], "--out", tmp_path / "out") == 2
     assert "run_on_base and run_on_other_valid were not scored alike on valid: split_sha256" in capsys.readouterr().err
     assert compare(runs[0], runs[2], "--out", tmp_path / "out") == 0
 
 
-@pytest.mark.parametrize("what", ["no_run", "no_curve", "no_checkpoint", "no_split", "twice", "no_corpus"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no_run", "no such run"),
+        ("no_curve", "no NLL curve"),
+        ("no_checkpoint", "no checkpoint"),
+        ("no_split", "no split 'dev'"),
+        ("twice", "each run once"),
+        ("no_corpus", "which is not there"),
+    ],
+)
 def test_what_is_missing_is_named(
-    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str], what: str
+    corpus: Path, tmp_path: Path, compare: Tool, capsys: Output, what: str, message: str
 ) -> None:
     run, arguments = run_of(corpus, tmp_path, "run"), []
     if what == "no_run":
@@ -232,15 +214,7 @@ def test_what_is_missing_is_named(
         shutil.rmtree(corpus)
     assert compare(run, *arguments, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
-    messages = {
-        "no_run": "no such run",
-        "no_curve": "no NLL curve",
-        "no_checkpoint": "no checkpoint",
-        "no_split": "no split 'dev'",
-        "twice": "each run once",
-        "no_corpus": "which is not there",
-    }
-    assert messages[what] in error
+    assert message in error
     assert error.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
 

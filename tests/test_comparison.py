@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from handmade_runs import Patch
 
 from ct_audio.common.errors import UserError
 from ct_audio.evaluation import comparison
@@ -100,7 +101,7 @@ def test_a_small_shift_is_found_under_large_common_noise() -> None:
     ("num_stored", "seconds", "joined", "expected"), [(405, True, 20, 21), (400, True, 20, 20), (405, False, 4, 102)]
 )
 def test_blocks_are_joined_to_two_seconds_or_some_pages(
-    num_stored: int, seconds: bool, joined: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    num_stored: int, seconds: bool, joined: int, expected: int, monkeypatch: Patch
 ) -> None:
     asked: list[tuple[np.ndarray, np.ndarray]] = []
     monkeypatch.setattr(comparison, "bootstrap_interval", lambda sums, counts: asked.append((sums, counts)) or (0, 0))

@@ -1,6 +1,7 @@
 """tools/demo.py: its commands exist, nothing is done twice, an interruption ends the commands and the demo goes on."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,16 +20,20 @@ from ct_audio.runs.config import load_config
 PLACES = demo.Places(Path("data/espeak"), Path("runs"), Path("reports/demo"))
 
 
+def planned(places=PLACES, *overrides, seconds=0.5, num_sentences=0):
+    """All commands in words."""
+    steps = demo.plan(places, list(overrides), seconds=seconds, num_sentences=num_sentences)
+    return [words for step in steps for words in step.commands.values()]
+
+
 def test_commands_at_their_defaults_are_short_and_name_what_exists():
-    steps = demo.plan(PLACES, [], seconds=0.5, num_sentences=0)
-    commands = [demo.shown(command) for step in steps for command in step.commands.values()]
+    commands = [shlex.join(words) for words in planned()]
     assert commands[0] == "python tools/prepare.py recipes/espeak --out data/espeak"
     assert commands[3] == "python tools/train.py recipes/espeak/demo_compressive_transformer.yaml"
-    for step in steps:
-        for words in step.commands.values():
-            options = options_of(Path(words[1]).stem)
-            assert all(word in options for word in words if word.startswith("--")), words
-            assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml")), words
+    for words in planned():
+        options = options_of(Path(words[1]).stem)
+        assert all(word in options for word in words if word.startswith("--")), words
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml")), words
     for name in (*demo.MODELS, *demo.BASELINES):
         assert sum(f"tools/evaluate.py runs/espeak_demo_{name} --split" in command for command in commands) == 2
         assert sum(f"runs/espeak_demo_{name} " in command for command in commands if "compare" in command) == 1
@@ -39,15 +44,8 @@ def test_commands_at_their_defaults_are_short_and_name_what_exists():
 
 
 def test_baselines_have_the_models_codes_and_steps():
-    commands = [
-        words for step in demo.plan(PLACES, [], seconds=0.5, num_sentences=0) for words in step.commands.values()
-    ]
-    configs = {
-        config.name.removeprefix("espeak_demo_"): config
-        for config in (
-            load_config(str(ROOT / words[2]), words[3:]) for words in commands if words[1] == "tools/train.py"
-        )
-    }
+    trained = [load_config(ROOT / words[2], words[3:]) for words in planned() if words[1] == "tools/train.py"]
+    configs = {config.name.removeprefix("espeak_demo_"): config for config in trained}
     assert configs.keys() == {*demo.MODELS, *demo.BASELINES}
     for config in configs.values():
         assert config.data == configs["wavenet"].data
@@ -58,8 +56,8 @@ def test_baselines_have_the_models_codes_and_steps():
 
 def test_other_places_reach_every_command():
     places = demo.Places(Path("d"), Path("r"), Path("o"))
-    steps = demo.plan(places, ["train.num_steps=3", "optim.warmup_steps=1"], seconds=0.1, num_sentences=9)
-    commands = [demo.shown(command) for step in steps for command in step.commands.values()]
+    overrides = ("train.num_steps=3", "optim.warmup_steps=1")
+    commands = [shlex.join(words) for words in planned(places, *overrides, seconds=0.1, num_sentences=9)]
     assert "--out d -- --num-sentences 9" in commands[0]
     assert all(command.endswith("runs_dir=r data.corpus=d train.num_steps=3") for command in commands[1:3])
     assert all(command.endswith("data.corpus=d train.num_steps=3 optim.warmup_steps=1") for command in commands[3:5])

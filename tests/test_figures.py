@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from handmade_runs import Patch
 from matplotlib.figure import Figure
 from PIL import Image
 from recordings import ROOT
@@ -35,7 +36,7 @@ def test_drawing_loads_neither_librosa_nor_tensorboard(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
-def test_a_figure_has_as_many_dots_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_has_as_many_dots_as_asked_for(tmp_path: Path, monkeypatch: Patch) -> None:
     figure, path = Figure(figsize=(3, 2)), tmp_path / "figure.png"
     for settings, size in (({}, (330, 220)), ({"dpi": 50}, (150, 100))):
         write_figure(figure, path, **settings)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from handmade_runs import Tool, make_run, read_json, tool
+from handmade_runs import Output, Patch, Tool, make_run, refusal
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.files import read_json
 from ct_audio.evaluation import memory_sweep
 from ct_audio.evaluation.memory_sweep import sweep_memory
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
@@ -51,9 +52,7 @@ def test_every_pair_is_scored_and_the_best_is_tested(run_dir: Path) -> None:
     assert len(lines) == 5
 
 
-def test_what_was_scored_is_found_again_and_what_is_new_is_scored(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_scored_is_found_again_and_what_is_new_is_scored(run_dir: Path, monkeypatch: Patch) -> None:
     run, scored = load_run_model(run_dir), []
     first = sweep(run_dir, run)
     real = memory_sweep.evaluate_run
@@ -86,12 +85,7 @@ def test_what_cannot_be_is_refused_before_anything_is_scored(run_dir: Path, corp
         sweep(wavenet, load_run_model(wavenet))
 
 
-@pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch) -> Tool:
-    return tool("evaluate", monkeypatch)
-
-
-def test_the_tool_sweeps(run_dir: Path, evaluate: Tool, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_tool_sweeps(run_dir: Path, evaluate: Tool, capsys: Output, tmp_path: Path) -> None:
     arguments = [run_dir, "--sweep-memory", "0,8", "--sweep-compressed", "0,4", "--max-codes", 100]
     assert evaluate(*arguments, "--out", tmp_path / "out") == 0
     text = capsys.readouterr().out
@@ -109,9 +103,7 @@ def test_the_tool_sweeps(run_dir: Path, evaluate: Tool, capsys: pytest.CaptureFi
     assert '"test": null' in capsys.readouterr().out
 
 
-def test_the_tool_tells_kinds_of_code_and_learns(
-    run_dir: Path, evaluate: Tool, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_the_tool_tells_kinds_of_code_and_learns(run_dir: Path, evaluate: Tool, capsys: Output, tmp_path: Path) -> None:
     arguments = [run_dir, "--max-codes", 200, "--by", "count,level", "--out", tmp_path / "out"]
     assert evaluate(*arguments, "--dynamic", "adam", "--dynamic-learning-rate", 0.001) == 0
     text = capsys.readouterr().out
@@ -121,6 +113,6 @@ def test_the_tool_tells_kinds_of_code_and_learns(
         for path in (tmp_path / "out").iterdir()
     }
     assert names == {"by.json", "by.png", "by-count.csv", "by-level.csv"}
-    assert evaluate(run_dir, "--by", "loudness") == 2
-    assert "--by loudness: expected out of count, share, window, level, voicing or all" in capsys.readouterr().err
+    error = refusal(capsys, evaluate, run_dir, "--by", "loudness")
+    assert "--by loudness: expected out of count, share, window, level, voicing or all" in error
     assert torch.is_grad_enabled()

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handmade_runs import RATE, make_run
+from handmade_runs import RATE, Patch, make_run, write_corpus
 from tiny import tiny_model
 
 from ct_audio.common.errors import UserError
 from ct_audio.data.codecs import Byte, MuLaw
-from ct_audio.data.corpus import Corpus, CorpusWriter, open_corpus
+from ct_audio.data.corpus import Corpus, open_corpus
 from ct_audio.evaluation import groups
 from ct_audio.evaluation.groups import Grouping, GroupSums, count_codes, make_groupings, surrounding_level_dbfs
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
@@ -48,12 +48,9 @@ def test_sums_equal_a_loop_over_codes(num_lanes: int) -> None:
 
 def text_corpus(path: Path) -> Corpus:
     """In training `a` comes 10,001 times, `b` 10,000, `c` 1,000, `d` 999, `e` 100, `f` 99 times, `g` never."""
-    writer = CorpusWriter(path, Byte(), source={}, preparation={})
     counts = {"a": 10_001, "b": 10_000, "c": 1000, "d": 999, "e": 100, "f": 99}
-    writer.add_document("train", "t", Byte().encode("".join(letter * count for letter, count in counts.items())))
-    writer.add_document("valid", "v", Byte().encode("abcdefgfedcba"))
-    writer.finish()
-    return open_corpus(path)
+    text = "".join(letter * count for letter, count in counts.items())
+    return open_corpus(write_corpus(path, Byte(), [("train", text), ("valid", "abcdefgfedcba")]))
 
 
 def grouping(name: str, corpus: Corpus, split: str, model: Any = None, num_codes: int | None = None) -> Grouping:
@@ -62,7 +59,7 @@ def grouping(name: str, corpus: Corpus, split: str, model: Any = None, num_codes
     return make_groupings([name], model, corpus, chosen, num_codes=num_codes or chosen.num_codes)[0]
 
 
-def test_codes_by_how_often_they_occur_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_by_how_often_they_occur_in_training(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(groups, "_COUNT_CODES", 1000)
     corpus = text_corpus(tmp_path / "corpus")
     found = grouping("count", corpus, "valid")
@@ -118,12 +115,9 @@ def tones_corpus(path: Path) -> Corpus:
     time = np.arange(RATE // 2) / RATE
     tone = sum(0.1 * np.sin(2 * np.pi * 150 * k * time) for k in (1, 2, 3))
     noise = np.random.default_rng(0).normal(0, 0.004, len(time))
-    writer = CorpusWriter(path, MuLaw(), source={}, preparation={})
-    for split in ("train", "valid"):
-        for name, waveform in {"tone": tone, "noise": noise, "silence": 0 * time}.items():
-            writer.add_document(split, name, MuLaw().encode(np.asarray(waveform, dtype=np.float32)))
-    writer.finish()
-    return open_corpus(path)
+    waveforms = [np.asarray(waveform, dtype=np.float32) for waveform in (tone, noise, 0 * time)]
+    documents = [(split, waveform) for split in ("train", "valid") for waveform in waveforms]
+    return open_corpus(write_corpus(path, MuLaw(), documents))
 
 
 def test_audio_by_level(tmp_path: Path) -> None:
@@ -135,7 +129,7 @@ def test_audio_by_level(tmp_path: Path) -> None:
     assert set(labels[2 * half :]) == {"below -60"}
 
 
-def test_voicing_is_that_of_the_nearest_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_voicing_is_that_of_the_nearest_frame(tmp_path: Path, monkeypatch: Patch) -> None:
     """Documents of 12,000 codes go through in pieces of 7,200; a frame of 480 codes is voiced by a known rule."""
     seen: list[int] = []
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from handmade_runs import Patch
 from tiny_runs import assert_same_checkpoint, checkpoint_state, checkpoint_tensors, tiny_run
 
 from ct_audio.commands import optimisation
@@ -57,9 +58,7 @@ def test_only_the_optimizer_may_change(source: RunConfig, tmp_path: Path) -> Non
     assert not (tmp_path / "runs" / "other").exists()
 
 
-def test_what_cannot_be_written_leaves_no_run(
-    source: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_written_leaves_no_run(source: RunConfig, tmp_path: Path, monkeypatch: Patch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -127,7 +126,7 @@ def test_the_summary_by_hand() -> None:
     assert "| rate_0 | 0.5000 | -8.5000 | 0.5000 | 3.2500 | 0.7500 | 0.2500 | 4.5000 |" in text
 
 
-def optimise(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) -> int:
+def optimise(directory: Path, monkeypatch: Patch, *options: Any) -> int:
     base = directory / "base.yaml"
     base.write_text(config_to_yaml(tiny_run(directory)), encoding="utf-8")
     arguments = [base, "--out", directory / "out", "--base-steps", 4, "--branch-steps", 4]
@@ -138,7 +137,7 @@ def optimise(directory: Path, monkeypatch: pytest.MonkeyPatch, *options: Any) ->
 
 @pytest.mark.parametrize("is_branch", [True, False])
 def test_branches_of_another_point_are_refused_before_anything_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_branch: bool
+    tmp_path: Path, monkeypatch: Patch, is_branch: bool
 ) -> None:
     runs = {"runs_dir": str(tmp_path / "out" / "runs"), "train__validate_whole_split": False, "optim__decay_steps": 0}
     base = tiny_run(tmp_path, name="base", train__num_steps=2, **runs)
@@ -157,7 +156,7 @@ def test_branches_of_another_point_are_refused_before_anything_is_trained(
 
 
 @pytest.mark.slow
-def test_the_experiment_and_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_experiment_and_the_same_command_again(tmp_path: Path, monkeypatch: Patch) -> None:
     assert optimise(tmp_path, monkeypatch, "--branches", "rate_0", "period_4") == 0
     out = tmp_path / "out"
     runs = {name: tiny_run(tmp_path, name=name, runs_dir=str(out / "runs")) for name in ("base", "rate_0", "period_4")}
@@ -194,7 +193,7 @@ def test_the_experiment_and_the_same_command_again(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_what_does_not_fit_is_said_before_anything_is_trained(
-    options: list[Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[Any], message: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     with pytest.raises(UserError, match=message):
         optimise(tmp_path, monkeypatch, *options)

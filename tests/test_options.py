@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import ROOT, Tool, make_run, noise_corpus, options_of, tool
-from test_sample_text import CODECS, text_run
+from handmade_runs import ROOT, Output, Patch, Tool, make_run, noise_corpus, options_of, refusal, text_run, tool
 from tiny_runs import tiny_run
 
 from ct_audio.commands.command_line import build_parser, parse, refuse
 from ct_audio.common.errors import UserError
+from ct_audio.data.codecs import Byte
 from ct_audio.runs.config import config_to_yaml
 
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
@@ -110,11 +110,8 @@ NOTHING_TO_REFUSE = {"analyse", "demo", "describe", "train"}
 """Every option of these does something whatever the others are."""
 
 
-def check(command: Tool, words: list[Any], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(*words) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+def check(command: Tool, words: list[Any], message: str, capsys: Output) -> None:
+    assert refusal(capsys, command, *words).startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +119,7 @@ def check(command: Tool, words: list[Any], message: str, capsys: pytest.CaptureF
     [(name, words, message) for name, cases in WITHOUT_RUN.items() for words, message in cases],
 )
 def test_options_that_would_do_nothing_are_refused(
-    name: str, words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    name: str, words: str, message: str, tmp_path: Path, monkeypatch: Patch, capsys: Any
 ) -> None:
     base = tmp_path / "base.yaml"
     if "BASE" in words:
@@ -134,19 +131,15 @@ def test_options_that_would_do_nothing_are_refused(
 
 
 @pytest.mark.parametrize(("name", "words"), [(name, words) for name in EXCLUSIVE for words in EXCLUSIVE[name]])
-def test_options_of_which_one_would_win_are_refused(
-    name: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_of_which_one_would_win_are_refused(name: str, words: str, monkeypatch: Patch, capsys: Output) -> None:
     with pytest.raises(SystemExit) as caught:
         tool(name, monkeypatch)("RUN", *(["FILE"] if name == "score" else []), *words.split())
     assert caught.value.code == 2
     assert "not allowed with argument" in capsys.readouterr().err
 
 
-def test_seconds_are_refused_for_a_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = text_run(tmp_path, CODECS["byte"])
+def test_seconds_are_refused_for_a_text(tmp_path: Path, monkeypatch: Patch, capsys: Output) -> None:
+    run = text_run(tmp_path, Byte(), "text")
     (tmp_path / "some.txt").write_text("text")
     score = [run, tmp_path / "some.txt", "--bin-seconds", 1]
     check(tool("score", monkeypatch), score, "--bin-seconds: bytes of a text have no seconds", capsys)
@@ -154,9 +147,7 @@ def test_seconds_are_refused_for_a_text(
         check(tool("evaluate", monkeypatch), [run, *words], f"{words[-2]}: the corpus is text", capsys)
 
 
-def test_dynamic_evaluation_learns_in_one_lane(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dynamic_evaluation_learns_in_one_lane(tmp_path: Path, monkeypatch: Patch, capsys: Output) -> None:
     run = make_run(noise_corpus(tmp_path / "corpus"), tmp_path)
     words = [run, "--dynamic", "sgd", "--lanes", 2]
     check(tool("evaluate", monkeypatch), words, "dynamic evaluation: expected num_lanes = 1", capsys)

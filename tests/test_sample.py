@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from handmade_runs import Patch
 from jaxtyping import Float64
 from model_cases import every_model
 from tiny import tiny_model
@@ -38,7 +39,11 @@ def sampled(model: Any, *, num_codes: int = 20, **arguments: Any) -> Any:
 
 def collect(model: Any, **arguments: Any) -> tuple[Tensor, Tensor]:
     """Codes [B, T] and log-probabilities [B, T]."""
-    pairs = list(sampled(model, **arguments))
+    return joined(sampled(model, **arguments))
+
+
+def joined(steps: Any) -> tuple[Tensor, Tensor]:
+    pairs = list(steps)
     return torch.stack([codes for codes, _ in pairs], 1), torch.stack([logs for _, logs in pairs], 1)
 
 
@@ -90,7 +95,7 @@ def test_verification_finds_a_wrong_code_and_nan() -> None:
 
 
 @pytest.mark.parametrize("name", ["compressive_transformer", "wavenet"])
-def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: Patch) -> None:
     model = lively_model(name, torch.float32)
     codes, log_probabilities = collect(model, seed=7)
     torch.rand(5)  # the global generator has no say
@@ -103,6 +108,27 @@ def test_same_seed_same_sample_whatever_is_drawn_ahead(name: str, monkeypatch: p
     assert torch.equal(longer[:, :20], codes)
     assert not torch.equal(collect(model, seed=8)[0], codes)
     assert len({tuple(row) for row in codes.tolist()}) == len(codes)  # no two lanes alike
+
+
+@every_model
+def test_a_restored_sampler_goes_on_bit_for_bit(name: str) -> None:
+    model = tiny_model(name)
+    settings: dict[str, Any] = {"num_lanes": 2, "seed": 5, "start_code": START_CODE, "top_p": 0.95}
+    settings["prime"] = torch.randint(32, (2, 21))
+    first, pieces, states = Sampler(model, **settings), [], []
+    for num_codes in (1, 7, 11, 18):  # stops at a window's end and within windows
+        pieces.append(joined(first.run(num_codes)))
+        leaves = {name: leaf.clone() if isinstance(leaf, Tensor) else leaf for name, leaf in first.leaves().items()}
+        states.append((first.num_codes, leaves))
+    codes, logs = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
+    for stop, leaves in states:
+        second = Sampler(model, **settings)
+        second.restore(leaves)
+        if stop < 37:
+            rest = joined(second.run(37 - stop))
+            assert torch.equal(rest[0], codes[:, stop:])
+            assert torch.equal(rest[1], logs[:, stop:])
+        assert second.num_codes == 37
 
 
 def test_lanes_draw_from_their_own_generators() -> None:
@@ -129,7 +155,7 @@ def test_a_prime_of_any_length_equals_stepping_through_it() -> None:
                     torch.testing.assert_close(-log_probabilities[:, index - length], nll, rtol=0, atol=1e-11)
 
 
-def test_long_primes_go_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_primes_go_through_in_pieces(monkeypatch: Patch) -> None:
     prime = torch.randint(32, (2, 37))
     for name in ("compressive_transformer", "wavenet"):
         model = lively_model(name)

@@ -7,8 +7,9 @@ import librosa
 import numpy as np
 import pytest
 import scipy.linalg
-from handmade_runs import make_run, noise_corpus, read_json, tool
+from handmade_runs import Output, Patch, Tool, make_run, noise_corpus, refusal, write_corpus
 
+from ct_audio.common.files import read_json
 from ct_audio.data.acoustics import (
     MEL_BANDS,
     MEL_FLOOR,
@@ -20,7 +21,6 @@ from ct_audio.data.acoustics import (
     mel_frame_length,
 )
 from ct_audio.data.codecs import MuLaw
-from ct_audio.data.corpus import CorpusWriter
 from ct_audio.sampling.session import Outcome
 from ct_audio.sampling.temperature_report import make_reference, markdown_report, measure_row, white_noise
 
@@ -65,9 +65,9 @@ def test_frechet_distance_equals_the_formula(ranks: tuple[int, int]) -> None:
         else:
             root_trace = np.sqrt(np.linalg.eigvals(product).real.clip(min=0)).sum()
         expected = np.sum((first[0] - second[0]) ** 2) + np.trace(first[1] + second[1]) - 2 * root_trace
-        assert gaussian_frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-6)
-        assert gaussian_frechet_distance(*second, *first) == pytest.approx(expected, rel=1e-6)
-        assert gaussian_frechet_distance(*first, *first) == pytest.approx(0, abs=1e-6)
+        assert gaussian_frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
+        assert gaussian_frechet_distance(second, first) == pytest.approx(expected, rel=1e-6)
+        assert gaussian_frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
 
 
 def test_frechet_distance_of_frames() -> None:
@@ -151,18 +151,12 @@ def test_noise_silence_and_collapse_show_up_as_numbers() -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_writes_sets_and_a_report(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    corpus = tmp_path / "corpus"
-    writer = CorpusWriter(corpus, CODEC, source={}, preparation={})
-    for seed, split in enumerate(("train", "valid")):
-        writer.add_document(split, split, CODEC.encode(speech_like(0.5, seed)))
-    writer.finish()
-    sample, run, out = tool("sample", monkeypatch), make_run(corpus, tmp_path), tmp_path / "out"
+def test_a_sweep_writes_sets_and_a_report(tmp_path: Path, sample: Tool, capsys: Output) -> None:
+    documents = [(split, speech_like(0.5, seed)) for seed, split in enumerate(("train", "valid"))]
+    run, out = make_run(write_corpus(tmp_path / "corpus", CODEC, documents), tmp_path), tmp_path / "out"
     arguments = (run, "--num", 1, "--out", out, "--threads", 1, "--temperatures")
-    assert sample(*arguments, "0.5,1", "--seconds", 0.05) == 2
-    assert "expected at least 0.064 --seconds, got 0.05" in capsys.readouterr().err
+    error = refusal(capsys, sample, *arguments, "0.5,1", "--seconds", 0.05)
+    assert "expected at least 0.064 --seconds, got 0.05" in error
     assert sample(*arguments, "0.5,1", "--seconds", 0.07) in (0, 4)
     printed = capsys.readouterr().out
     table = (out / "temperatures.md").read_text()
@@ -182,7 +176,7 @@ def test_a_sweep_writes_sets_and_a_report(
 
 
 def test_temperatures_that_are_nearly_equal_have_folders_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sample: Tool, monkeypatch: Patch
 ) -> None:
     opened: list[Any] = []
 
@@ -193,21 +187,15 @@ def test_temperatures_that_are_nearly_equal_have_folders_of_their_own(
     monkeypatch.setattr("ct_audio.sampling.session.sample_sets", remember)
     run = make_run(noise_corpus(tmp_path / "corpus"), tmp_path)
     temperatures = "0.8,0.80000001,1,1e-7,1.0000000001e-7"
-    assert tool("sample", monkeypatch)(run, "--temperatures", temperatures, "--out", tmp_path / "out") == 0
+    assert sample(run, "--temperatures", temperatures, "--out", tmp_path / "out") == 0
     names = ["0.8", "0.80000001", "1", "1e-07", "1.0000000001e-07"]
     assert [one.directory.name for one in opened] == [f"temperature_{name}" for name in names]
     assert [one.request.temperature for one in opened] == [float(name) for name in names]
 
 
 @pytest.mark.parametrize("temperatures", ["0.5,x", "1,1.0", "-1,1"])
-def test_temperatures_that_are_none(
-    temperatures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    corpus = tmp_path / "corpus"
-    writer = CorpusWriter(corpus, CODEC, source={}, preparation={})
-    writer.add_document("train", "a", CODEC.encode(speech_like(0.1, 0)))
-    writer.finish()
-    run = make_run(corpus, tmp_path)
-    assert tool("sample", monkeypatch)(run, f"--temperatures={temperatures}", "--out", tmp_path / "out") == 2
-    assert "temperature" in capsys.readouterr().err
+def test_temperatures_that_are_none(temperatures: str, tmp_path: Path, sample: Tool, capsys: Output) -> None:
+    run = make_run(write_corpus(tmp_path / "corpus", CODEC, [("train", speech_like(0.1, 0))]), tmp_path)
+    error = refusal(capsys, sample, run, f"--temperatures={temperatures}", "--out", tmp_path / "out")
+    assert "temperature" in error
     assert not list(tmp_path.glob("out/*"))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from handmade_runs import Patch
 
 from ct_audio.common.errors import UserError
 from ct_audio.sampling import resume
@@ -74,9 +75,7 @@ def test_what_is_saved_comes_back_and_the_state_before_goes(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("num_writes", [0, 1])
-def test_a_save_that_is_cut_off_leaves_the_one_before(
-    num_writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_is_cut_off_leaves_the_one_before(num_writes: int, tmp_path: Path, monkeypatch: Patch) -> None:
     save_sampling(tmp_path, saved_sampling(5))
     write, written = resume.write_file, []
 

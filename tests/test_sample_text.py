@@ -9,18 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from handmade_runs import Tool, read_json, save, tool
+from handmade_runs import Output, Patch, Tool, refusal, text_run
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TINY_MODELS
 
+from ct_audio.common.files import read_json
 from ct_audio.data.codecs import Byte, Codec
-from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.data.vocabulary_codecs import Subword, Word
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
-from ct_audio.models import build_model
-from ct_audio.runs.config import config_from_dict
 from ct_audio.runs.open_run import load_run_model, run_codec
 from ct_audio.sampling.text_checks import find_text_faults, longest_repeat, measure_text, undecodable_bytes
 
@@ -33,39 +29,16 @@ CODECS: dict[str, Codec] = {
 OK = (0, 4)  # 4: a model that was never trained says what is no text
 
 
-def text_run(directory: Path, codec: Codec) -> Path:
-    """A corpus of a short text and a transformer on it that was never trained."""
-    writer = CorpusWriter(directory / "corpus", codec, source={}, preparation={})
-    for split in ("train", "valid"):
-        writer.add_document(split, split, codec.encode(TEXT))
-    writer.finish()
-    plain = {
-        "name": "text",
-        "runs_dir": str(directory),
-        "model": TINY_MODELS["compressive_transformer"] | {"vocab_size": codec.vocab_size},
-        "data": {"corpus": str(directory / "corpus"), "chunk_length": 64, "num_lanes": 1},
-    }
-    config = config_from_dict(plain)
-    torch.manual_seed(0)
-    save(config, build_model(config), fingerprint=open_corpus(directory / "corpus").fingerprint)
-    return config.run_dir
-
-
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: text_run(tmp_path_factory.mktemp(name), codec) for name, codec in CODECS.items()}
-
-
-@pytest.fixture
-def sample(monkeypatch: pytest.MonkeyPatch) -> Tool:
-    return tool("sample", monkeypatch)
+    return {name: text_run(tmp_path_factory.mktemp(name), codec, TEXT) for name, codec in CODECS.items()}
 
 
 @pytest.mark.parametrize(
     "name", ["word", *(pytest.param(name, marks=pytest.mark.slow) for name in ("byte", "subword"))]
 )
 def test_sample_writes_texts_and_sidecars(
-    name: str, runs: dict[str, Path], tmp_path: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
+    name: str, runs: dict[str, Path], tmp_path: Path, sample: Tool, capsys: Output
 ) -> None:
     run, codec, prime = runs[name], CODECS[name], tmp_path / "prime.txt"
     prime.write_bytes(TEXT[:100])
@@ -105,7 +78,7 @@ def test_sample_writes_texts_and_sidecars(
 
 
 def test_text_goes_to_stdout_as_it_is_sampled(
-    runs: dict[str, Path], tmp_path: Path, sample: Tool, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], tmp_path: Path, sample: Tool, monkeypatch: Patch
 ) -> None:
     class Pipe(io.BytesIO):
         mode = "wb"  # type: ignore[assignment]
@@ -140,12 +113,9 @@ def test_options_of_audio_are_refused(
     runs: dict[str, Path],
     tmp_path: Path,
     sample: Tool,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Output,
 ) -> None:
-    assert sample(runs["byte"], *arguments, "--out", tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in refusal(capsys, sample, runs["byte"], *arguments, "--out", tmp_path / "out")
     assert not list(tmp_path.glob("out/*"))
 
 

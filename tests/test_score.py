@@ -3,42 +3,23 @@
 import csv
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from handmade_runs import RATE, Tool, make_run, noise_corpus, read_json, save, speech_like, tool
+from handmade_runs import RATE, Output, Patch, Tool, make_run, noise_corpus, refusal, speech_like, text_run, tool
 from recordings import write
-from tiny import TINY_MODELS
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.files import read_json
 from ct_audio.data.codecs import Byte, MuLaw, read_codes
-from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.evaluation.over_time import bins_over_time, most_surprising, score_codes
-from ct_audio.models import build_model
-from ct_audio.runs.config import config_from_dict
 from ct_audio.runs.open_run import load_run_model, run_codec
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     return make_run(noise_corpus(tmp_path / "corpus"), tmp_path / "runs", "compressive_transformer")
-
-
-def text_run(directory: Path) -> Path:
-    """A run of a model of bytes that says that every byte is equally probable."""
-    writer = CorpusWriter(directory / "corpus", Byte(), source={}, preparation={})
-    for split in ("train", "valid"):
-        writer.add_document(split, split, Byte().encode("the quick brown fox\n"))
-    writer.finish()
-    data = {"corpus": str(directory / "corpus"), "chunk_length": 16, "num_lanes": 1}
-    plain = {"name": "text", "runs_dir": str(directory / "runs"), "data": data}
-    config = config_from_dict(plain | {"model": TINY_MODELS["compressive_transformer"] | {"vocab_size": 256}})
-    model: Any = build_model(config)
-    torch.nn.init.zeros_(model.head.projection.weight)
-    save(config, model, fingerprint=open_corpus(directory / "corpus").fingerprint)
-    return config.run_dir
 
 
 def test_every_code_is_scored_given_all_before_it(run_dir: Path) -> None:
@@ -76,7 +57,7 @@ def test_bins_are_means_of_their_codes(run_dir: Path, bin_length: int) -> None:
 
 
 def test_text_of_even_odds_has_eight_bits_a_byte(tmp_path: Path) -> None:
-    run_dir = text_run(tmp_path)
+    run_dir = text_run(tmp_path, Byte(), "the quick brown fox\n", is_even=True)
     run = load_run_model(run_dir)
     codec = run_codec(run, run_dir)
     file = tmp_path / "some.txt"
@@ -88,7 +69,7 @@ def test_text_of_even_odds_has_eight_bits_a_byte(tmp_path: Path) -> None:
 
 
 def test_the_tool_writes_a_table_and_a_picture_for_each_file(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_dir: Path, tmp_path: Path, monkeypatch: Patch, capsys: Output
 ) -> None:
     score: Tool = tool("score", monkeypatch)
     for folder, seed in (("a", 1), ("b", 2)):
@@ -113,10 +94,8 @@ def test_the_tool_writes_a_table_and_a_picture_for_each_file(
 
 
 @pytest.mark.slow
-def test_the_tool_scores_texts_and_says_what_is_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    score, run_dir = tool("score", monkeypatch), text_run(tmp_path)
+def test_the_tool_scores_texts_and_says_what_is_wrong(tmp_path: Path, monkeypatch: Patch, capsys: Output) -> None:
+    score, run_dir = tool("score", monkeypatch), text_run(tmp_path, Byte(), "the quick brown fox\n", is_even=True)
     file, empty = tmp_path / "some.txt", tmp_path / "empty.txt"
     file.write_text("a" * 250)
     empty.write_text("")
@@ -129,5 +108,4 @@ def test_the_tool_scores_texts_and_says_what_is_wrong(
         ([file, "--bin-seconds", 1], "have no seconds"),
         ([file, "--bin-units", 0], "at least 1 byte each"),
     ):
-        assert score(run_dir, *arguments) == 2
-        assert message in capsys.readouterr().err
+        assert message in refusal(capsys, score, run_dir, *arguments)

@@ -6,25 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade_runs import RATE, Tool, make_run, speech_like, tool
+from handmade_runs import RATE, Output, Tool, make_run, refusal, speech_like, write_corpus
 from tiny import TINY_MODELS
 
 from ct_audio.data.codecs import MuLaw
-from ct_audio.data.corpus import CorpusWriter, open_corpus
+from ct_audio.data.corpus import open_corpus
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
 from ct_audio.models import build_model
 from ct_audio.runs.config import config_from_dict
 
 
-@pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch) -> Tool:
-    return tool("evaluate", monkeypatch)
-
-
 @pytest.mark.parametrize("name", ["wavenet", "compressive_transformer"])
-def test_evaluate_prints_one_object(
-    name: str, corpus: Path, tmp_path: Path, evaluate: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_prints_one_object(name: str, corpus: Path, tmp_path: Path, evaluate: Tool, capsys: Output) -> None:
     run = make_run(corpus, tmp_path, name)
     assert evaluate(run, "--json", "--split", "test") == 0
     report = json.loads(capsys.readouterr().out)
@@ -38,20 +31,15 @@ def test_evaluate_prints_one_object(
     assert report["protocol"]["seconds"] == report["seconds"]
     assert report["protocol"]["num_lanes"] == 1
     torch.manual_seed(0)
-    model = build_model(
-        config_from_dict(
-            {"name": "x", "model": TINY_MODELS[name] | {"vocab_size": 256}, "data": {"corpus": "x", "chunk_length": 64}}
-        )
-    )
+    plain = {"name": "x", "model": TINY_MODELS[name] | {"vocab_size": 256}}
+    model = build_model(config_from_dict(plain | {"data": {"corpus": "x", "chunk_length": 64}}))
     assert report["num_parameters"] == sum(p.numel() for p in model.parameters())
     if name == "compressive_transformer":
         expected = evaluate_nll(model, Stretch(split.codes, 128, 64)).nll_nats
         assert report["nll_nats"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_evaluate_defaults_and_settings(
-    corpus: Path, tmp_path: Path, evaluate: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_defaults_and_settings(corpus: Path, tmp_path: Path, evaluate: Tool, capsys: Output) -> None:
     run = make_run(corpus, tmp_path, "compressive_transformer")
     assert evaluate(run) == 0
     text = capsys.readouterr().out
@@ -69,19 +57,10 @@ def test_evaluate_defaults_and_settings(
     assert json.loads(capsys.readouterr().out)["protocol"]["warmup_length"] == 0
 
 
-def test_evaluate_refuses_another_corpus(
-    corpus: Path, tmp_path: Path, evaluate: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_refuses_another_corpus(corpus: Path, tmp_path: Path, evaluate: Tool, capsys: Output) -> None:
     run = make_run(corpus, tmp_path)
-    other = tmp_path / "other"
-    writer = CorpusWriter(other, MuLaw(), source={}, preparation={})
-    writer.add_document("valid", "a", MuLaw().encode(speech_like(500, 9)))
-    writer.finish()
-    assert evaluate(run, "--corpus", other) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert "holds other codes" in message
-    assert message.count("\n") == 1
+    other = write_corpus(tmp_path / "other", MuLaw(), [("valid", speech_like(500, 9))])
+    assert "holds other codes" in refusal(capsys, evaluate, run, "--corpus", other)
     assert evaluate(run, "--corpus", other, "--allow-other-corpus", "--json") == 0
     assert json.loads(capsys.readouterr().out)["num_units"] == 500
 
@@ -99,15 +78,6 @@ def test_evaluate_refuses_another_corpus(
     ],
 )
 def test_evaluate_errors_are_one_line(
-    arguments: list[str],
-    message: str,
-    corpus: Path,
-    tmp_path: Path,
-    evaluate: Tool,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, corpus: Path, tmp_path: Path, evaluate: Tool, capsys: Output
 ) -> None:
-    assert evaluate(make_run(corpus, tmp_path), *arguments) == 2
-    found = capsys.readouterr()
-    assert found.out == ""
-    assert message in found.err
-    assert found.err.count("\n") == 1
+    assert message in refusal(capsys, evaluate, make_run(corpus, tmp_path), *arguments)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from handmade_runs import RATE, ROOT, Tool, make_run, read_json, speech_like, tool
+from handmade_runs import RATE, ROOT, Output, Patch, Tool, make_run, refusal, speech_like, write_corpus
 
+from ct_audio.common.files import read_json
 from ct_audio.data.audio_files import write_wav
 from ct_audio.data.codecs import MuLaw
-from ct_audio.data.corpus import CorpusWriter
 from ct_audio.sampling import sample_set, session
 from ct_audio.sampling.resume import directory_lock
 from ct_audio.sampling.sample_set import SampleStream
@@ -26,11 +26,6 @@ from ct_audio.sampling.sampler import Sampler
 
 SETTINGS = ("--num", 2, "--seed", 3, "--top-p", 0.95, "--threads", 1)
 OK = (0, 4)  # 4: so short a sample of a made-up model may well be faulty audio
-
-
-@pytest.fixture
-def sample(monkeypatch: pytest.MonkeyPatch) -> Tool:
-    return tool("sample", monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +36,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 
 @pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def stop_after(monkeypatch: Patch) -> Callable[[int], None]:
     """Send this process a SIGTERM once a sampler has so many codes."""
     run = Sampler.run
 
@@ -72,7 +67,7 @@ def test_stopped_and_finished_samplings_go_on_bit_for_bit(
     tmp_path: Path,
     sample: Tool,
     stop_after: Callable[[int], None],
-    capsys: pytest.CaptureFixture[str],
+    capsys: Output,
 ) -> None:
     run, out = runs[name], tmp_path / "out"
     write_wav(tmp_path / "prime.wav", speech_like(40, 5), RATE)
@@ -105,7 +100,7 @@ def test_stopped_and_finished_samplings_go_on_bit_for_bit(
 
 
 def test_resume_refuses_what_does_not_fit(
-    runs: dict[str, Path], corpus: Path, tmp_path: Path, sample: Tool, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], corpus: Path, tmp_path: Path, sample: Tool, capsys: Output
 ) -> None:
     run, out = runs["wavenet"], tmp_path / "out"
     common = ("--seconds", 0.002, "--out", out, "--resume", "--threads", 1)
@@ -120,19 +115,15 @@ def test_resume_refuses_what_does_not_fit(
         ((run, *common, "--num", 2, "--threads", 2), "threads (was 1, now 2)"),
         ((other_weights, *common, "--num", 2), "weights (was "),
     ):
-        assert sample(*arguments) == 2
-        error = capsys.readouterr().err
+        error = refusal(capsys, sample, *arguments)
         assert message in error
         assert "resume with those of before, or choose another --out" in error
-        assert error.count("\n") == 1
     torch.set_num_threads(1)
     (state,) = out.glob("sampling-*.safetensors")
     state.write_bytes(state.read_bytes()[:-1])
-    assert sample(run, *common, "--num", 2) == 2
-    assert "state of its sampling is damaged" in capsys.readouterr().err
+    assert "state of its sampling is damaged" in refusal(capsys, sample, run, *common, "--num", 2)
     with directory_lock(out):
-        assert sample(run, *common, "--num", 2) == 2
-    assert "another process samples to" in capsys.readouterr().err
+        assert "another process samples to" in refusal(capsys, sample, run, *common, "--num", 2)
     assert files(out) == before
 
 
@@ -152,7 +143,7 @@ class Pipe(io.BytesIO):
 
 
 def test_stdout_gets_the_samples_of_the_wav_while_they_are_made(
-    runs: dict[str, Path], tmp_path: Path, sample: Tool, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], tmp_path: Path, sample: Tool, monkeypatch: Patch
 ) -> None:
     samplers: list[Sampler] = []
     remember = Sampler.__init__
@@ -278,11 +269,8 @@ def test_a_sweep_that_was_stopped_goes_on(
 ) -> None:
     """Broken off in the middle of each set in turn."""
     codec = MuLaw(sample_rate_hz=8000)
-    writer = CorpusWriter(tmp_path / "corpus", codec, source={}, preparation={})
-    for split in ("train", "valid"):
-        writer.add_document(split, split, codec.encode(speech_like(5000, len(split))))
-    writer.finish()
-    run = make_run(tmp_path / "corpus", tmp_path)
+    documents = [(split, speech_like(5000, seed)) for seed, split in enumerate(("train", "valid"))]
+    run = make_run(write_corpus(tmp_path / "corpus", codec, documents), tmp_path)
     arguments = (run, *SETTINGS, "--seconds", 0.07, "--temperatures", "0.5,1", "--out")
     assert sample(*arguments, tmp_path / "whole") in OK
     stop_after(300)

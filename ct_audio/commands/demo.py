@@ -60,7 +60,6 @@ class Step:
     """Commands that run side by side.
 
     Attributes:
-        title: what it does.
         commands: each a command line in words, by what its output is marked with.
         accepted: exit statuses after which the demo goes on.
         once: skipped when it was completed with these commands and these checkpoints.
@@ -100,11 +99,11 @@ def main() -> int:
         for label, status in statuses.items():
             if status not in step.accepted:
                 raise UserError(
-                    f"the demo stopped: exit status {status} of `{shown(step.commands[label])}`; "
+                    f"the demo stopped: exit status {status} of `{shlex.join(step.commands[label])}`; "
                     "its message stands above; the same command goes on from here"
                 )
-        times.append((step.title, *since(start)))
-    times.append(("all of it", *since(began)))
+        times.append((step.title, *clocks(start)))
+    times.append(("all of it", *clocks(began)))
     print("\n   wall      CPU")
     print("\n".join(f"{wall:7.1f} s {cpu:7.1f} s  {title}" for title, wall, cpu in times))
     print("\n" + "\n".join(results(PROJECT / places.out / "table.csv")))
@@ -143,7 +142,14 @@ def plan(places: Places, overrides: list[str], *, seconds: float, num_sentences:
         Step("linear prediction, nothing to train: the line to beat", fit),
         Step("training: both models side by side, one core each", train),
         *(
-            Step(f"evaluation of the {what}: all of the {split} split", evaluations(places, split, names), once=True)
+            Step(
+                f"evaluation of the {what}: all of the {split} split",
+                {
+                    name: ["python", "tools/evaluate.py", str(places.run(name)), "--split", split, "--threads", "1"]
+                    for name in names
+                },
+                once=True,
+            )
             for what, names in (("line", BASELINES), ("models", MODELS))
             for split in SPLITS
         ),
@@ -152,43 +158,26 @@ def plan(places: Places, overrides: list[str], *, seconds: float, num_sentences:
     ]
 
 
-def evaluations(places: Places, split: str, names: tuple[str, ...]) -> dict[str, list[str]]:
-    """Commands that score a split, by run."""
-    return {
-        name: ["python", "tools/evaluate.py", str(places.run(name)), "--split", split, "--threads", "1"]
-        for name in names
-    }
-
-
-def clocks() -> tuple[float, float]:
-    """Seconds of wall time, and of CPU time of all commands that have ended."""
+def clocks(start: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
+    """Seconds of wall time, and of CPU time of all commands that have ended, since `start`."""
     times = os.times()
-    return time.monotonic(), times.children_user + times.children_system
-
-
-def since(start: tuple[float, float]) -> tuple[float, ...]:
-    """Seconds of both clocks from `start` to now."""
-    return tuple(now - then for now, then in zip(clocks(), start, strict=True))
-
-
-def shown(command: list[str]) -> str:
-    """As it can be typed in the project's directory."""
-    return shlex.join(command)
+    return time.monotonic() - start[0], times.children_user + times.children_system - start[1]
 
 
 def run_once(step: Step, places: Places) -> dict[str, int]:
     """Those commands that were not completed before with the same checkpoint; returns exit statuses."""
     todo, marks = {}, {}
     for model, command in step.commands.items():
-        mark = places.out / "done" / f"{model}-{hashlib.sha256(shown(command).encode()).hexdigest()[:16]}"
+        shown = shlex.join(command)  # as it can be typed in the project's directory
+        mark = places.out / "done" / f"{model}-{hashlib.sha256(shown.encode()).hexdigest()[:16]}"
         best = PROJECT / places.run(model) / "checkpoints" / "best" / "state.json"
-        marks[model] = (PROJECT / mark, f"{shown(command)}\n{hashlib.sha256(best.read_bytes()).hexdigest()}\n")
+        marks[model] = (PROJECT / mark, f"{shown}\n{hashlib.sha256(best.read_bytes()).hexdigest()}\n")
         try:
             status, _, rest = marks[model][0].read_text(encoding="utf-8").partition("\n")
         except OSError:
             status, rest = "", ""
         if rest == marks[model][1]:
-            print(f"$ {shown(command)}\n  was done before" + (": with warnings" if status != "0" else ""))
+            print(f"$ {shown}\n  was done before" + (": with warnings" if status != "0" else ""))
         else:
             todo[model] = command
     statuses = run_commands(todo)
@@ -210,7 +199,7 @@ def run_commands(commands: dict[str, list[str]]) -> dict[str, int]:
     readers = []
     try:
         for label, command in commands.items():
-            print(f"$ {shown(command)}", flush=True)
+            print(f"$ {shlex.join(command)}", flush=True)
             alone = len(commands) == 1 and not label
             running[label] = subprocess.Popen(
                 [sys.executable, *command[1:]],

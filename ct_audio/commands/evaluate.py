@@ -34,10 +34,8 @@ def _evaluate(arguments: argparse.Namespace, run: Any, corpus: Any) -> int:
     from ct_audio.evaluation.stored import evaluate_run, store_evaluation
 
     settings, split = _settings(arguments), corpus.split(arguments.split)
-    groups = [
-        GroupSums(grouping)
-        for grouping in make_groupings(arguments.by, run.model, corpus, split, num_codes=settings.num_codes(split))
-    ]
+    groupings = make_groupings(arguments.by, run.model, corpus, split, num_codes=settings.num_codes(split))
+    groups = [GroupSums(grouping) for grouping in groupings]
     report, blocks = evaluate_run(run, corpus, settings, on_nll=groups)
     tables = {each.grouping.name: each.rows() for each in groups}
     try:
@@ -45,7 +43,7 @@ def _evaluate(arguments: argparse.Namespace, run: Any, corpus: Any) -> int:
         stored = f"stored in {path}"
         if groups:
             place = _directory(arguments) / f"{path.stem}-by"
-            write_groups([each.grouping for each in groups], tables, report, place)
+            write_groups(groupings, tables, report, place)
             stored += f"; tables and picture in {place}.png, .json and -*.csv"
     except OSError as error:
         print(f"warning: the result is not kept in {arguments.run}: {error}", file=sys.stderr)

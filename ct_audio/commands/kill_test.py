@@ -21,10 +21,7 @@ def main() -> int:
     from ct_audio.experiments.kill_resume import kill_and_compare
 
     different = kill_and_compare(
-        num_kills=arguments.kills,
-        num_processes=arguments.processes,
-        num_steps=arguments.steps,
-        seed=arguments.seed,
+        num_kills=arguments.kills, num_processes=arguments.processes, num_steps=arguments.steps, seed=arguments.seed
     )
     found = f"{len(different)} tensors differ {different[:5]}"
     print(f"{arguments.kills} kills, {arguments.processes} process(es): {found}")

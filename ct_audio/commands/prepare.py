@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ct_audio.commands.command_line import build_parser, parse, refuse
 from ct_audio.common.errors import UserError
@@ -64,9 +65,8 @@ def load_recipe(folder: Path) -> ModuleType:
     file = folder / "prepare.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
     if not file.is_file() or spec is None or spec.loader is None:
-        raise UserError(
-            f"{folder} is no recipe: there is no prepare.py in it; expected a folder such as recipes/folder"
-        )
+        expected = "expected a folder such as recipes/folder"
+        raise UserError(f"{folder} is no recipe: there is no prepare.py in it; {expected}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -112,29 +112,27 @@ def main() -> int:
     own = {name: str(value) if isinstance(value, Path) else value for name, value in vars(recipe_options).items()}
     own = {name: value for name, value in own.items() if name != "given" and not name.startswith("download")}
     source = {"recipe": options.recipe.resolve().name, "path": str(folder), "options": own}
-    prepare = prepare_texts if is_text else prepare_recordings
+    common = {"source": source, "num_processes": options.num_processes, "overwrite": options.overwrite}
     start = time.monotonic()
-    if prepare(recipe, recipe_options, folder, source, options):
+    if is_text:
+        is_new = prepare_texts(
+            recipe.list_texts(folder, recipe_options), recipe.settings(recipe_options), options, common
+        )
+    else:
+        is_new = prepare_recordings(recipe.list_recordings(folder, recipe_options), options, common)
+    if is_new:
         print(f"{options.out}: done in {time.monotonic() - start:.1f} s")
     return 0
 
 
-def prepare_recordings(
-    recipe: ModuleType, recipe_options: argparse.Namespace, folder: Path, source: dict, options: argparse.Namespace
-) -> bool:
+def prepare_recordings(recordings: list[Any], options: argparse.Namespace, common: dict[str, Any]) -> bool:
     """Recordings -> corpus; False if it was there already."""
     from ct_audio.preparation.audio_report import summary_lines
     from ct_audio.preparation.recordings import AudioSettings, prepare_audio
 
     settings = AudioSettings(gain_db=options.gain_db, trim_db=options.trim_db, min_seconds=options.min_seconds)
     corpus, report = prepare_audio(
-        recipe.list_recordings(folder, recipe_options),
-        options.out,
-        settings=settings,
-        source=source,
-        num_processes=options.num_processes,
-        allow_dropped=options.allow_dropped,
-        overwrite=options.overwrite,
+        recordings, options.out, settings=settings, allow_dropped=options.allow_dropped, **common
     )
     if report is None:
         print(f"{options.out} is complete already: the same recordings and settings ({corpus.fingerprint[:16]})")
@@ -143,23 +141,13 @@ def prepare_recordings(
     return True
 
 
-def prepare_texts(
-    recipe: ModuleType, recipe_options: argparse.Namespace, folder: Path, source: dict, options: argparse.Namespace
-) -> bool:
+def prepare_texts(texts: list[Any], settings: Any, options: argparse.Namespace, common: dict[str, Any]) -> bool:
     """Texts -> corpus; False if it was there already."""
     from ct_audio.preparation.text_blocks import require_decodes_back
     from ct_audio.preparation.text_tables import statistics_table
     from ct_audio.preparation.texts import prepare_text
 
-    texts = recipe.list_texts(folder, recipe_options)
-    corpus, was_there = prepare_text(
-        texts,
-        options.out,
-        settings=recipe.settings(recipe_options),
-        source=source,
-        num_processes=options.num_processes,
-        overwrite=options.overwrite,
-    )
+    corpus, was_there = prepare_text(texts, options.out, settings=settings, **common)
     if was_there:
         print(f"{options.out} is complete already: the same texts and settings ({corpus.fingerprint[:16]})")
     if options.verify:

@@ -33,7 +33,10 @@ def main() -> int:
         codec = run_codec(run, arguments.run)
         _require_codec_fits(arguments, codec, to_terminal=arguments.stdout and stdout.isatty())
         if arguments.out is not None:
-            _make_directory(arguments.out)
+            try:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out: cannot make the directory {arguments.out}: {error}") from error
             stack.enter_context(directory_lock(arguments.out))
         requests = _requests(arguments, codec)  # what does not fit is found before any set is begun
         sets = [SampleSet(run, codec, each, place, resume=arguments.resume) for place, each in requests]
@@ -116,11 +119,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _temperatures(text: str) -> list[float]:
-    """Values of --temperatures.
-
-    Raises:
-        UserError: something in it is no number, or comes twice.
-    """
+    """Values of --temperatures; `UserError` where something in it is no number, or comes twice."""
     try:
         temperatures = [float(part) for part in text.split(",")]
     except ValueError:
@@ -164,10 +163,8 @@ def _requests(arguments: argparse.Namespace, codec: Any) -> list[tuple[Path | No
     }
     if arguments.temperatures is None:
         return [(arguments.out, Request(temperature=arguments.temperature, **settings))]
-    return [
-        (arguments.out / f"temperature_{number_in_name(temperature)}", Request(temperature=temperature, **settings))
-        for temperature in arguments.temperatures
-    ]
+    requests = [Request(temperature=temperature, **settings) for temperature in arguments.temperatures]
+    return [(arguments.out / f"temperature_{number_in_name(each.temperature)}", each) for each in requests]
 
 
 def _num_codes(prefix: str, length: int | None, seconds: float | None, codec: Any) -> int:
@@ -182,10 +179,3 @@ def _num_codes(prefix: str, length: int | None, seconds: float | None, codec: An
     if length < 1:
         raise UserError(f"--{prefix}length: expected at least one {codec.unit}, got {length}")
     return length
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: cannot make the directory {path}: {error}") from error

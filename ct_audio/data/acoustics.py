@@ -12,14 +12,10 @@ from jaxtyping import Float, Float64
 
 SILENT_RMS_DBFS = -75.0
 """Quieter is no pause: codes 127 and 128 alone give -81 dBFS, the noise floor of quiet recordings is about -60."""
-
 MEL_BANDS = 40
-
 MEL_FLOOR = 1e-10
 """Power of a band below which nothing is told apart: the quantisation noise of mu-law silence has 1e-9."""
-
 LOWEST_PITCH_HZ, HIGHEST_PITCH_HZ = 60.0, 500.0
-
 SILENCE_FLOOR_DBFS = -120.0
 """What is written for the level of exact zeros, because JSON has no infinity."""
 
@@ -44,15 +40,9 @@ def log_mel_frames(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Flo
     length = mel_frame_length(sample_rate_hz)
     if len(waveform) < length:
         return np.zeros((0, MEL_BANDS))
-    transform = torchaudio.transforms.MelSpectrogram(
-        sample_rate_hz,
-        n_fft=length,
-        hop_length=length // 4,
-        n_mels=MEL_BANDS,
-        center=False,
-        normalized=True,
-        mel_scale="slaney",
-    ).double()
+    frames = {"n_fft": length, "hop_length": length // 4, "center": False}
+    bands = {"n_mels": MEL_BANDS, "normalized": True, "mel_scale": "slaney"}
+    transform = torchaudio.transforms.MelSpectrogram(sample_rate_hz, **frames, **bands).double()
     power = transform(torch.from_numpy(waveform.astype(np.float64)))
     return power.clamp(min=MEL_FLOOR).log().T.numpy()
 
@@ -62,26 +52,23 @@ def frechet_distance(first: Float[np.ndarray, "F1 D"], second: Float[np.ndarray,
 
     Source: Kilgour et al. 2019, arXiv 1812.08466. Differs: log-mel frames in place of a network's embedding.
     """
-    moments = [(np.mean(frames, axis=0), np.cov(frames, rowvar=False)) for frames in (first, second)]
-    return gaussian_frechet_distance(*moments[0], *moments[1])
+    one, other = ((np.mean(frames, axis=0), np.cov(frames, rowvar=False)) for frames in (first, second))
+    return gaussian_frechet_distance(one, other)
 
 
 def gaussian_frechet_distance(
-    first_mean: Float[np.ndarray, "D"],
-    first_covariance: Float[np.ndarray, "D D"],
-    second_mean: Float[np.ndarray, "D"],
-    second_covariance: Float[np.ndarray, "D D"],
+    first: tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D D"]],
+    second: tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D D"]],
 ) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (m, C).
 
     The last trace is the sum of the singular values of C1^(1/2) C2^(1/2): symmetric, and sound where a covariance is
     singular, as that of fewer frames than bands is.
     Source: Dowson and Landau 1982.
     """
-    root = [_square_root(covariance) for covariance in (first_covariance, second_covariance)]
-    cross = np.linalg.svd(root[0] @ root[1], compute_uv=False).sum()
-    spread = np.trace(first_covariance) + np.trace(second_covariance) - 2 * cross
-    return float(np.sum((first_mean - second_mean) ** 2) + max(spread, 0.0))
+    cross = np.linalg.svd(_square_root(first[1]) @ _square_root(second[1]), compute_uv=False).sum()
+    spread = np.trace(first[1]) + np.trace(second[1]) - 2 * cross
+    return float(np.sum((first[0] - second[0]) ** 2) + max(spread, 0.0))
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

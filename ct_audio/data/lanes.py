@@ -18,13 +18,11 @@ from ct_audio.common.errors import UserError
 
 
 class Chunk(NamedTuple):
-    """One training step's codes of this rank's lanes.
+    """One training step's codes of this rank's lanes, see `shift_by_one`.
 
     Attributes:
-        inputs: int64 [B, T], the code before each target; the codec's start code before corpus index 0, and before
-            each document where memory is reset at documents.
-        targets: int64 [B, T], contiguous codes of the split.
-        document_starts: [B, T], True where a target is the first of a document; None where memory is not reset there.
+        inputs, targets: int64 [B, T].
+        document_starts: [B, T]; None where memory is not reset at documents.
         positions: int64 [B], corpus index of `targets[:, 0]`.
     """
 
@@ -90,18 +88,14 @@ class WindowStream:
         """The next T codes of each of this rank's lanes."""
         used = self.num_codes_used
         positions = [(lane * self._segment_length + self._codes_per_lane) % used for lane in self._lanes]
-        rows = [self._read(position, used) for position in positions]
-        inputs, targets, starts = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True))
+        rows = zip(*map(self._read, positions), strict=True)
+        inputs, targets, starts = (torch.from_numpy(np.stack(arrays)) for arrays in rows)
         self._codes_per_lane += self._chunk_length
         return Chunk(inputs, targets, starts if self._reset else None, torch.tensor(positions, dtype=torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able, the same on every rank."""
-        return {
-            "codes_per_lane": self._codes_per_lane,
-            "num_lanes": self._num_lanes,
-            "num_codes": len(self._codes),
-        }
+        return {"codes_per_lane": self._codes_per_lane, "num_lanes": self._num_lanes, "num_codes": len(self._codes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position that `state_dict` gave.
@@ -118,9 +112,9 @@ class WindowStream:
                 )
         self._codes_per_lane = state["codes_per_lane"]
 
-    def _read(self, position: int, used: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, targets and document starts [T] of the codes from `position` on, back to 0 where `used` ends."""
-        until_end = min(self._chunk_length, used - position)
+    def _read(self, position: int) -> tuple[np.ndarray, ...]:
+        """Inputs, targets and document starts [T] of the codes from `position` on, back to 0 at the end of the used."""
+        until_end = min(self._chunk_length, self.num_codes_used - position)
         spans = [(position, position + until_end), (0, self._chunk_length - until_end)]
         offsets = self._document_offsets if self._reset else None
         parts = [
@@ -128,8 +122,7 @@ class WindowStream:
             for begin, end in spans
             if begin < end
         ]
-        inputs, targets, starts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return inputs, targets, starts
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 def shift_by_one(
@@ -143,12 +136,10 @@ def shift_by_one(
     """Inputs, targets and document starts of the codes [begin, end) of a stream.
 
     Args:
-        codes: all codes of the stream; a memory map will do.
         start_code: the code that precedes index 0 and, with `document_offsets`, each document.
         document_offsets: index of the first code of each document, ascending; None: one continuous stream.
     Returns:
-        inputs [T], the code before each target; targets [T]; document starts [T], True where a target is the first of
-        a document, False everywhere in a continuous stream.
+        the code before each target; targets; True where a target is the first of a document.
     """
     targets = np.array(codes[begin:end], dtype=np.int64)
     inputs = np.empty_like(targets)

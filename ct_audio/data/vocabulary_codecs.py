@@ -32,8 +32,44 @@ MAX_VOCAB_SIZE = 1 << 24
 _MAX_WORD_LENGTH = 1 << 16
 
 
+class _VocabularyCodec:
+    """What both share; each says what a code stands for and what its vocabulary file holds."""
+
+    name: str
+    sample_rate_hz: int | None = None
+    _pieces: Any  # bytes of each code
+    _content: Any  # of the file, plain values
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return len(self._pieces)
+
+    def decode(self, codes: Integer[np.ndarray, "N"], /) -> bytes:
+        """The bytes that the codes stand for, one after the other.
+
+        Raises:
+            UserError: a code is not in the vocabulary.
+        """
+        require_codes(codes, self.vocab_size, self.name)
+        return b"".join(map(self._pieces.__getitem__, codes.tolist()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain description; with `files` the inverse of `codec_from_json`."""
+        sha256 = hashlib.sha256(self._file).hexdigest()
+        return {"name": self.name, "vocab_size": self.vocab_size, "vocabulary": VOCABULARY_FILE, "sha256": sha256}
+
+    def files(self) -> dict[str, bytes]:
+        """The vocabulary as JSON, an entry a line in the order of the codes."""
+        return {VOCABULARY_FILE: self._file}
+
+    @cached_property
+    def _file(self) -> bytes:
+        return (json.dumps(self._content, ensure_ascii=False, indent=0) + "\n").encode("utf-8")
+
+
 @dataclass(frozen=True)
-class Word:
+class Word(_VocabularyCodec):
     """Words separated by ASCII white space; a line feed is the word `<eos>`, an unknown word is `<unk>`.
 
     Decoding gives the layout of WikiText's files: " = Title = \\n", a space after every word and before each line.
@@ -47,7 +83,6 @@ class Word:
 
     name: str = field(default="word", init=False)
     unit: str = field(default="word", init=False)
-    sample_rate_hz: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not {LINE_END, UNKNOWN} <= set(self.words):
@@ -57,11 +92,6 @@ class Word:
         for word, raw in zip(self.words, self._index, strict=True):
             if raw.split() != [raw]:
                 raise UserError(f"codec word: {word!r} in the vocabulary is no word: it is empty or has white space")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of codes."""
-        return len(self.words)
 
     @property
     def start_code(self) -> int:
@@ -74,35 +104,18 @@ class Word:
 
     @cached_property
     def _pieces(self) -> list[bytes]:
-        """What each code stands for."""
-        return [b"\n" if word == LINE_END else word.encode("utf-8") for word in self.words]
+        return [b" \n" if word == LINE_END else f" {word}".encode() for word in self.words]
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        return {"format": "ct_audio words", "words": list(self.words)}
 
     def encode(self, text: str | bytes, /) -> Int32[np.ndarray, "N"]:
         """Codes of a text (a str in UTF-8)."""
-        words = _as_bytes(text).replace(b"\n", f" {LINE_END} ".encode()).split()
+        raw = text.encode("utf-8") if isinstance(text, str) else text
+        words = raw.replace(b"\n", f" {LINE_END} ".encode()).split()
         unknown = self._index[UNKNOWN.encode()]
         return np.fromiter(map(self._index.get, words, repeat(unknown)), dtype=np.int32, count=len(words))
-
-    def decode(self, codes: Integer[np.ndarray, "N"], /) -> bytes:
-        """The text in the layout of WikiText's files.
-
-        Raises:
-            UserError: a code is not in the vocabulary.
-        """
-        require_codes(codes, self.vocab_size, self.name)
-        return b" " + b" ".join(map(self._pieces.__getitem__, codes.tolist())) if len(codes) else b""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain description; with `files` the inverse of `codec_from_json`."""
-        return _describe(self.name, self.vocab_size, self._file)
-
-    def files(self) -> dict[str, bytes]:
-        """The vocabulary, one word a line in the order of the codes."""
-        return {VOCABULARY_FILE: self._file}
-
-    @cached_property
-    def _file(self) -> bytes:
-        return _to_bytes({"format": "ct_audio words", "words": list(self.words)})
 
     @classmethod
     def from_counts(cls, counts: Counter[bytes]) -> "Word":
@@ -126,12 +139,12 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Subword:
+class Subword(_VocabularyCodec):
     """Byte-level byte-pair encoding (BPE): every text can be encoded, and `decode(encode(text))` is `text`.
 
     Subwords never cross a line feed nor, within a line, a border of GPT-2's pattern (words with the space before them,
-    numbers, punctuation). Differs from other codecs: `encode(decode(codes))` is `codes` only where `encode` made them;
-    a text can be written in other subwords too.
+    numbers, punctuation). Differs from other codecs: any codes can be decoded, to bytes that need not be UTF-8, and
+    `encode(decode(codes))` is `codes` only where `encode` made them.
 
     Attributes:
         subwords: V of them, in the alphabet of byte-level BPE: one printable character a byte, "Ġ" for the space.
@@ -143,7 +156,6 @@ class Subword:
 
     name: str = field(default="subword", init=False)
     unit: str = field(default="subword", init=False)
-    sample_rate_hz: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         known = set(self.subwords)
@@ -158,11 +170,6 @@ class Subword:
                 raise UserError(f"codec subword: merge of {left!r} and {right!r}: expected all three in the vocabulary")
 
     @property
-    def vocab_size(self) -> int:
-        """Number of codes."""
-        return len(self.subwords)
-
-    @property
     def start_code(self) -> int:
         """The code of the line feed."""
         return self.subwords.index(_character(ord("\n")))
@@ -173,8 +180,12 @@ class Subword:
 
     @cached_property
     def _pieces(self) -> list[bytes]:
-        """What each code stands for."""
         return [bytes(BYTE_OF_CHARACTER[character] for character in subword) for subword in self.subwords]
+
+    @property
+    def _content(self) -> dict[str, Any]:
+        merges = [f"{left} {right}" for left, right in self.merges]
+        return {"format": "ct_audio subwords", "subwords": list(self.subwords), "merges": merges}
 
     def encode(self, text: str | bytes, /) -> Int32[np.ndarray, "N"]:
         """Codes of a text.
@@ -184,28 +195,6 @@ class Subword:
         """
         text = text if isinstance(text, str) else _decode_utf8(text)
         return np.array(self._tokenizer.encode(text).ids, dtype=np.int32)
-
-    def decode(self, codes: Integer[np.ndarray, "N"], /) -> bytes:
-        """The bytes that the codes stand for; any codes will do, so they need not be UTF-8.
-
-        Raises:
-            UserError: a code is not in the vocabulary.
-        """
-        require_codes(codes, self.vocab_size, self.name)
-        return b"".join(map(self._pieces.__getitem__, codes.tolist()))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain description; with `files` the inverse of `codec_from_json`."""
-        return _describe(self.name, self.vocab_size, self._file)
-
-    def files(self) -> dict[str, bytes]:
-        """The vocabulary, one subword a line in the order of the codes, and the merges."""
-        return {VOCABULARY_FILE: self._file}
-
-    @cached_property
-    def _file(self) -> bytes:
-        merges = [f"{left} {right}" for left, right in self.merges]
-        return _to_bytes({"format": "ct_audio subwords", "subwords": list(self.subwords), "merges": merges})
 
     def sorted_by(self, counts: Integer[np.ndarray, "V"]) -> tuple["Subword", Int32[np.ndarray, "V"]]:
         """The same subwords, the most frequent first.
@@ -299,15 +288,6 @@ def _tokenizer(model: BPE) -> Tokenizer:
     return tokenizer
 
 
-def _describe(name: str, vocab_size: int, file: bytes) -> dict[str, Any]:
-    sha256 = hashlib.sha256(file).hexdigest()
-    return {"name": name, "vocab_size": vocab_size, "vocabulary": VOCABULARY_FILE, "sha256": sha256}
-
-
-def _to_bytes(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=0) + "\n").encode("utf-8")
-
-
 def _strings(content: Any, key: str, *, format_name: str) -> list[str]:
     if not isinstance(content, dict) or content.get("format") != format_name:
         raise UserError(f"vocabulary: expected a file of format {format_name!r}")
@@ -317,10 +297,6 @@ def _strings(content: Any, key: str, *, format_name: str) -> list[str]:
     if not all(isinstance(string, str) and len(string) <= _MAX_WORD_LENGTH for string in strings):
         raise UserError(f"vocabulary: expected {key}, a list of strings of at most {_MAX_WORD_LENGTH} characters")
     return strings
-
-
-def _as_bytes(text: str | bytes) -> bytes:
-    return text.encode("utf-8") if isinstance(text, str) else text
 
 
 def _decode_utf8(raw: bytes) -> str:

@@ -21,19 +21,14 @@ MEMORY_LENGTHS = ("memory_length", "compressed_memory_length")
 
 @dataclass
 class Run:
-    """What is known of a run.
-
-    Attributes:
-        valid_codes: length of the stretch that the validation curve is of; 0: the whole split.
-        precision: of the forward pass that the validation curve is of.
-        evaluations: by split, as they are stored.
-    """
+    """What is known of a run: `valid_codes` is the length of its validation curve's stretch, 0 the whole split;
+    `precision` is that of the forward pass it was measured with."""
 
     path: Path
     curves: Curves
     valid_codes: int = 0
     precision: str = "float32"
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, as they are stored
 
     @property
     def any_evaluation(self) -> dict[str, Any]:
@@ -59,8 +54,6 @@ def score_runs(
 ) -> None:
     """Give each run its evaluations: those that are stored for its best checkpoint, else measured and stored now.
 
-    Args:
-        max_seconds: score only the beginning of each split.
     Raises:
         UserError: a checkpoint or split is missing, or the runs were not scored alike.
     """
@@ -123,11 +116,10 @@ def result_rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
         }
         for split, evaluation in run.evaluations.items():
             row |= {f"{split} (nats)": evaluation["nll_nats"], f"{split} (bits)": evaluation["nll_bits"]}
-            difference = (
-                (None,) * 3 if run is first else comparison.paired_difference(first.evaluations[split], evaluation)[:3]
-            )
             names = (f"{split} difference (nats)", f"{split} low", f"{split} high")
-            row |= dict(zip(names, difference, strict=True))
+            row |= dict.fromkeys(names)
+            if run is not first:
+                row |= zip(names, comparison.paired_difference(first.evaluations[split], evaluation)[:3], strict=True)
             row[f"{split} codes/s"] = _whole(evaluation["units_per_second"])
         rows.append(row)
     return rows

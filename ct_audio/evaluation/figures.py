@@ -22,16 +22,12 @@ _LABELS: dict[str, str] = dict(zip(PARTS, ("compressed memory", "memory", "windo
 
 
 def sweep_figure(report: dict[str, Any]) -> Figure:
-    """NLL by memory length, a line for each length of compressed memory; the best and the trained lengths are marked.
-
-    Args:
-        report: of `memory_sweep.sweep_memory`.
-    """
+    """NLL by memory length, a line for each length of compressed memory, or the other way round where those are more;
+    the best and the trained lengths are marked. The report is that of `memory_sweep.sweep_memory`."""
     rows = report["rows"]
-    by_compressed = len({row["compressed_memory_length"] for row in rows}) > len({row["memory_length"] for row in rows})
-    along, across = "memory_length", "compressed_memory_length"
-    if by_compressed:
-        along, across = across, along
+    across, along = sorted(
+        ("compressed_memory_length", "memory_length"), key=lambda name: len({row[name] for row in rows})
+    )
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     panel = figure.subplots()
     for length in sorted({row[across] for row in rows}):
@@ -90,9 +86,8 @@ def score_figure(
     is_audio = waveform is not None and sample_rate_hz is not None
     figure = Figure(figsize=(10, 6 if is_audio else 3.6), layout="constrained")
     panels = figure.subplots(3 if is_audio else 1, 1, sharex=True, squeeze=False)[:, 0]
-    scale = sample_rate_hz or 1
-    edges = [row["start"] / scale for row in rows]
-    edges.append((rows[-1]["start"] + rows[-1]["num_units"]) / scale)
+    ends = [*(row["start"] for row in rows), rows[-1]["start"] + rows[-1]["num_units"]]
+    edges = [end / (sample_rate_hz or 1) for end in ends]
     panels[0].stairs([row["nll_bits"] for row in rows], edges, color="C0", linewidth=1.2)
     panels[0].axhline(mean, color="black", linestyle="--", linewidth=1, label=f"mean {mean:.3f}")
     panels[0].set(ylabel=f"bits per {unit}", xlim=(edges[0], edges[-1]))
@@ -121,14 +116,11 @@ def attention_figure(report: dict[str, Any]) -> Figure:
     panel = figure.subplots()
     _draw_buckets(panel, [row for row in report["attention"] if row["layer"] is None])
     shares = {row["part"]: row["attention"] for row in report["attention_by_part"] if row["layer"] is None}
-    patches = [
-        Patch(color=_COLORS[part], label=f"{_LABELS[part]}: {shares[part]:.1%}") for part in PARTS if shares[part]
-    ]
-    panel.legend(handles=patches)
+    labels = {part: f"{_LABELS[part]}: {share:.1%}" for part, share in shares.items() if share}
+    panel.legend(handles=[Patch(color=_COLORS[part], label=label) for part, label in labels.items()])
     panel.set(ylabel="share of attention", xlabel="bucket: a sixth of each part, oldest rows first")
-    _memory_title(
-        figure, report, f"attention by distance, {report['num_windows_with_full_memory']:,} windows with full memory"
-    )
+    num_windows = report["num_windows_with_full_memory"]
+    _memory_title(figure, report, f"attention by distance, {num_windows:,} windows with full memory")
     return figure
 
 
@@ -143,11 +135,8 @@ def attention_by_layer_figure(report: dict[str, Any]) -> Figure:
         panel.set_visible(False)
     for panel, layer in zip(panels, layers, strict=False):
         _draw_buckets(panel, [row for row in report["attention"] if row["layer"] == layer], as_points=True)
-        shares = [
-            f"{row['attention']:.1%}"
-            for row in report["attention_by_part"]
-            if row["layer"] == layer and row["attention"] > 0
-        ]
+        parts = [row["attention"] for row in report["attention_by_part"] if row["layer"] == layer]
+        shares = [f"{share:.1%}" for share in parts if share > 0]
         panel.set_title(f"layer {layer} ({', '.join(shares)})", fontsize=9)
         panel.set_yscale("log")
     for panel in panels[::columns]:
@@ -181,33 +170,25 @@ def context_figure(report: dict[str, Any]) -> Figure:
     with_compressed = [row for row in rows if row["compressed_memory_length"]]
     figure = Figure(figsize=(15 if with_compressed else 10.5, 4.4), layout="constrained")
     panels = figure.subplots(1, 3 if with_compressed else 2)
-    _draw_gain(panels[0], memory_only, "gain", "memory", report["sample_rate_hz"])
+    rate = report["sample_rate_hz"]
+    _draw_gain(panels[0], memory_only, "gain", "memory", rate)
     panels[0].set_ylabel("gain over the window alone (nats per code)")
     chosen = {"window": rows[0], "memory": memory_only[-1]}
     if with_compressed:
         start = next(row for row in memory_only if row["memory_length"] == with_compressed[0]["memory_length"])
         start = start | {"gain_over_memory_nats": 0.0, "gain_over_memory_standard_error": 0.0}
-        _draw_gain(
-            panels[1],
-            [start, *with_compressed],
-            "gain_over_memory",
-            "compressed_memory",
-            report["sample_rate_hz"],
-        )
+        _draw_gain(panels[1], [start, *with_compressed], "gain_over_memory", "compressed_memory", rate)
         panels[1].set_ylabel("further gain of compressed memory (nats per code)")
         chosen |= {"memory": start, "compressed_memory": with_compressed[-1]}
     labels = {"window": "window alone", "memory": "with memory", "compressed_memory": "with both memories"}
     for part, row in chosen.items():
         lengths = (row["memory_length"], row["compressed_memory_length"])
         points = [p for p in report["position"] if (p["memory_length"], p["compressed_memory_length"]) == lengths]
-        panels[-1].plot(
-            [(point["first_code"] + point["last_code"]) / 2 for point in points],
-            [point["nll_nats"] for point in points],
-            marker=".",
-            linestyle="--" if part == "compressed_memory" else "-",  # it often lies on the curve of memory
-            color=_COLORS[part],
-            label=f"{labels[part]} ({lengths[0]} + {lengths[1]}): {row['nll_nats']:.3f}",
-        )
+        middles = [(point["first_code"] + point["last_code"]) / 2 for point in points]
+        style = {"marker": ".", "color": _COLORS[part]}
+        style["linestyle"] = "--" if part == "compressed_memory" else "-"  # it often lies on the curve of memory
+        label = f"{labels[part]} ({lengths[0]} + {lengths[1]}): {row['nll_nats']:.3f}"
+        panels[-1].plot(middles, [point["nll_nats"] for point in points], label=label, **style)
     panels[-1].set(xlabel="position in the window (codes)", ylabel="NLL (nats per code)")
     panels[-1].legend()
     panels[-1].grid(alpha=0.3)
@@ -216,14 +197,9 @@ def context_figure(report: dict[str, Any]) -> Figure:
 
 
 def _draw_gain(panel: Any, rows: list[dict[str, Any]], gain: str, part: str, rate: int | None) -> None:
-    panel.errorbar(
-        [row["temporal_range_codes"] for row in rows],
-        [row[f"{gain}_nats"] for row in rows],
-        yerr=[row[f"{gain}_standard_error"] or 0.0 for row in rows],
-        marker="o",
-        capsize=3,
-        color=_COLORS[part],
-    )
+    ranges, gains = ([row[key] for row in rows] for key in ("temporal_range_codes", f"{gain}_nats"))
+    errors = [row[f"{gain}_standard_error"] or 0.0 for row in rows]
+    panel.errorbar(ranges, gains, yerr=errors, marker="o", capsize=3, color=_COLORS[part])
     panel.set_xlabel(f"temporal range over all layers (codes), growing {_LABELS[part]}")
     panel.grid(alpha=0.3)
     if rate:

@@ -38,8 +38,7 @@ class Grouping:
     """A group for each code of a stretch.
 
     Attributes:
-        name: as in GROUPINGS. title: for people.
-        labels: of the groups.
+        name: as in GROUPINGS.
         group_of: [N], index of a label, or -1 for a code that belongs to none.
         unions: further rows of the table, label to groups; "all" is added.
     """
@@ -52,11 +51,7 @@ class Grouping:
 
 
 class GroupSums:
-    """NLL and number of the codes of each group: an `on_nll` of `evaluate_nll`.
-
-    Attributes:
-        nll_sums_nats, counts: [G].
-    """
+    """NLL and number of the codes of each group: an `on_nll` of `evaluate_nll`."""
 
     def __init__(self, grouping: Grouping) -> None:
         self.grouping = grouping
@@ -80,16 +75,9 @@ class GroupSums:
         for label, groups in (parts | self.grouping.unions | {"all": everything}).items():
             count, total = int(self.counts[list(groups)].sum()), float(self.nll_sums_nats[list(groups)].sum())
             nats = total / count if count else None
-            rows.append(
-                {
-                    "group": label,
-                    "num_units": count,
-                    "share": count / max(1, int(self.counts.sum())),
-                    "nll_nats": nats,
-                    "nll_bits": None if nats is None else nats_to_bits(nats),
-                    "perplexity": None if nats is None else perplexity(nats),
-                }
-            )
+            row = {"group": label, "num_units": count, "share": count / max(1, int(self.counts.sum()))}
+            row |= {"nll_nats": nats, "nll_bits": None if nats is None else nats_to_bits(nats)}
+            rows.append(row | {"perplexity": None if nats is None else perplexity(nats)})
         return rows
 
 
@@ -124,8 +112,8 @@ def by_training_count(_model: SequenceModel, corpus: Corpus, split: Split, num_c
     counts = count_codes(corpus.split("train").codes, corpus.codec.vocab_size)
     most, *others = TRAINING_COUNTS
     group_of_code = sum((counts < limit).astype(np.int8) for limit in others) + (counts <= most)
-    labels = (f"> {_short(most)}", *(f"{_short(b)}-{_short(a)}" for a, b in itertools.pairwise(TRAINING_COUNTS)))
-    labels = (*labels, f"< {_short(others[-1])}")
+    short = [f"{limit // 1000}K" if limit % 1000 == 0 else str(limit) for limit in TRAINING_COUNTS]
+    labels = (f"> {short[0]}", *(f"{b}-{a}" for a, b in itertools.pairwise(short)), f"< {short[-1]}")
     title = f"{corpus.codec.unit}s by how often they occur in training"
     return Grouping("count", title, labels, group_of_code.astype(np.int8)[split.codes[:num_codes]])
 
@@ -174,14 +162,10 @@ def by_voicing(_model: SequenceModel, corpus: Corpus, split: Split, num_codes: i
     """Whether the sound around the code has a pitch (probabilistic YIN; about 7 times real time on one core)."""
     codes = split.codes[:num_codes]
     rate, group_of = _rate(corpus), np.empty(len(codes), dtype=np.int8)
-    piece = round(_PIECE_SECONDS * rate)
-    bounds = [
-        (start, min(start + piece, end))
-        for begin, end in _documents(split, num_codes)
-        for start in range(begin, end, piece)
-    ]
-    bar = tqdm(total=len(codes), desc="pitch", unit="code", unit_scale=True, leave=False, disable=None)
-    with bar:
+    piece, bounds = round(_PIECE_SECONDS * rate), []
+    for begin, end in _documents(split, num_codes):
+        bounds += [(start, min(start + piece, end)) for start in range(begin, end, piece)]
+    with tqdm(total=len(codes), desc="pitch", unit="code", unit_scale=True, leave=False, disable=None) as bar:
         for begin, end in bounds:
             voiced = ~np.isnan(find_pitch(corpus.codec.decode(codes[begin:end]), rate))
             nearest = np.rint(np.arange(end - begin) / (rate // 50)).astype(np.int64)  # a frame each 20 ms
@@ -191,11 +175,8 @@ def by_voicing(_model: SequenceModel, corpus: Corpus, split: Split, num_codes: i
 
 
 def surrounding_level_dbfs(waveform: Float[np.ndarray, "N"], frame_length: int) -> Float64[np.ndarray, "N"]:
-    """Level around each sample: RMS of the `frame_length` samples of which it is the middle, fewer at the ends.
-
-    Returns:
-        [N] decibels, 0 is the constant 1; at least -200.
-    """
+    """Level in decibels around each sample: RMS of the `frame_length` samples of which it is the middle, fewer at the
+    ends; 0 is the constant 1, and -200 the lowest."""
     energy = np.concatenate([[0.0], np.cumsum(waveform.astype(np.float64) ** 2)])
     places = np.arange(len(waveform))
     first = np.maximum(places - frame_length // 2, 0)
@@ -213,10 +194,6 @@ def _documents(split: Split, num_codes: int) -> Iterator[tuple[int, int]]:
 def _rate(corpus: Corpus) -> int:
     assert corpus.codec.sample_rate_hz is not None
     return corpus.codec.sample_rate_hz
-
-
-def _short(count: int) -> str:
-    return f"{count // 1000}K" if count % 1000 == 0 else str(count)
 
 
 GROUPINGS: dict[str, Callable[[SequenceModel, Corpus, Split, int], Grouping]] = {

@@ -39,26 +39,18 @@ NUM_BUCKETS = 6
 """Of each part."""
 NUM_GROUPS = 30
 NUM_POSITION_BUCKETS = 32
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of memory and of compressed memory, in the curve of NLL by available context."""
 
 Rows = list[dict[str, Any]]
 
 
 def analyse_run(
-    run: LoadedRun,
-    corpus: Corpus,
-    *,
-    split: str = "valid",
-    num_codes: int = 240_000,
-    shares: tuple[float, ...] = SHARES,
+    run: LoadedRun, corpus: Corpus, *, split: str = "valid", num_codes: int, shares: tuple[float, ...]
 ) -> dict[str, Any]:
     """All analyses of a run's checkpoint on the beginning of a split.
 
     Args:
-        corpus: as `run_corpus` opens it.
         num_codes: 0: all of the split.
-        shares: at least 0, of memory and of compressed memory; 1 is the training length.
+        shares: at least 0, of the training lengths of memory and of compressed memory, tried beside 0 and 1.
     Returns:
         what was measured and how, plain values; its tables are "attention", "attention_by_part", "compression_loss",
         "context" and "position".
@@ -69,11 +61,6 @@ def analyse_run(
         raise UserError(f"{run.config.name} is a {run.config.model.name}; expected a compressive_transformer")
     stretch = stretch_of(corpus, split, run.config.data, num_codes=num_codes or None)
     observations = observe_memory(run.model, stretch)
-    tables = {
-        "attention": attention_table(observations, run.model),
-        "attention_by_part": part_table(observations),
-        "compression_loss": compression_table(observations, run.model),
-    }
     return {
         "name": run.config.name,
         "checkpoint": run.checkpoint_path.name,
@@ -85,7 +72,9 @@ def analyse_run(
         "sample_rate_hz": corpus.codec.sample_rate_hz,
         "num_windows_with_full_memory": observations.attention.shape[1],
         "num_groups_of_standard_errors": NUM_GROUPS,
-        **tables,
+        "attention": attention_table(observations, run.model),
+        "attention_by_part": part_table(observations),
+        "compression_loss": compression_table(observations, run.model),
         **context_tables(run.model, stretch, shares),
     }
 
@@ -172,8 +161,7 @@ def reconstruction_loss(
     Args:
         weights: attention of this window, by which most_used chooses.
     Returns:
-        the loss, and the mean square of the attention to the rows as they were, which it is to be compared with; NaN
-        where the layer keeps nothing.
+        the loss, and the mean square of what it is to reconstruct; NaN where the layer keeps nothing.
     Source: Algorithm 2; mean squared error as in `CompressiveLayer`.
     """
     old_memory, _ = push(memory.memory, rows)
@@ -214,18 +202,10 @@ def attention_table(observations: Observations, model: CompressiveTransformer) -
     for layer, attention in [(None, observations.attention.mean(axis=0)), *enumerate(observations.attention)]:
         means, errors = mean_and_error(attention)
         extents = [(None, None)] * len(means) if layer is None else bucket_extents(_geometry(model, layer))
-        for bucket, (mean, error) in enumerate(zip(means.tolist(), errors.tolist(), strict=True)):
-            table.append(
-                {
-                    "layer": layer,
-                    "part": PARTS[bucket // NUM_BUCKETS],
-                    "bucket": bucket,
-                    "first_code": extents[bucket][0],
-                    "last_code": extents[bucket][1],
-                    "attention": mean,
-                    "standard_error": error,
-                }
-            )
+        for bucket, (first, last) in enumerate(extents):
+            row = {"layer": layer, "part": PARTS[bucket // NUM_BUCKETS], "bucket": bucket}
+            row |= {"first_code": first, "last_code": last}
+            table.append(row | {"attention": float(means[bucket]), "standard_error": float(errors[bucket])})
     return table
 
 
@@ -258,17 +238,9 @@ def compression_table(observations: Observations, model: CompressiveTransformer)
     for layer, (loss, power) in enumerate(zip(observations.loss, observations.power, strict=True)):
         if not np.isnan(loss).any():
             mean, error = mean_and_error(loss)
-            share = float(loss.sum() / power.sum())
-            rate = model.config.compression_rates[layer]
-            table.append(
-                {
-                    "layer": layer,
-                    "compression_rate": rate,
-                    "loss": float(mean),
-                    "standard_error": float(error),
-                    "relative_loss": share,
-                }
-            )
+            row = {"layer": layer, "compression_rate": model.config.compression_rates[layer]}
+            row |= {"loss": float(mean), "standard_error": float(error)}
+            table.append(row | {"relative_loss": float(loss.sum() / power.sum())})
     return table
 
 
@@ -281,10 +253,9 @@ class _NLLSums(BlockSums):
 
     def __call__(self, positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
         super().__call__(positions, nll)
-        places = (positions.numpy()[:, None] + np.arange(nll.shape[1])) % len(self._by_position)
-        self._by_position += np.bincount(
-            places.ravel(), nll.double().cpu().numpy().ravel(), minlength=len(self._by_position)
-        )
+        length = len(self._by_position)
+        places = (positions.numpy()[:, None] + np.arange(nll.shape[1])) % length
+        self._by_position += np.bincount(places.ravel(), nll.double().cpu().numpy().ravel(), minlength=length)
 
     def position_means(self, num_codes: int) -> list[tuple[int, int, float]]:
         """First and last position of each of up to 32 stretches of the window, and the mean NLL there."""
@@ -317,20 +288,14 @@ def context_tables(model: CompressiveTransformer, stretch: Stretch, shares: tupl
         counts = np.array(sums.to_json()["counts"], dtype=np.int64)
         blocks = blocks_of[tuple(lengths.values())] = sums.nll_sums_nats
         gain, error = _gain(blocks_of[0, 0], blocks, counts)
-        row = {
-            **lengths,
-            "temporal_range_codes": dataclasses.replace(model.config, **lengths).paper_temporal_range,
-            "nll_nats": nll_nats,
-            "nll_bits": nats_to_bits(nll_nats),
-            "gain_nats": gain,
-            "gain_standard_error": error,
-            "gain_over_memory_nats": None,
-            "gain_over_memory_standard_error": None,
-        }
+        more, more_error = None, None
         if lengths["compressed_memory_length"]:
-            gain, error = _gain(blocks_of[lengths["memory_length"], 0], blocks, counts)
-            row |= {"gain_over_memory_nats": gain, "gain_over_memory_standard_error": error}
-        table.append(row)
+            more, more_error = _gain(blocks_of[lengths["memory_length"], 0], blocks, counts)
+        temporal_range = dataclasses.replace(model.config, **lengths).paper_temporal_range
+        row = lengths | {"temporal_range_codes": temporal_range}
+        row |= {"nll_nats": nll_nats, "nll_bits": nats_to_bits(nll_nats)}
+        row |= {"gain_nats": gain, "gain_standard_error": error}
+        table.append(row | {"gain_over_memory_nats": more, "gain_over_memory_standard_error": more_error})
         for first, last, nll in sums.position_means(num_codes):
             positions.append({**lengths, "first_code": first, "last_code": last, "nll_nats": nll})
     return {"context": table, "position": positions}
@@ -360,9 +325,5 @@ def context_lengths(model: CompressiveTransformer, shares: tuple[float, ...]) ->
 def _geometry(model: CompressiveTransformer, index: int) -> Geometry:
     config, layer = model.config, cast(CompressiveLayer, model.stack.layers[index])
     keeps = config.keeps_memory(index)
-    return Geometry(
-        config.window_length,
-        config.memory_length * keeps,
-        config.compressed_memory_length * keeps,
-        layer.compression_rate,
-    )
+    memory_length, compressed_length = config.memory_length * keeps, config.compressed_memory_length * keeps
+    return Geometry(config.window_length, memory_length, compressed_length, layer.compression_rate)

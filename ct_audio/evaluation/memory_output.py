@@ -60,25 +60,19 @@ def analysis_text(report: dict[str, Any]) -> str:
     ]
     for row in (row for row in report["attention_by_part"] if row["attention"]):
         layer = "all layers" if row["layer"] is None else f"layer {row['layer']}"
-        lines.append(
-            f"attention of {layer} to {row['part']}: {row['attention']:.4f} (standard error "
-            f"{row['standard_error']:.4f})"
-        )
+        error = f"(standard error {row['standard_error']:.4f})"
+        lines.append(f"attention of {layer} to {row['part']}: {row['attention']:.4f} {error}")
     for row in report["compression_loss"]:
-        lines.append(
-            f"loss of compression in layer {row['layer']}: {row['loss']:.3g} (standard error "
-            f"{row['standard_error']:.2g}), {row['relative_loss']:.1%} of what is reconstructed"
-        )
+        loss = f"{row['loss']:.3g} (standard error {row['standard_error']:.2g})"
+        share = f"{row['relative_loss']:.1%} of what is reconstructed"
+        lines.append(f"loss of compression in layer {row['layer']}: {loss}, {share}")
     for row in report["context"]:
         gains = [("gain", row["gain_nats"], row["gain_standard_error"])]
         if row["compressed_memory_length"]:
             gains.append(("over memory alone", row["gain_over_memory_nats"], row["gain_over_memory_standard_error"]))
-        lines.append(
-            f"memory {row['memory_length']}, compressed memory {row['compressed_memory_length']} (range "
-            f"{row['temporal_range_codes']} codes): {row['nll_nats']:.4f} nats, "
-            + ", ".join(
-                f"{what} {gain:.4f}" + ("" if error is None else f" (standard error {error:.4f})")
-                for what, gain, error in gains
-            )
-        )
+        words = [f"memory {row['memory_length']}, compressed memory {row['compressed_memory_length']} (range "]
+        words += [f"{row['temporal_range_codes']} codes): {row['nll_nats']:.4f} nats"]
+        for what, gain, error in gains:
+            words += [f", {what} {gain:.4f}", "" if error is None else f" (standard error {error:.4f})"]
+        lines.append("".join(words))
     return "\n".join(lines)

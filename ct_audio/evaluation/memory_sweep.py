@@ -20,6 +20,8 @@ from ct_audio.evaluation.stored import (
 )
 from ct_audio.runs.open_run import LoadedRun
 
+LENGTHS = ("memory_length", "compressed_memory_length")
+
 
 def sweep_memory(
     run_dir: Path,
@@ -40,7 +42,6 @@ def sweep_memory(
         memory_lengths, compressed_memory_lengths: at least one each, in rows; None: the one of training.
         test_split: None: leave that out.
         max_codes: score only the beginning of `split`.
-        say: told about each result.
     Returns:
         "rows", one for each pair: memory_length, compressed_memory_length, temporal_range in codes, attention_cost in
         rows a code and layer summed, nll_nats, nll_bits, as_trained, is_best; "best", the best row; "test", the report
@@ -49,7 +50,7 @@ def sweep_memory(
         UserError: a pair does not fit the model (before anything is scored), or a split is missing.
     Source: Rae et al. 2019, supplementary tables 8 and 9.
     """
-    trained = tuple(getattr(run.config.model, name, None) for name in ("memory_length", "compressed_memory_length"))
+    trained = tuple(getattr(run.config.model, name, None) for name in LENGTHS)
     if None in trained:
         raise UserError(f"a sweep over memory: {run.config.model.name} has no memory whose length can be set")
     lengths = [
@@ -57,19 +58,17 @@ def sweep_memory(
         for given, chosen in zip(trained, (memory_lengths, compressed_memory_lengths), strict=True)
     ]
     pairs = list(itertools.product(*lengths))
-    for memory_length, compressed_memory_length in pairs:
-        run.model.zero_memory(1, memory_length=memory_length, compressed_memory_length=compressed_memory_length)
+    for pair in pairs:
+        run.model.zero_memory(1, **dict(zip(LENGTHS, pair, strict=True)))
     for name in (split, test_split):
         if name is not None:
             corpus.split(name)
     rows, reports = [], []
     for pair in pairs:
-        settings = EvaluationSettings(
-            split=split, memory_length=pair[0], compressed_memory_length=pair[1], max_codes=max_codes
-        )
+        row: dict[str, Any] = dict(zip(LENGTHS, pair, strict=True))
+        settings = EvaluationSettings(split=split, max_codes=max_codes, **row)
         report = _score(run_dir, run, corpus, settings)
         config = changed_config(run, settings)
-        row = {"memory_length": pair[0], "compressed_memory_length": pair[1]}
         row |= {"temporal_range": config.paper_temporal_range, "attention_cost": config.attention_cost}
         row |= {name: report[name] for name in ("nll_nats", "nll_bits", "num_units")}
         rows.append(row | {"as_trained": pair == trained})
@@ -80,15 +79,11 @@ def sweep_memory(
         row["is_best"] = row is best
     test = None
     if test_split is not None:
-        chosen = {name: best[name] for name in ("memory_length", "compressed_memory_length")}
+        chosen = {name: best[name] for name in LENGTHS}
         test = _score(run_dir, run, corpus, EvaluationSettings(split=test_split, **chosen))
         say(f"the best of them on {test_split}: {test['nll_nats']:.4f} nats")
     about = {name: reports[0][name] for name in ("name", "model", "num_parameters", "checkpoint", "step")}
-    shared = {
-        name: value
-        for name, value in reports[0]["protocol"].items()
-        if name not in ("memory_length", "compressed_memory_length")
-    }
+    shared = {name: value for name, value in reports[0]["protocol"].items() if name not in LENGTHS}
     return about | {"split": split, "protocol": shared, "rows": rows, "best": best, "test": test}
 
 

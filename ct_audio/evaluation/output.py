@@ -38,10 +38,8 @@ def write_sweep(report: dict[str, Any], place: Path) -> None:
 def write_score(
     score: Score, run: LoadedRun, codec: Codec, file_name: str, place: Path, *, bin_length: int
 ) -> dict[str, Any]:
-    """Write bits per unit over time of a file: PLACE.csv, PLACE.png, PLACE.json.
+    """Write bits per unit over time of a file: PLACE.csv, PLACE.png, PLACE.json; see `bins_over_time`.
 
-    Args:
-        bin_length: codes, at least 1.
     Returns:
         what the JSON says, and as "written" where the table is.
     """
@@ -111,9 +109,8 @@ def score_line(report: dict[str, Any]) -> str:
     extent = f"{report['num_units']:,} {report['unit']}s"
     extent += "" if report["seconds"] is None else f" ({report['seconds']:.1f} s)"
     highest = report["most_surprising"][0]
-    where = (
-        f"{highest['start_seconds']:.1f} s" if "start_seconds" in highest else f"{report['unit']} {highest['start']}"
-    )
+    seconds = highest.get("start_seconds")
+    where = f"{report['unit']} {highest['start']}" if seconds is None else f"{seconds:.1f} s"
     mean = f"{report['nll_bits']:.4f} bits per {report['unit']}"
     return f"{report['file']}: {mean}, {extent}; highest {highest['nll_bits']:.2f} at {where}; {report['written']}"
 

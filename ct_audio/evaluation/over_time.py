@@ -3,12 +3,12 @@
 Shape letters: N codes, K bins.
 """
 
+import heapq
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float64, Int, Int64, Integer
 from torch import Tensor
 
@@ -51,10 +51,8 @@ def score_codes(run: LoadedRun, codec: Codec, codes: Integer[np.ndarray, "N"], *
 
 
 def bins_over_time(score: Score, codec: Codec, bin_length: int) -> list[dict[str, Any]]:
-    """Means over consecutive bins of codes; the last one may be shorter.
+    """Means over consecutive bins of `bin_length` codes, at least 1; the last one may be shorter.
 
-    Args:
-        bin_length: codes, at least 1.
     Returns:
         for each bin: start (index of its first code), num_units, nll_nats and nll_bits (means of a code); for audio
         start_seconds and level_dbfs; for text the beginning of what stands there.
@@ -78,5 +76,4 @@ def bins_over_time(score: Score, codec: Codec, bin_length: int) -> list[dict[str
 
 def most_surprising(rows: list[dict[str, Any]], number: int = 3) -> list[dict[str, Any]]:
     """The bins with the highest NLL, the highest first."""
-    order = torch.tensor([row["nll_nats"] for row in rows]).argsort(descending=True, stable=True)
-    return [rows[index] for index in order[:number].tolist()]
+    return heapq.nlargest(number, rows, key=lambda row: row["nll_nats"])

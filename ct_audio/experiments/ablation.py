@@ -28,12 +28,7 @@ from ct_audio.runs.metrics import read_metrics
 
 
 class Row(NamedTuple):
-    """One line of the table.
-
-    Attributes:
-        function, loss: as in the configuration.
-        paper_bits: published bits per character; None beyond the paper.
-    """
+    """One line of the table; published bits per character, None beyond the paper."""
 
     function: str
     loss: str
@@ -87,11 +82,8 @@ def run_ablation(
     """Train what is missing and write the report: the same call again resumes it.
 
     Args:
-        base_file: YAML of a Compressive Transformer; rows replace what they are about.
-        out: for runs, logs, table and picture.
-        rows: keys of ROWS. rates: of compression. seeds: of each row and rate.
+        base_file: YAML of a Compressive Transformer; rows (keys of ROWS) replace what they are about.
         overrides: of all runs, as "a.b=c"; not of OWN_KEYS.
-        num_processes: runs at a time.
     Returns:
         the table as Markdown, "" where no run has ended, and the names of the runs that failed; out/logs holds what
         each of them said.
@@ -168,17 +160,11 @@ def train_all(commands: dict[str, list[str]], out: Path, num_processes: int) -> 
 
 
 def result_of(trial: Trial, out: Path, base: RunConfig) -> float | None:
-    """Bits per unit of validation at the end of a trial (see `scored_codes`); None where it has not ended."""
+    """Bits per unit of validation at the end of a trial; None where it has not ended."""
     key = "nll/valid_full_bits" if base.train.validate_whole_split else "nll/valid_bits"
     lines = read_metrics(out / "runs" / trial.name)
     found = [line[key] for line in lines if key in line and line["step"] == base.train.num_steps]
     return found[-1] if found else None
-
-
-def scored_codes(base: RunConfig) -> str:
-    """What the numbers of the table are measured on."""
-    whole = base.train.validate_whole_split or base.train.valid_codes == 0
-    return f"{'all' if whole else f'the first {base.train.valid_codes:,}'} codes of the validation split"
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -199,20 +185,10 @@ def summarise(results: dict[Trial, float]) -> list[dict[str, Any]]:
         base = best.get(BASE_ROW, (0, {}))[1]
         paired = [bits - base[seed] for seed, bits in seeds.items() if seed in base]
         difference, difference_error = mean_and_error(paired) if paired else (math.nan, math.nan)
-        lines.append(
-            {
-                "row": row,
-                "function": ROWS[row].function,
-                "loss": ROWS[row].loss,
-                "best rate": rate,
-                "seeds": len(seeds),
-                "bits": mean,
-                "standard error": error,
-                f"minus {BASE_ROW}": difference,
-                "its standard error": difference_error,
-                "paper (bits)": ROWS[row].paper_bits,
-            }
-        )
+        line = {"row": row, "function": ROWS[row].function, "loss": ROWS[row].loss, "best rate": rate}
+        line |= {"seeds": len(seeds), "bits": mean, "standard error": error}
+        line |= {f"minus {BASE_ROW}": difference, "its standard error": difference_error}
+        lines.append(line | {"paper (bits)": ROWS[row].paper_bits})
     return sorted(lines, key=lambda line: -line["bits"])
 
 
@@ -235,18 +211,17 @@ def write_report(results: dict[Trial, float], out: Path, base: RunConfig) -> str
             for rate in rates
         ]
         rows.append([show(value) for value in (*line.values(), *(fmean(bits) if bits else None for bits in by_rate))])
-    text = [
-        f"{base.data.corpus}, {scored_codes(base)}, bits per unit; "
-        f"{base.train.num_steps} steps of {base.data.num_lanes} x "
-        f"{base.data.chunk_length} codes; window {base.model.window_length}, memory {base.model.memory_length}, "
-        f"compressed memory {base.model.compressed_memory_length}.",
-        "",
-        markdown_table(rows),
-        "",
-    ]
-    write_file(out / "table.md", "\n".join(text).encode())
+    data, model, train = base.data, base.model, base.train
+    whole = train.validate_whole_split or train.valid_codes == 0
+    text = (
+        f"{data.corpus}, {'all' if whole else f'the first {train.valid_codes:,}'} codes of the validation split, bits "
+        f"per unit; {train.num_steps} steps of {data.num_lanes} x {data.chunk_length} codes; window "
+        f"{model.window_length}, memory {model.memory_length}, compressed memory {model.compressed_memory_length}."
+        f"\n\n{markdown_table(rows)}\n"
+    )
+    write_file(out / "table.md", text.encode())
     write_figure(ablation_figure(lines), out / "ablation.png")
-    return "\n".join(text)
+    return text
 
 
 def ablation_figure(lines: list[dict[str, Any]]) -> Figure:

@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,12 @@ def measure_speed(
     num_threads: int = 1,
     num_rounds: int = 5,
 ) -> dict[str, Any]:
-    """Measure recipes on the CPU.
+    """Measure recipes on the CPU; returns the rows, and on what they were measured, as plain values.
 
     Args:
         recipes: YAML files; the first is the base of ratios.
         what: keys of MEASUREMENTS.
-        overrides: of all recipes.
-        num_lanes: streams side by side.
-        num_threads, num_rounds: at least 1; one round more warms up.
-    Returns:
-        the rows, and on what they were measured; plain values.
+        num_rounds: at least 1; one more warms up.
     Raises:
         UserError: a recipe does not fit, or something is to be measured that none of them has.
     """
@@ -70,7 +66,12 @@ def measure_speed(
         "threads": num_threads,
         "lanes": num_lanes,
         "rounds": num_rounds,
-        "rows": [row for name in what for row in MEASUREMENTS[name](configs, num_lanes, num_rounds)],
+        "rows": [
+            row
+            for name in what
+            for cases in MEASUREMENTS[name](configs, num_lanes, num_rounds)
+            for row in compare(name, cases, num_rounds)
+        ],
     }
 
 
@@ -95,55 +96,40 @@ def compare(what: str, cases: dict[str, Case], num_rounds: int) -> list[dict[str
     ]
 
 
-def measure_train(configs: dict[str, RunConfig], num_lanes: int, num_rounds: int) -> list[dict[str, Any]]:
+def train_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
     """A training step of each recipe: forward, backward, clipping, Adam."""
-    cases = {name: _training_step(config, num_lanes) for name, config in configs.items()}
-    return compare("train", cases, num_rounds)
+    yield {name: _training_step(config, num_lanes) for name, config in configs.items()}
 
 
-def measure_chunk(configs: dict[str, RunConfig], num_lanes: int, num_rounds: int) -> list[dict[str, Any]]:
+def chunk_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
     """The windows of a chunk in one forward pass, layer by layer, against one forward pass a window."""
-    rows: list[dict[str, Any]] = []
-    for name, config in configs.items():
-        if APPLIES["chunk"](config):
-            length = config.model.window_length
-            cases = {
-                f"{name}, window after window": _training_step(config, num_lanes, piece_length=length),
-                f"{name}, chunk at once": _training_step(config, num_lanes),
-            }
-            rows += compare("chunk", cases, num_rounds)
-    return rows
+    for name, config in filter(lambda item: APPLIES["chunk"](item[1]), configs.items()):
+        yield {
+            f"{name}, window after window": _training_step(config, num_lanes, piece_length=config.model.window_length),
+            f"{name}, chunk at once": _training_step(config, num_lanes),
+        }
 
 
-def measure_attention(configs: dict[str, RunConfig], num_lanes: int, num_rounds: int) -> list[dict[str, Any]]:
+def attention_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
     """A training step with each attention backend."""
-    rows: list[dict[str, Any]] = []
-    for name, config in configs.items():
-        if APPLIES["attention"](config):
-            cases = {
-                f"{name}, {backend}": _training_step(
-                    dataclasses.replace(config, model=dataclasses.replace(config.model, attention_backend=backend)),
-                    num_lanes,
-                )
-                for backend in sorted(ATTENTION_BACKENDS, reverse=True)
-            }
-            rows += compare("attention", cases, num_rounds)
-    return rows
+    for name, config in filter(lambda item: APPLIES["attention"](item[1]), configs.items()):
+        cases = {}
+        for backend in sorted(ATTENTION_BACKENDS, reverse=True):
+            model = dataclasses.replace(config.model, attention_backend=backend)
+            cases[f"{name}, {backend}"] = _training_step(dataclasses.replace(config, model=model), num_lanes)
+        yield cases
 
 
-def measure_sample(configs: dict[str, RunConfig], num_lanes: int, num_rounds: int) -> list[dict[str, Any]]:
+def sample_cases(configs: dict[str, RunConfig], num_lanes: int, num_rounds: int) -> Iterator[dict[str, Case]]:
     """Sampling over the first codes of a stream, and over as many after all memory is full."""
-    rows: list[dict[str, Any]] = []
     for name, config in configs.items():
         model = build_model(config)
         late = model.temporal_range + config.data.chunk_length  # all memory is full
         prime = _random_codes(num_lanes, late, model.vocab_size)
-        cases = {
-            f"{name}, {when}": _sampling(model, num_lanes, codes, num_rounds)
-            for when, codes in (("first codes", None), (f"after {late:,} codes", prime))
+        yield {
+            f"{name}, first codes": _sampling(model, num_lanes, None, num_rounds),
+            f"{name}, after {late:,} codes": _sampling(model, num_lanes, prime, num_rounds),
         }
-        rows += compare("sample", cases, num_rounds)
-    return rows
 
 
 def _training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None = None) -> Case:
@@ -214,8 +200,9 @@ APPLIES: dict[str, Callable[[RunConfig], bool]] = {
 }
 """Whether a recipe has anything to compare in a measurement; those that are not here are of any recipe."""
 MEASUREMENTS = {
-    "train": measure_train,
-    "chunk": measure_chunk,
-    "attention": measure_attention,
-    "sample": measure_sample,
+    "train": train_cases,
+    "chunk": chunk_cases,
+    "attention": attention_cases,
+    "sample": sample_cases,
 }
+"""Cases by measurement, those together that are compared with each other."""

@@ -47,8 +47,6 @@ def run_experiment(
     """Train what is missing, compare the branches, write table.md, table.csv, curves.csv and optimisation.png.
 
     Args:
-        base_file: YAML of any model.
-        out: for runs, table and picture.
         base_steps, branch_steps: steps before the branches, and of each of them; at least 1.
         branches: names as "rate_0.1" or "period_4", see `settings_of`; the one that changes nothing is always there.
         overrides: of all runs, as "a.b=c"; not of OWN_KEYS.
@@ -62,14 +60,13 @@ def run_experiment(
     base = load_config(base_file, [*common, "name=base", f"train.num_steps={begin}"])
     if not base.train.checkpoint_every_steps or not base.train.valid_every_steps:
         raise UserError("train.checkpoint_every_steps, train.valid_every_steps: expected above 0; branches need both")
-    configs = {
-        name: load_config(
-            base_file, [*common, f"name={name}", f"train.num_steps={end}", *settings_of(name, base, begin)]
-        )
-        for name in dict.fromkeys([KEPT, *branches])
-    }
+    common, configs = [*common, f"train.num_steps={end}"], {}
+    for name in dict.fromkeys([KEPT, *branches]):
+        configs[name] = load_config(base_file, [*common, f"name={name}", *settings_of(name, base, begin)])
     for name, config in configs.items():
-        require_whole_updates(name, config, end)
+        if not completes_update(end - 1, config.optim):
+            length = len(update_steps(end - 1, config.optim))
+            raise UserError(f"--branch-steps: {name} ends within an update of {length} steps; choose a multiple of it")
         require_branch_point(config.run_dir, source=base.name, step=begin)
     status = train(base)
     for config in configs.values():
@@ -103,13 +100,6 @@ def settings_of(name: str, base: RunConfig, step: int) -> list[str]:
     raise UserError(f"--branches: expected names as rate_0, rate_0.1 or period_4, got {name!r}")
 
 
-def require_whole_updates(name: str, config: RunConfig, end: int) -> None:
-    """Raise `UserError` where the last step is not the last of its update."""
-    if not completes_update(end - 1, config.optim):
-        length = len(update_steps(end - 1, config.optim))
-        raise UserError(f"--branch-steps: {name} ends within an update of {length} steps; choose a multiple of it")
-
-
 def read(config: RunConfig, begin: int) -> dict[str, Curve]:
     """NLL in nats over steps after `begin`, of training (means since the log before) and of validation."""
     lines = [line for line in read_metrics(config.run_dir) if line["step"] > begin]
@@ -139,18 +129,11 @@ def summary(curves: dict[str, dict[str, Curve]], begin: int, end: int) -> tuple[
     for name, curve in curves.items():
         early = [point for point in curve["train"] if point[0] <= middle]
         late = [point for point in curve["train"] if point[0] > middle]
-        rows.append(
-            {
-                "branch": name,
-                "train, first half": float(np.mean([value for _, value in early])),
-                "minus kept": gap(early)[0],
-                "standard error": gap(early)[1],
-                "train, second half": float(np.mean([value for _, value in late])),
-                "minus kept (second)": gap(late)[0],
-                "standard error (second)": gap(late)[1],
-                "valid at the end": curve["valid"][-1][1] if curve["valid"] else math.nan,
-            }
-        )
+        row: dict[str, Any] = {"branch": name}
+        for points, half, more in ((early, "first", ""), (late, "second", " (second)")):
+            row[f"train, {half} half"] = float(np.mean([value for _, value in points]))
+            row |= zip((f"minus kept{more}", f"standard error{more}"), gap(points), strict=True)
+        rows.append(row | {"valid at the end": curve["valid"][-1][1] if curve["valid"] else math.nan})
     cells = [[value if isinstance(value, str) else f"{value:.4f}" for value in row.values()] for row in rows]
     about = f"Branches from step {begin} to {end}; nats per code, training NLL on the same codes.\n"
     return f"{about}\n{markdown_table([list(rows[0]), *cells])}", rows

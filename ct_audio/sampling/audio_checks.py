@@ -30,6 +30,23 @@ DRIFT_SECONDS = 1.0
 """Shorter samples may be one loud sound, and are not judged so."""
 
 
+def measure_codes(
+    codes: Integer[np.ndarray, "N"], log_probabilities: Float[np.ndarray, "N"], *, vocab_size: int
+) -> dict[str, Any]:
+    """What a sample is like whatever it is of: nll_nats (mean), nll_bits, distinct_codes, distinct_codes_share.
+
+    Args:
+        codes, log_probabilities: of one lane; in nats, under the model.
+    Raises:
+        UserError: there are no codes.
+    """
+    if not len(codes):
+        raise UserError("expected a sample of at least one code, got none; sample more")
+    nll, distinct = -float(log_probabilities.astype(np.float64).mean()), len(np.unique(codes))
+    shares = {"distinct_codes": distinct, "distinct_codes_share": distinct / vocab_size}
+    return {"nll_nats": nll, "nll_bits": nll / math.log(2)} | shares
+
+
 def measure_sample(
     codes: Integer[np.ndarray, "N"],
     log_probabilities: Float[np.ndarray, "N"],
@@ -38,28 +55,20 @@ def measure_sample(
     vocab_size: int,
     sample_rate_hz: int,
 ) -> dict[str, Any]:
-    """What a sampled waveform is like, in plain numbers ready for JSON.
+    """What a lane's decoded codes, a waveform in [-1, 1], are like, in plain numbers ready for JSON.
 
-    Args:
-        codes: of one lane.
-        log_probabilities: of these codes under the model, in nats.
-        waveform: the decoded codes, in [-1, 1].
     Returns:
-        seconds, num_samples, nll_nats (mean), nll_bits, nll_nats_per_second (of each second, the last may be shorter),
-        rms_dbfs, peak, dc (mean), clipped_share (at the lowest or highest code), distinct_codes,
-        distinct_codes_share (of the vocabulary), longest_run_seconds (of one code).
+        those of `measure_codes`, and seconds, num_samples, nll_nats_per_second (of each second, the last may be
+        shorter), rms_dbfs, peak, dc (mean), clipped_share (at the lowest or highest code), longest_run_seconds (of one
+        code).
     """
-    if not len(codes):
-        raise UserError("expected a sample of at least one code, got none; sample more seconds")
+    measures = measure_codes(codes, log_probabilities, vocab_size=vocab_size)
     wide = waveform.astype(np.float64)
     nll = -log_probabilities.astype(np.float64)
     starts = np.r_[0, np.flatnonzero(np.diff(codes.astype(np.int64))) + 1, len(codes)]
-    distinct = len(np.unique(codes))
-    return {
+    return measures | {
         "seconds": len(codes) / sample_rate_hz,
         "num_samples": len(codes),
-        "nll_nats": float(nll.mean()),
-        "nll_bits": float(nll.mean()) / math.log(2),
         "nll_nats_per_second": [
             float(nll[begin : begin + sample_rate_hz].mean()) for begin in range(0, len(nll), sample_rate_hz)
         ],
@@ -67,8 +76,6 @@ def measure_sample(
         "peak": float(np.abs(wide).max()),
         "dc": float(wide.mean()),
         "clipped_share": float(np.mean((codes == 0) | (codes == vocab_size - 1))),
-        "distinct_codes": distinct,
-        "distinct_codes_share": distinct / vocab_size,
         "longest_run_seconds": int(np.diff(starts).max()) / sample_rate_hz,
     }
 
@@ -77,7 +84,6 @@ def find_faults(measures: dict[str, Any], *, vocab_size: int, valid_nll_nats: fl
     """What is wrong with a sample as audio: silent, clipped, stuck or runaway; empty where nothing is.
 
     Args:
-        measures: of `measure_sample`.
         valid_nll_nats: the model's NLL on recordings, against which that of the sample is held; None where it has none.
     """
     seconds, rms_dbfs, dc = measures["seconds"], measures["rms_dbfs"], measures["dc"]

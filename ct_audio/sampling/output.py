@@ -25,14 +25,12 @@ from ct_audio.sampling.text_checks import find_text_faults, measure_text
 def write_samples(
     samples: SampleSet, *, verify_difference: float | None = None, plots: bool = False
 ) -> list[list[str]]:
-    """Write the files of each lane (if there is a directory) and say what they are like.
+    """Write the files of each lane (if there is a directory), say what they are like, return the faults of each.
 
     Args:
         samples: at least one code a lane.
         verify_difference: what `SampleSet.verify` gave, for the sidecars.
         plots: pictures too (of audio only).
-    Returns:
-        the faults of each lane.
     """
     all_faults, directory, unit = [], samples.directory, samples.codec.unit
     rows = zip(samples.codes.cpu().numpy(), samples.log_probabilities.cpu().numpy(), samples.decoded(), strict=True)

@@ -38,8 +38,6 @@ class SavedSampling:
     Attributes:
         settings: plain values that decide every code.
         complete: the wav files of these codes have been written.
-        codes: of each lane, in the order of time.
-        log_probabilities: of these codes in nats.
         leaves: of the sampler (see `Sampler.leaves`).
     """
 
@@ -51,11 +49,7 @@ class SavedSampling:
 
 
 def save_sampling(directory: Path, saved: SavedSampling) -> None:
-    """Write the state of a sampling in place of the one before.
-
-    Raises:
-        OSError: it cannot be written; the state of before is untouched.
-    """
+    """Write the state of a sampling in place of the one before, which an `OSError` leaves untouched."""
     plain = {name: leaf for name, leaf in saved.leaves.items() if not isinstance(leaf, Tensor)}
     tensors = {f"leaf/{name}": leaf for name, leaf in saved.leaves.items() if isinstance(leaf, Tensor)}
     tensors |= {"codes": saved.codes.int(), "log_probabilities": saved.log_probabilities}
@@ -64,13 +58,8 @@ def save_sampling(directory: Path, saved: SavedSampling) -> None:
     name = f"sampling-{digest[:16]}.safetensors"
     write_file(directory / name, raw)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": saved.settings}
-    header |= {
-        "complete": saved.complete,
-        "num_codes": saved.codes.shape[1],
-        "values": plain,
-    }
-    header |= {"file": name, "bytes": len(raw), "sha256": digest}
-    _write_header(directory, header)
+    header |= {"complete": saved.complete, "num_codes": saved.codes.shape[1], "values": plain}
+    _write_header(directory, header | {"file": name, "bytes": len(raw), "sha256": digest})
     for path in directory.glob("sampling-*.safetensors*"):
         if path.name != name:
             path.unlink(missing_ok=True)
@@ -84,11 +73,7 @@ def mark_complete(directory: Path) -> None:
 
 
 def read_header(directory: Path) -> dict[str, Any] | None:
-    """sampling.json; None where there is none.
-
-    Raises:
-        UserError: it is damaged, or of another format.
-    """
+    """sampling.json, None where there is none; `UserError` where it is damaged or of another format."""
     if not (directory / _NAME).exists():
         return None
     try:
@@ -106,11 +91,7 @@ def read_header(directory: Path) -> dict[str, Any] | None:
 
 
 def load_sampling(directory: Path) -> SavedSampling | None:
-    """The state of a sampling, on the CPU; None where there is none.
-
-    Raises:
-        UserError: it is damaged or truncated, or a part of it is missing.
-    """
+    """The state of a sampling, on the CPU, None where there is none; `UserError` where it is damaged or truncated."""
     header = read_header(directory)
     if header is None:
         return None
@@ -118,13 +99,10 @@ def load_sampling(directory: Path) -> SavedSampling | None:
         raw = (directory / header["file"]).read_bytes()
     except OSError as error:
         raise _damaged(directory, f"{header['file']} cannot be read: {error.strerror}") from error
-    found = (len(raw), hashlib.sha256(raw).hexdigest())
-    if found != (header["bytes"], header["sha256"]):
-        raise _damaged(
-            directory,
-            f"{header['file']}: expected {header['bytes']} bytes with sha256 {header['sha256'][:12]}, "
-            f"got {found[0]} with {found[1][:12]}",
-        )
+    digest = hashlib.sha256(raw).hexdigest()
+    if (len(raw), digest) != (header["bytes"], header["sha256"]):
+        expected = f"expected {header['bytes']} bytes with sha256 {header['sha256'][:12]}"
+        raise _damaged(directory, f"{header['file']}: {expected}, got {len(raw)} with {digest[:12]}")
     try:
         tensors = safetensors.torch.load(raw)
         codes, log_probabilities = tensors.pop("codes").long(), tensors.pop("log_probabilities")
@@ -137,11 +115,7 @@ def load_sampling(directory: Path) -> SavedSampling | None:
 
 
 def require_no_unfinished(directory: Path) -> None:
-    """Refuse to begin anew where a sampling was broken off; a finished one may be replaced.
-
-    Raises:
-        UserError: there is one, or its state is damaged.
-    """
+    """Raise `UserError` where a sampling was broken off, or is damaged; a finished one may be replaced."""
     header = read_header(directory)
     if header is not None and not header["complete"]:
         raise UserError(
@@ -151,17 +125,9 @@ def require_no_unfinished(directory: Path) -> None:
 
 
 def require_same_settings(directory: Path, saved: SavedSampling, settings: dict[str, Any]) -> None:
-    """Check that a sampling goes on as it began.
-
-    Raises:
-        UserError: a setting differs; the message names all that do.
-    """
-    keys = sorted(saved.settings.keys() | settings.keys())
-    changed = [
-        f"{key} (was {saved.settings.get(key)}, now {settings.get(key)})"
-        for key in keys
-        if saved.settings.get(key) != settings.get(key)
-    ]
+    """Raise `UserError` where a sampling would not go on with the settings it began with; it names all that differ."""
+    pairs = {key: (saved.settings.get(key), settings.get(key)) for key in sorted(saved.settings | settings)}
+    changed = [f"{key} (was {was}, now {now})" for key, (was, now) in pairs.items() if was != now]
     if changed:
         raise UserError(
             f"{directory} was sampled with other settings: {', '.join(changed)}; "
@@ -170,11 +136,7 @@ def require_same_settings(directory: Path, saved: SavedSampling, settings: dict[
 
 
 def directory_lock(directory: Path) -> AbstractContextManager[None]:
-    """Hold a directory for this process; the lock ends with the process, however that ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Hold a directory for this process; `UserError` where another process holds it."""
     return hold_alone(directory, f"another process samples to {directory}; wait for it, or choose another --out")
 
 
@@ -188,7 +150,5 @@ def _digest(header: dict[str, Any]) -> str:
 
 
 def _damaged(directory: Path, what: str) -> UserError:
-    return UserError(
-        f"{directory}: the state of its sampling is damaged: {what}; bring it back, or delete {directory / _NAME} to "
-        "begin anew"
-    )
+    advice = f"bring it back, or delete {directory / _NAME} to begin anew"
+    return UserError(f"{directory}: the state of its sampling is damaged: {what}; {advice}")

@@ -41,8 +41,7 @@ class Request:
 
     Attributes:
         num_codes: of each lane.
-        prime: [P] codes that all lanes continue.
-        prime_name: file name of the prime, for the sidecars.
+        prime: [P] codes that all lanes continue; `prime_name` is its file's name, for the sidecars.
         include_prime: the wav files begin with the prime.
     """
 
@@ -63,11 +62,7 @@ class Request:
 
 
 class SampleStream:
-    """What is sampled, to a pipe: raw mono PCM16, little-endian, or text.
-
-    Attributes:
-        is_open: False once the reader has gone.
-    """
+    """What is sampled, to a pipe: raw mono PCM16, little-endian, or text; not `is_open` once the reader has gone."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self._handle, self.is_open = handle, True
@@ -182,9 +177,8 @@ class SampleSet:
 
     def verify(self) -> float:
         """Largest difference of the log-probabilities from those of forward passes, in nats."""
-        codes = self.codes
-        start_code = self.codec.start_code
-        return verify_steps(self.run.model, codes, self.log_probabilities, start_code=start_code, prime=self._prime)
+        given = {"start_code": self.codec.start_code, "prime": self._prime}
+        return verify_steps(self.run.model, self.codes, self.log_probabilities, **given)
 
     def decoded(self) -> list[Any]:
         """The sampled part of each lane, waveforms or texts."""
@@ -204,6 +198,7 @@ class SampleSet:
         """The part of a sidecar that all lanes share: enough to make the samples again."""
         run, request = self.run, self.request
         rate, prime_length = self.codec.sample_rate_hz, 0 if request.prime is None else len(request.prime)
+        of_audio = {"sample_rate_hz": rate, "prime_seconds": prime_length / (rate or 1)}
         return {
             "name": run.config.name,
             "model": run.config.model.name,
@@ -215,11 +210,7 @@ class SampleSet:
             "device": run.model.device.type,
             "version": _version(),
             **request.drawing,
-            **(
-                {"sample_rate_hz": rate, "prime_seconds": prime_length / rate}
-                if rate
-                else {"prime_units": prime_length}
-            ),
+            **(of_audio if rate else {"prime_units": prime_length}),
         }
 
     def _resume_settings(self) -> dict[str, Any]:
@@ -255,8 +246,8 @@ class SampleSet:
         if self.num_codes == self._num_saved:
             return
         directory.mkdir(exist_ok=True)
-        state = self._resume_settings(), False, self.codes, self.log_probabilities, self._sampler.leaves()
-        save_sampling(directory, SavedSampling(*state))
+        settings, leaves = self._resume_settings(), self._sampler.leaves()
+        save_sampling(directory, SavedSampling(settings, False, self.codes, self.log_probabilities, leaves))
         self._num_saved = self.num_codes
 
     def _take(self, pairs: list[tuple[Tensor, Tensor]], stream: SampleStream | None) -> None:

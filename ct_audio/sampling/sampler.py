@@ -40,7 +40,6 @@ class Sampler:
         top_p: then, of these, from the fewest whose share of the probability reaches this, in (0, 1].
         prime: codes that come first, computed in parallel; the sample goes on after them.
     Attributes:
-        num_lanes: samples made side by side (B).
         num_codes: codes sampled so far in each lane.
     Raises:
         UserError: an argument is out of its range.
@@ -71,7 +70,7 @@ class Sampler:
         if top_p is not None and not 0 < top_p <= 1:
             raise UserError(f"top-p: expected a share in (0, 1], got {top_p}")
         self._model = model
-        self._inputs = _preceded(prime, num_lanes, start_code, vocab_size, model.device)
+        self._inputs = _preceded(model, prime, num_lanes, start_code)
         self._settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._uniforms = _LaneUniforms(seed, num_lanes, self._inputs.device)
         self._codes: Tensor = self._inputs[:, -1]
@@ -146,11 +145,10 @@ def verify_steps(
 
     Args:
         codes, log_probabilities: what `Sampler.run` gave, in the order of time.
-        start_code, prime: what the sampler was given.
     Returns:
         largest absolute difference of a code's two log-probabilities in nats; NaN where either is NaN.
     """
-    inputs = torch.cat([_preceded(prime, len(codes), start_code, model.vocab_size, codes.device), codes], dim=1)
+    inputs = torch.cat([_preceded(model, prime, len(codes), start_code), codes], dim=1)
     skipped = inputs.shape[1] - codes.shape[1] - 1  # the prime's codes are given, not scored
     memory, parts = model.zero_memory(len(codes)), []
     with model.evaluation_mode():
@@ -207,7 +205,6 @@ def draw_codes(
     """One code a lane by inversion of the cumulative distribution; a code without probability never comes.
 
     Args:
-        log_probabilities: in nats.
         uniforms: a number in [0, 1) for each lane.
         temperature, top_k, top_p: as in `Sampler`.
     """
@@ -259,13 +256,12 @@ class _LaneUniforms:
         self._ahead, self._used = ahead.to(self._device).clone(), 0
 
 
-def _preceded(
-    prime: Tensor | None, num_lanes: int, start_code: int, vocab_size: int, device: torch.device
-) -> Int[Tensor, "B _"]:
+def _preceded(model: SequenceModel, prime: Tensor | None, num_lanes: int, start_code: int) -> Int[Tensor, "B _"]:
     """The start code and then the prime of each lane."""
+    vocab_size = model.vocab_size
     if not 0 <= start_code < vocab_size:
         raise UserError(f"start_code: expected a code in [0, {vocab_size}), got {start_code}")
-    start = torch.full((num_lanes, 1), start_code, dtype=torch.int64, device=device)
+    start = torch.full((num_lanes, 1), start_code, dtype=torch.int64, device=model.device)
     if prime is None:
         return start
     if len(prime) != num_lanes:
@@ -282,7 +278,6 @@ def _piece_length(model: SequenceModel) -> int:
 def _require_finite(log_probabilities: Tensor, index: int) -> None:
     broken = (~torch.isfinite(log_probabilities)).nonzero().flatten().tolist()
     if broken:
-        raise UserError(
-            f"the model's log-probabilities are not finite at code {index} of lane {broken[0]}; "
-            "its parameters are damaged or diverged: use another checkpoint"
-        )
+        where = f"at code {index} of lane {broken[0]}"
+        advice = "its parameters are damaged or diverged: use another checkpoint"
+        raise UserError(f"the model's log-probabilities are not finite {where}; {advice}")

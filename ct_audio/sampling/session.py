@@ -39,13 +39,10 @@ def sample_sets(
     verify: bool = False,
     plots: bool = False,
 ) -> Outcome:
-    """Sample and write all sets, and say so.
+    """Sample and write sets that differ in temperature alone; arguments as in `SampleSet.sample` and `write_samples`.
 
     Args:
-        sets: opened ones; several differ in temperature alone.
-        signals, save_every_seconds, stream: see `SampleSet.sample`.
         corpus: of the run, for a report on the temperatures beside the sets; None: no report.
-        verify, plots: see `write_samples`.
     Raises:
         UserError: there can be no report; nothing has been sampled then.
     """
@@ -59,10 +56,11 @@ def sample_sets(
         label = "sample" if corpus is None else f"temperature {one.request.temperature:g}"
         _sample(one, signals=signals, stream=stream, save_every_seconds=save_every_seconds, label=label)
         if one.stopped_by:
-            saved = f"saved in {one.directory}; go on with --resume"
-            where = "nothing is saved without --out" if one.directory is None else saved
+            saved = (
+                f"saved in {one.directory}; go on with --resume" if one.directory else "nothing is saved without --out"
+            )
             name = signal.Signals(one.stopped_by).name
-            print(f"stopped by {name} at {one.in_words(one.num_codes)}; {where}", file=sys.stderr)
+            print(f"stopped by {name} at {one.in_words(one.num_codes)}; {saved}", file=sys.stderr)
             return Outcome(one.stopped_by, is_verified, is_faulty)
         if one.num_codes:  # else the reader of the stream has gone at once
             difference = _verify(one) if verify else None

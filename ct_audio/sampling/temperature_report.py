@@ -48,8 +48,7 @@ class Reference:
     """The validation split, cut in two.
 
     Attributes:
-        frames: [F, D] log-mel frames of the part that rows are compared with.
-        seconds: of that part.
+        frames, seconds: log-mel frames and length of the part that rows are compared with.
         stretches: codes of the part that makes the row of recordings.
     """
 
@@ -79,11 +78,7 @@ def require_comparable(sets: list[SampleSet], corpus: Corpus) -> None:
 
 
 def make_reference(codes: Integer[np.ndarray, "N"], codec: Codec, *, num_stretches: int, length: int) -> Reference:
-    """Cut stretches out of a split at even distances; the rest is what is compared with.
-
-    Args:
-        length: of a stretch in codes; shortened so that at most half of the split goes into stretches.
-    """
+    """Cut stretches of `length` codes, or shorter ones of half the split, out of it; the rest is compared with."""
     rate = codec.sample_rate_hz
     assert rate is not None
     codes = np.asarray(codes[: round(MAX_REFERENCE_SECONDS * rate)])
@@ -116,15 +111,8 @@ def measure_row(
     }
 
 
-def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> list[dict[str, Any]]:
-    """Measure the sets and the rows to compare them with; write and print the report.
-
-    Args:
-        sets: finished ones that differ in temperature alone.
-        corpus: of the run.
-    Returns:
-        the rows: one a set, then recordings, then white noise of their level.
-    """
+def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> None:
+    """Measure finished sets, then recordings, then white noise of their level; write and print a report of the rows."""
     first, codec, request = sets[0], sets[0].codec, sets[0].request
     rate = codec.sample_rate_hz
     assert rate is not None
@@ -140,21 +128,20 @@ def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> list
     jobs += [("white noise", None, [codec.decode(codes) for codes in noise_codes], noise_codes)]
     rows = []
     for name, temperature, waveforms, source in tqdm(jobs, desc="report", unit="row", leave=False, disable=None):
-        nll = -float(source.log_probabilities.double().mean()) if isinstance(source, SampleSet) else None
-        nll = nll_of(first.run, codec, source) if isinstance(source, list) else nll
-        assert nll is not None
+        if isinstance(source, SampleSet):
+            nll = -float(source.log_probabilities.double().mean())
+        else:
+            nll = nll_of(first.run, codec, source)
         numbers = measure_row(waveforms, reference, nll_nats=nll, sample_rate_hz=rate)
         rows.append({"row": name, "temperature": temperature} | numbers)
-    about = {
-        key: value for key, value in first.settings().items() if key not in ("temperature", "prime_included", "version")
-    }
+    left_out = ("temperature", "prime_included", "version")
+    about = {key: value for key, value in first.settings().items() if key not in left_out}
     about |= {"reference_seconds": reference.seconds, "split_sha256": split.sha256}
     write_json(directory / "temperatures.json", about | {"rows": rows})
     table = markdown_report(about, rows)
     write_file(directory / "temperatures.md", table.encode())
     write_figure(draw_report(rows, [job[2][0] for job in jobs], rate), directory / "temperatures.png", dpi=120)
     print(table, end="")
-    return rows
 
 
 def white_noise(lengths: list[int], level: float) -> list[Float[np.ndarray, "N"]]:
@@ -171,11 +158,13 @@ def nll_of(run: LoadedRun, codec: Codec, stretches: list[Integer[np.ndarray, "N"
 
 def markdown_report(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The table, and below it how to read it."""
-    header = ["temperature", *(title for title, _ in _MEASURES.values())]
-    cells = [[row["row"], *(_cell(row[key], decimals) for key, (_, decimals) in _MEASURES.items())] for row in rows]
+    cells = [["temperature", *(title for title, _ in _MEASURES.values())]]
+    for row in rows:
+        numbers = [(row[key], decimals) for key, (_, decimals) in _MEASURES.items()]
+        cells.append([row["row"], *("-" if value is None else f"{value:.{decimals}f}" for value, decimals in numbers)])
     samples = f"{about['num_lanes']} samples of {rows[0]['seconds'] / about['num_lanes']:g} s a temperature"
     return (
-        f"# {about['name']} by temperature\n\n{markdown_table([header, *cells])}\n\n"
+        f"# {about['name']} by temperature\n\n{markdown_table(cells)}\n\n"
         f"{samples}, seed {about['seed']}, checkpoint {about['checkpoint']}. NLL is under the model at temperature 1, "
         "each sample or stretch a stream of its own. Pitch by probabilistic YIN, 5% and 95% of the voiced frames. The "
         f"Frechet distance is between log-mel frames of the row and of {about['reference_seconds']:.1f} s of the "
@@ -183,10 +172,6 @@ def markdown_report(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "(at most half of the split): what is like the recordings has a distance like theirs. `white noise` has their "
         "level. A distance that shrinks with more --seconds was too short a sample's.\n"
     )
-
-
-def _cell(value: float | None, decimals: int) -> str:
-    return "-" if value is None else f"{value:.{decimals}f}"
 
 
 def draw_report(rows: list[dict[str, Any]], waveforms: list[Float[np.ndarray, "N"]], sample_rate_hz: int) -> Figure:
@@ -202,11 +187,8 @@ def draw_report(rows: list[dict[str, Any]], waveforms: list[Float[np.ndarray, "N
 def _draw_measures(figure: Any, rows: list[dict[str, Any]], references: list[dict[str, Any]]) -> None:
     panels = figure.subplots(1, 5)
     temperatures = [row["temperature"] for row in rows]
-    for panel, keys in zip(
-        panels,
-        (["nll_nats"], ["rms_dbfs"], ["voiced_share"], ["pitch_low_hz", "pitch_high_hz"], ["frechet_distance"]),
-        strict=True,
-    ):
+    shown = (["nll_nats"], ["rms_dbfs"], ["voiced_share"], ["pitch_low_hz", "pitch_high_hz"], ["frechet_distance"])
+    for panel, keys in zip(panels, shown, strict=True):
         for key in keys:
             values = [math.nan if row[key] is None else row[key] for row in rows]
             panel.plot(temperatures, values, "o-", color="C0", label="samples" if key == keys[0] else None)

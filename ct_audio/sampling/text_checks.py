@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Integer
 
-from ct_audio.common.errors import UserError
-from ct_audio.sampling.audio_checks import RUNAWAY_NLL_SHARE
+from ct_audio.sampling.audio_checks import RUNAWAY_NLL_SHARE, measure_codes
 
 STUCK_COPIES = 4
 STUCK_BYTES = 400
@@ -25,35 +24,20 @@ UNDECODABLE_SHARE = 0.01
 
 
 def measure_text(
-    codes: Integer[np.ndarray, "N"],
-    log_probabilities: Float[np.ndarray, "N"],
-    text: bytes,
-    *,
-    vocab_size: int,
+    codes: Integer[np.ndarray, "N"], log_probabilities: Float[np.ndarray, "N"], text: bytes, *, vocab_size: int
 ) -> dict[str, Any]:
-    """What a sampled text is like, in plain numbers ready for JSON.
+    """What a lane's decoded codes, a text, are like, in plain numbers ready for JSON.
 
-    Args:
-        codes: of one lane.
-        log_probabilities: of these codes under the model, in nats.
-        text: the decoded codes.
     Returns:
-        num_units, num_bytes, nll_nats (mean), nll_bits, distinct_codes, distinct_codes_share (of the vocabulary),
-        repeat_bytes and repeat_period_bytes (the longest stretch that says the same thing again and again, 0 where none
-        has two copies of it), undecodable_share (of the bytes; not counting a character that the end cuts off).
+        those of `measure_codes`, and num_units, num_bytes, repeat_bytes and repeat_period_bytes (the longest stretch
+        that says the same thing again and again, 0 where none has two copies of it), undecodable_share (of the bytes;
+        not counting a character that the end cuts off).
     """
-    if not len(codes):
-        raise UserError("expected a sample of at least one code, got none; sample more of it")
-    nll = -float(log_probabilities.astype(np.float64).mean())
-    distinct = len(np.unique(codes))
+    measures = measure_codes(codes, log_probabilities, vocab_size=vocab_size)
     repeat_bytes, period = longest_repeat(text[-LAST_BYTES:])
-    return {
+    return measures | {
         "num_units": len(codes),
         "num_bytes": len(text),
-        "nll_nats": nll,
-        "nll_bits": nll / math.log(2),
-        "distinct_codes": distinct,
-        "distinct_codes_share": distinct / vocab_size,
         "repeat_bytes": repeat_bytes,
         "repeat_period_bytes": period,
         "undecodable_share": undecodable_bytes(text) / max(1, len(text)),
