@@ -228,14 +228,12 @@ def test_runs_of_one_name_are_told_apart(corpus: Path, tmp_path: Path, compare: 
     assert [row["run"] for row in table(tmp_path / "out")] == [str(run) for run in runs]
 
 
-def test_curves_of_different_precision_are_said(
-    corpus: Path, tmp_path: Path, compare: Tool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_curves_of_different_precision_are_said(corpus: Path, tmp_path: Path, compare: Tool, capsys: Output) -> None:
     """A run in bfloat16 validates under autocast."""
     run = run_of(corpus, tmp_path, "run")
     loaded = load_run_model(run)
     settings = dataclasses.replace(loaded.config.train, precision="bfloat16")
     config = dataclasses.replace(loaded.config, name="mixed", runs_dir=str(tmp_path), train=settings)
-    save(config, loaded.model, fingerprint=loaded.state["corpus_fingerprint"])
+    save(config.run_dir, config, loaded.model, step=7, fingerprint=loaded.state["corpus_fingerprint"])
     assert compare(run, write_curves(config.run_dir), "--out", tmp_path / "out") == 0
     assert "in different precision (run float32, mixed bfloat16)" in capsys.readouterr().err

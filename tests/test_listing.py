@@ -9,12 +9,12 @@ import pytest
 from recordings import load_script, voice, write
 from test_recipes_data import run
 
+from ct_audio.commands.command_line import build_parser
 from ct_audio.common.errors import UserError
 from ct_audio.preparation.listing import count_suffixes, find_audio, find_files
 from ct_audio.preparation.recordings import split_by_hash
 
 folder_recipe = load_script("recipes/folder/prepare.py", "recipe_folder")
-tool = load_script("tools/prepare.py", "prepare_tool")
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -147,6 +147,6 @@ def test_a_split_that_would_be_empty_takes_a_small_group(tmp_path, num_groups):
 
 def list_recordings(source: Path, *options: str) -> dict[str, str]:
     """{name: split} as recipes/folder lists them."""
-    parser = tool.build_parser("")
+    parser = build_parser("")
     folder_recipe.add_arguments(parser)
     return {r.name: r.split for r in folder_recipe.list_recordings(source, parser.parse_args(options))}
