@@ -228,6 +228,16 @@ def test_runs_of_one_name_are_told_apart(corpus: Path, tmp_path: Path, compare: 
     assert [row["run"] for row in table(tmp_path / "out")] == [str(run) for run in runs]
 
 
+def test_a_corpus_that_has_moved_is_passed(corpus: Path, tmp_path: Path, compare: Tool) -> None:
+    """Names with a bar and dollars too: the table stays a table."""
+    run = run_of(corpus, tmp_path, "a|b$x_{y$")
+    corpus.rename(tmp_path / "moved")
+    assert compare(run, "--out", tmp_path / "out") == 2
+    assert compare(run, "--corpus", tmp_path / "moved", "--out", tmp_path / "out") == 0
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert lines[2].startswith(r"| a\|b$x_{y$ |")
+
+
 def test_curves_of_different_precision_are_said(corpus: Path, tmp_path: Path, compare: Tool, capsys: Output) -> None:
     """A run in bfloat16 validates under autocast."""
     run = run_of(corpus, tmp_path, "run")

@@ -50,9 +50,11 @@ def test_the_picture_shows_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "ct_audio.evaluation.curves.Figure.savefig",
         lambda self, file, **_: drawn.append(self) or file.write(b"x"),
     )
-    runs = {"trained": write_curves(tmp_path / "a"), "level": write_curves(tmp_path / "b", level=2.5)}
+    runs = {"_trained": write_curves(tmp_path / "a"), "$x_{y$": write_curves(tmp_path / "b", level=2.5)}
     curves = {label: read_curves(path) for label, path in runs.items()}
-    draw_curves(curves, tmp_path / "curves.png", levels={"level"})
+    draw_curves(curves, tmp_path / "curves.png", levels={"$x_{y$"})
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_trained: 3.500", r"\$x_{y\$: 2.500"]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["curves.png"]
     panels = drawn[0].axes
     assert [panel.get_xlabel() for panel in panels] == ["steps", "audio seen (minutes)", "wall time (seconds)"]
@@ -61,7 +63,6 @@ def test_the_picture_shows_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         train, valid, level = panel.lines
         assert list(train.get_xdata()) == pytest.approx([step / divisor for step in range(1, 11)])
         assert list(valid.get_xdata()) == pytest.approx([step / divisor for step in (2, 4, 6, 8, 10)])
-        assert (valid.get_label(), level.get_label()) == ("trained: 3.500", "level: 2.500")
         assert list(level.get_ydata()) == [2.5, 2.5]
         assert list(level.get_xdata()) == [0, 1]  # the whole width of the panel
 

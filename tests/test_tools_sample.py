@@ -152,6 +152,18 @@ def test_a_prime_must_be_a_recording_that_could_be_trained_on(
     assert not list(out.glob("*"))
 
 
+def test_a_folder_holds_the_samples_of_one_call(corpus: Path, tmp_path: Path, sample: Tool, capsys: Output) -> None:
+    run, out = make_run(corpus, tmp_path), tmp_path / "out"
+    out.mkdir()
+    (out / "sample_notes.txt").write_text("mine")
+    sample(run, "--num", 3, "--seconds", 0.01, "--plots", "--out", out)
+    sample(run, "--num", 1, "--seed", 7, "--seconds", 0.01, "--out", out)
+    assert "of an earlier call: sample_1, sample_2" in capsys.readouterr().err
+    found = {path.name for path in out.glob("sample_*")}
+    assert found == {"sample_0.wav", "sample_0.json", "sample_notes.txt"}
+    assert read_json(out / "sample_0.json")["seed"] == 7
+
+
 def test_sample_needs_a_checkpoint_and_a_place(tmp_path: Path, corpus: Path, sample: Tool, capsys: Output) -> None:
     assert "no checkpoint" in refusal(capsys, sample, tmp_path / "no_run", "--out", tmp_path / "out")
     (tmp_path / "file").write_text("")

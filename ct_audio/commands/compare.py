@@ -19,13 +19,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; made if it is missing")
     parser.add_argument("--splits", nargs="+", default=["valid"], metavar="SPLIT", help="splits in the table")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="score only the beginning of each split")
+    parser.add_argument("--corpus", metavar="DIR", help="prepared corpus; default: that of each run's training")
     add_device_options(parser)
     arguments = parser.parse_args()
     refuse_twice(arguments, "splits")
     from ct_audio.evaluation.comparison_table import open_runs, score_runs, write_comparison
 
     runs = open_runs(arguments.runs)
-    score_runs(runs, arguments.splits, max_seconds=arguments.max_seconds, device=open_device(arguments))
+    device = open_device(arguments)
+    score_runs(runs, arguments.splits, max_seconds=arguments.max_seconds, corpus=arguments.corpus, device=device)
     print(write_comparison(runs, arguments.out), end="")
     print(f"wrote curves.png, table.md and table.csv to {arguments.out}", file=sys.stderr)
     return 0

@@ -193,4 +193,7 @@ def _words(text: str) -> list[str]:
 
 
 def _lengths(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, as 0,128,256, got {text!r}") from None

@@ -11,6 +11,7 @@ import torch
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import write_csv, write_file
 from ct_audio.common.text import markdown_table
+from ct_audio.data.corpus import Corpus
 from ct_audio.evaluation import comparison
 from ct_audio.evaluation.curves import Curves, draw_curves, read_curves
 from ct_audio.evaluation.stored import EvaluationSettings, evaluate_run, find_evaluation, store_evaluation
@@ -50,20 +51,28 @@ def open_runs(paths: Sequence[Path]) -> dict[str, Run]:
 
 
 def score_runs(
-    runs: dict[str, Run], splits: Sequence[str], *, max_seconds: float | None, device: torch.device | str
+    runs: dict[str, Run],
+    splits: Sequence[str],
+    *,
+    max_seconds: float | None,
+    device: torch.device | str,
+    corpus: str | None = None,
 ) -> None:
     """Give each run its evaluations: those that are stored for its best checkpoint, else measured and stored now.
 
+    Args:
+        corpus: where the corpus of all runs is now; None: where it was in training.
     Raises:
         UserError: a checkpoint or split is missing, or the runs were not scored alike.
     """
     for label, run in runs.items():
         loaded = load_run_model(run.path, device=device)
         run.valid_codes, run.precision = loaded.config.train.valid_codes, loaded.config.train.precision
+        opened = run_corpus(loaded, corpus) if corpus else None
         for split in splits:
             settings = EvaluationSettings(split=split, max_seconds=max_seconds)
-            found = find_evaluation(run.path, loaded, settings)
-            run.evaluations[split] = found or _measure(label, run.path, loaded, settings)
+            found = find_evaluation(run.path, loaded, settings, opened)
+            run.evaluations[split] = found or _measure(label, run.path, loaded, settings, opened)
     for split in splits:
         comparison.require_alike({label: run.evaluations[split] for label, run in runs.items()})
     if len({run.valid_codes for run in runs.values()}) > 1:
@@ -74,11 +83,13 @@ def score_runs(
         print(f"warning: the validation curves were measured in different precision ({kinds})", file=sys.stderr)
 
 
-def _measure(label: str, path: Path, loaded: LoadedRun, settings: EvaluationSettings) -> dict[str, Any]:
+def _measure(
+    label: str, path: Path, loaded: LoadedRun, settings: EvaluationSettings, corpus: Corpus | None
+) -> dict[str, Any]:
     """Score a run, keep the result in it (a warning where that cannot be), and say so."""
     what = f"{label}, {settings.split}, {loaded.checkpoint_path.name}"
     print(f"{what}: no stored evaluation fits, scoring now", file=sys.stderr, flush=True)
-    report, blocks = evaluate_run(loaded, run_corpus(loaded), settings, progress=f"{label} {settings.split}")
+    report, blocks = evaluate_run(loaded, corpus or run_corpus(loaded), settings, progress=f"{label} {settings.split}")
     try:
         print(f"{what}: stored in {store_evaluation(path, loaded, settings, report, blocks)}", file=sys.stderr)
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.figures import write_figure
+from ct_audio.common.figures import plain_text, write_figure
 from ct_audio.runs.metrics import read_metrics
 
 Points = list[tuple[float, float]]
@@ -73,15 +73,17 @@ def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | froze
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         unit, divisor = _unit(axis, max(curves.last(axis) or 0.0 for curves in runs.values()))
-        for index, (label, curves) in enumerate(runs.items()):
+        drawn = [
             _draw_run(panel, curves.nll[axis], divisor, index=index, label=label, is_level=label in levels)
+            for index, (label, curves) in enumerate(runs.items())
+        ]
+        handles, labels = zip(*drawn, strict=True)  # given to the legend, which would leave out names such as _x
         panel.set(xlabel=axis + unit, xlim=(0, None), ylim=nll_range(runs))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("NLL (nats per code)")
     bits = panels[-1].secondary_yaxis("right", functions=(lambda y: y / math.log(2), lambda y: y * math.log(2)))
     bits.set_ylabel("bits per code")
     title = "Validation NLL, marked, with its last value; faint: training, smoothed; dashed: nothing to train"
-    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, title=title, loc="outside upper center", ncols=2, frameon=False)
     write_figure(figure, path)
 
@@ -104,16 +106,19 @@ def running_mean(points: Points, length: int) -> Points:
     return [(x, mean) for (x, _), mean in zip(points[length - 1 :], means, strict=True)]
 
 
-def _draw_run(panel: Any, nll: dict[str, Points], divisor: float, *, index: int, label: str, is_level: bool) -> None:
+def _draw_run(
+    panel: Any, nll: dict[str, Points], divisor: float, *, index: int, label: str, is_level: bool
+) -> tuple[Any, str]:
+    """What stands for the run in the legend, and its label there."""
     color, train, valid = f"C{index % 10}", nll["train"], nll["valid"]
-    label = f"{label}: {valid[-1][1]:.3f}" if valid else label
+    label = plain_text(f"{label}: {valid[-1][1]:.3f}" if valid else label)
     if is_level and valid:
-        panel.axhline(valid[-1][1], color=color, linestyle="--", linewidth=1.8, label=label)
-        return
+        return panel.axhline(valid[-1][1], color=color, linestyle="--", linewidth=1.8), label
     smooth = running_mean(train, math.ceil(len(train) / 10))
     panel.plot([x / divisor for x, _ in smooth], [y for _, y in smooth], color=color, alpha=0.35, linewidth=1)
     x, y = [x / divisor for x, _ in valid], [y for _, y in valid]
-    panel.plot(x, y, color=color, marker=_MARKERS[index % 10], markersize=4.5, linewidth=1.6, label=label)
+    (line,) = panel.plot(x, y, color=color, marker=_MARKERS[index % 10], markersize=4.5, linewidth=1.6)
+    return line, label
 
 
 def _unit(axis: str, longest: float) -> tuple[str, float]:

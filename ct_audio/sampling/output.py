@@ -33,6 +33,8 @@ def write_samples(
         plots: pictures too (of audio only).
     """
     all_faults, directory, unit = [], samples.directory, samples.codec.unit
+    if directory is not None:
+        _remove_earlier(directory, num_lanes=samples.request.num_lanes)
     rows = zip(samples.codes.cpu().numpy(), samples.log_probabilities.cpu().numpy(), samples.decoded(), strict=True)
     for lane, (codes, logs, decoded) in enumerate(rows):
         measures, faults = _measure(samples, codes, logs, decoded)
@@ -50,6 +52,17 @@ def write_samples(
     if directory is not None:
         mark_complete(directory)
     return all_faults
+
+
+def _remove_earlier(directory: Path, *, num_lanes: int) -> None:
+    """Remove the samples that an earlier call has made there, so that all that lies there is of this one."""
+    earlier = [path for path in directory.glob("sample_*.json") if path.stem.removeprefix("sample_").isdecimal()]
+    for sidecar in earlier:
+        for suffix in (".wav", ".txt", ".png", ".json"):
+            sidecar.with_suffix(suffix).unlink(missing_ok=True)
+    beyond = sorted(path.stem for path in earlier if int(path.stem.removeprefix("sample_")) >= num_lanes)
+    if beyond:
+        print(f"removed from {directory}, of an earlier call: {', '.join(beyond)}", file=sys.stderr)
 
 
 def _measure(

@@ -216,7 +216,7 @@ class SampleSet:
     def _resume_settings(self) -> dict[str, Any]:
         """What must be the same for the sampling to go on bit for bit."""
         settings = self.settings()
-        del settings["prime_included"], settings["version"]
+        del settings["prime_included"], settings["version"], settings["prime"]  # its codes decide, not its name
         raw = b"" if self.request.prime is None else self.request.prime.astype("<i4").tobytes()
         return settings | {
             "weights": self.run.state["files"]["model.safetensors"]["sha256"],
