@@ -7,7 +7,7 @@ The task loss trains everything but f_c (with `bptt` it trains f_c too); the oth
 belongs to it, and nothing else.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -191,16 +191,8 @@ class CompressiveLayer(nn.Module):
 
     def _attend(self, query: Tensor, keys_values: Float[Tensor, "N S E2"], view: View) -> Float[Tensor, "B T D"]:
         content_query, position_query, keys, values = self._heads(query, keys_values, view)
-        attended = ATTENTION_BACKENDS[self.config.attention_backend](
-            content_query,
-            position_query,
-            keys,
-            values,
-            query_positions=view.query_positions,
-            key_positions=view.key_positions,
-            mask=view.mask,
-            share=self.share(view.geometry),
-        )
+        attend = ATTENTION_BACKENDS[self.config.attention_backend]
+        attended = attend(content_query, position_query, keys, values, **self._seen(view))
         return rearrange(attended, "(b w) h t e -> b (w t) (h e)", b=query.shape[0])
 
     def _heads(self, query: Tensor, keys_values: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,15 +210,12 @@ class CompressiveLayer(nn.Module):
 
     def _weights(self, query: Tensor, keys_values: Tensor, view: View) -> Float[Tensor, "N H T S"]:
         content_query, position_query, keys, _ = self._heads(query, keys_values, view)
-        return attention_weights(
-            content_query,
-            position_query,
-            keys,
-            query_positions=view.query_positions,
-            key_positions=view.key_positions,
-            mask=view.mask,
-            share=self.share(view.geometry),
-        )
+        return attention_weights(content_query, position_query, keys, **self._seen(view))
+
+    def _seen(self, view: View) -> dict[str, Any]:
+        """Where the keys stand and how much of each is seen, as arguments of an attention."""
+        positions = {"query_positions": view.query_positions, "key_positions": view.key_positions}
+        return {**positions, "mask": view.mask, "share": self.share(view.geometry)}
 
     def finish(self, rows: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual, feed-forward block, with the norm after or before each."""
