@@ -27,7 +27,7 @@ _CAUSES = {  # what errors of the environment do not say, by a pattern of what t
     r"can't allocate memory|out of memory": "out of memory: {}; use less at a time",
     r"shared memory|</torch_": _NO_SHARED_MEMORY,
     r"AF_UNIX path too long": "{}; the path of the folder for temporary files is too long: set TMPDIR=/tmp",
-    r"no locator available": "{}; numba cannot write its cache: set the variable NUMBA_CACHE_DIR to a folder that can be written",
+    r"no locator available": "{}; numba cannot write its cache: set NUMBA_CACHE_DIR=FOLDER, one that you can write to",
 }
 
 
