@@ -17,6 +17,7 @@ setup(
         "torch==2.11.0",
         "torchaudio==2.11.0",  # a matched pair with torch: change both or neither
         "numpy==2.3.5",
+        "scipy==1.17.1",
         "numba==0.68.1",  # compiles the loop of models/linear_prediction.py
         "soundfile==0.14.0",
         "librosa==0.11.0",

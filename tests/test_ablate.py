@@ -1,4 +1,4 @@
-"""The ablation of compression functions: its arithmetic by hand, and a tiny one from the command line, twice."""
+"""Ablations: their arithmetic by hand, and tiny ones from the command line, twice."""
 
 import csv
 import json
@@ -10,7 +10,8 @@ from handmade_runs import Patch, tool
 from tiny_runs import tiny_run
 
 from ct_audio.commands.ablate import OTHER_ROWS, PAPER_ROWS
-from ct_audio.experiments import ablation
+from ct_audio.experiments import ablation, grid
+from ct_audio.experiments.trials import result_of
 from ct_audio.runs.config import config_to_yaml, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -41,14 +42,15 @@ def test_the_command_knows_the_rows() -> None:
 def test_a_result_that_was_cut_off_is_none(tmp_path: Path) -> None:
     """As after kill -9 in the middle of a line of metrics.jsonl: the run goes on, and has no result yet."""
     base, trial = tiny_run(tmp_path, train__num_steps=2), ablation.Trial("max", 2, 0)
-    assert ablation.result_of(trial, tmp_path, base) is None
-    lines = tmp_path / "runs" / trial.name / "metrics.jsonl"
+    run_dir = tmp_path / "runs" / trial.name
+    assert result_of(run_dir, base, "bits") is None
+    lines = run_dir / "metrics.jsonl"
     lines.parent.mkdir(parents=True)
     whole = [json.dumps({"step": step, "nll/valid_full_bits": 8.0 - step}) for step in (1, 2)]
     lines.write_text("\n".join(whole)[:-3])
-    assert ablation.result_of(trial, tmp_path, base) is None
+    assert result_of(run_dir, base, "bits") is None
     lines.write_text("\n".join([*whole, "{"]))
-    assert ablation.result_of(trial, tmp_path, base) == 6.0
+    assert result_of(run_dir, base, "bits") == 6.0
 
 
 @pytest.mark.parametrize("recipe", ["enwik8/compressive_transformer", "enwik8/ablation", "kathleen/ablation"])
@@ -56,7 +58,7 @@ def test_every_row_is_a_run_with_as_many_codes_a_step(recipe: str) -> None:
     path = ROOT / "recipes" / f"{recipe}.yaml"
     base = load_config(path)
     for row in ablation.ROWS:
-        run = load_config(path, ablation.settings_of(ablation.Trial(row, 3, 0), base, Path("out")))
+        run = load_config(path, ablation.settings_of(ablation.Trial(row, 3, 0), base))
         assert run.data.num_lanes * run.data.chunk_length == base.data.num_lanes * base.data.chunk_length
         if row == "conv_bptt":
             assert run.data.chunk_length >= 2 * base.data.chunk_length
@@ -78,5 +80,53 @@ def test_a_tiny_ablation_and_the_same_command_again(tmp_path: Path, monkeypatch:
         assert {row["row"] for row in csv.DictReader(file)} == set(rows)
     assert (tmp_path / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
     first = {path: path.read_bytes() for path in (tmp_path / "out" / "runs").glob("*/metrics.jsonl")}
+    assert ablate(*arguments) == 0
+    assert {path: path.read_bytes() for path in first} == first
+
+
+def test_a_grid_is_all_combinations_of_its_values() -> None:
+    assert grid.combinations(["a.b=1,2", "c.d=x"]) == [["a.b=1", "c.d=x"], ["a.b=2", "c.d=x"]]
+    names = [grid.name_of(row) for row in ([], ["model.head=categorical", "data.num_lanes=5"])]
+    assert names == ["unchanged", "head=categorical, num_lanes=5"]
+    assert grid.trial_name(names[1], 2) == "head_categorical__num_lanes_5_seed2"
+
+
+def test_differences_of_a_grid_are_paired_by_seed() -> None:
+    """Seed 3 has no partner; the quantile of Student's t with two degrees of freedom is 4.3027."""
+    interval = grid.paired({0: 1.5, 1: 2.1, 2: 2.4, 3: 9.0}, {0: 1.0, 1: 2.0, 2: 2.1})
+    assert interval.mean == pytest.approx(0.3)
+    assert interval.half_width == pytest.approx(4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
+    assert math.isnan(grid.paired({0: 1.0}, {1: 1.0}).mean)
+    single = grid.paired({0: 1.0}, {0: 0.5})
+    assert single.mean == 0.5
+    assert math.isnan(single.half_width)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_tiny_grid_leaves_out_what_is_refused_and_the_same_command_again(
+    tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(config_to_yaml(tiny_run(tmp_path, train__num_steps=2)), encoding="utf-8")
+    ablate, out = tool("ablate", monkeypatch), tmp_path / "out"
+    axes = ["model.front_end=codes,waveform", "model.head=categorical,logistic_mixture"]
+    arguments = [base, "--out", out, "--seeds", 0, 1, "--num-processes", 2, "--grid", *axes]
+    assert ablate(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert "- front_end=codes, head=logistic_mixture: model.head = logistic_mixture needs the waveform" in printed
+    with (out / "table.csv").open() as file:
+        rows = {row["settings"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {
+        "front_end=codes, head=categorical",
+        "front_end=waveform, head=categorical",
+        "front_end=waveform, head=logistic_mixture",
+    }
+    results = {row["settings"]: row["nats"] for row in json.loads((out / "results.json").read_text())}
+    for name, row in rows.items():
+        assert float(row["nats"]) == pytest.approx(sum(results[name].values()) / 2)
+    assert (out / "grid.png").read_bytes().startswith(b"\x89PNG")
+    first = {path: path.read_bytes() for path in (out / "runs").glob("*/metrics.jsonl")}
+    assert len(first) == 6
     assert ablate(*arguments) == 0
     assert {path: path.read_bytes() for path in first} == first

@@ -89,14 +89,23 @@ WITHOUT_RUN = {
             for name, value in (("rows", "max"), ("rates", "2"), ("seeds", "1"))
         ),
         *(
-            (f"BASE {OUT} --set {key}=x", f"--set {key}=x: the command sets it itself in every run")
+            (f"BASE {OUT} --set {key}=x", f"{key}=x: the command sets it itself in every run")
             for key in ("name", "runs_dir", "train.seed", "model.compression_rate", "model.compression_function")
         ),
+        (f"BASE {OUT} --grid train.seed=1,2", "train.seed=1: the command sets it itself in every run"),
+        (f"BASE {OUT} --changes name=x", "name=x: the command sets it itself in every run"),
+        (f"BASE {OUT} --grid model.width=8,16 --rates 2", "--rates: only for Table 5, without --grid and --changes"),
+        (f"BASE {OUT} --changes model.width=8 --rows max", "--rows: only for Table 5, without --grid and --changes"),
+        (f"BASE {OUT} --grid model.width", "--grid: expected KEY=VALUE,VALUE,... as model.head=categorical,"),
+        (f"BASE {OUT} --grid model.width=8,", "--grid: expected KEY=VALUE,VALUE,... as model.head=categorical,"),
+        (f"BASE {OUT} --grid model.width=8 model.width=16", "--grid: expected each key once, got model.width"),
+        (f"BASE {OUT} --changes model.width=8 model.width=8", "the same settings twice: model.width=8"),
+        (f"BASE {OUT} --changes model.breadth=8", "override 'model.breadth=8': unknown key model.breadth"),
     ],
     "optimisation": [
         (f"BASE {OUT} --base-steps 1 --branch-steps 1 --branches rate_0 rate_0", "--branches: ["),
         *(
-            (f"BASE {OUT} --base-steps 1 --branch-steps 1 --set {key}=3", f"--set {key}=3: the command sets it itself")
+            (f"BASE {OUT} --base-steps 1 --branch-steps 1 --set {key}=3", f"{key}=3: the command sets it itself")
             for key in ("name", "runs_dir", "train.num_steps")
         ),
     ],

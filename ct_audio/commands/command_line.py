@@ -73,10 +73,10 @@ def refuse_twice(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def refuse_overrides(overrides: list[str], own_keys: Iterable[str]) -> None:
-    """Raise `UserError` where --set names a key that the command sets in every run itself."""
+    """Raise `UserError` where overrides name a key that the command sets in every run itself."""
     for override in overrides:
         if override.split("=")[0].strip() in own_keys:
-            raise UserError(f"--set {override}: the command sets it itself in every run; leave it out")
+            raise UserError(f"{override}: the command sets it itself in every run; leave it out")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

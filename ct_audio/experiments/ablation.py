@@ -6,25 +6,19 @@ is that of its best rate, as in the paper. Published numbers: Rae et al. 2019, T
 
 import dataclasses
 import math
-import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.figures import write_figure
-from ct_audio.common.files import PROJECT, write_csv, write_file, write_json
+from ct_audio.common.files import write_csv, write_file, write_json
 from ct_audio.common.text import markdown_table
-from ct_audio.runs.config import RunConfig, load_config
-from ct_audio.runs.metrics import read_metrics
+from ct_audio.experiments.trials import load_base, mean_and_error, result_of, scored_codes, train_trials
+from ct_audio.runs.config import RunConfig
 
 
 class Row(NamedTuple):
@@ -90,29 +84,24 @@ def run_ablation(
     Raises:
         UserError: a setting does not fit; nothing has been trained then.
     """
-    base = load_config(base_file, list(overrides))
-    if base.train.valid_every_steps == 0:
-        raise UserError("train.valid_every_steps is 0, but the table is of the validation split")
+    base = load_base(base_file, overrides)
     trials = [Trial(row, rate, seed) for seed in seeds for rate in rates for row in rows]
-    arguments = {trial: [*overrides, *settings_of(trial, base, out)] for trial in trials}
-    for trial in trials:  # a setting that does not fit is known before hours of training
-        load_config(base_file, arguments[trial])
-    out.mkdir(parents=True, exist_ok=True)
-    tool = [sys.executable, str(PROJECT / "tools" / "train.py"), str(base_file)]
-    failed = train_all({trial.name: [*tool, *arguments[trial]] for trial in trials}, out, num_processes)
-    results = {trial: result for trial in trials if (result := result_of(trial, out, base)) is not None}
+    settings = {trial.name: [*overrides, *settings_of(trial, base)] for trial in trials}
+    failed = train_trials(base_file, settings, out, num_processes)
+    ended = {trial: result_of(out / "runs" / trial.name, base, "bits") for trial in trials}
+    results = {trial: bits for trial, bits in ended.items() if bits is not None}
     return write_report(results, out, base) if results else "", failed
 
 
-def settings_of(trial: Trial, base: RunConfig, out: Path) -> list[str]:
+def settings_of(trial: Trial, base: RunConfig) -> list[str]:
     """The overrides of a trial.
 
     bptt has a double unroll and half the lanes, as in the paper; where that is too short for the task loss to reach
     f_c, it is doubled again.
     """
     row = ROWS[trial.row]
-    values = (trial.name, out / "runs", row.function, row.loss, trial.rate, trial.seed)
-    settings = [f"{key}={value}" for key, value in zip(OWN_KEYS, values, strict=True)]
+    settings = [f"model.compression_function={row.function}", f"model.compression_loss={row.loss}"]
+    settings += [f"model.compression_rate={trial.rate}", f"train.seed={trial.seed}"]
     if row.loss == "bptt":
         model = dataclasses.replace(base.model, compression_loss=row.loss, compression_rate=trial.rate)
         factor = 2
@@ -126,51 +115,6 @@ def settings_of(trial: Trial, base: RunConfig, out: Path) -> list[str]:
         settings += [f"data.chunk_length={factor * base.data.chunk_length}"]
         settings += [f"data.num_lanes={base.data.num_lanes // factor}"]
     return settings
-
-
-def train_all(commands: dict[str, list[str]], out: Path, num_processes: int) -> list[str]:
-    """Run all commands, some at a time; returns those that failed. An interrupt stops them after a checkpoint."""
-    (out / "logs").mkdir(exist_ok=True)
-    running: set[subprocess.Popen[bytes]] = set()
-    stopping, failed = threading.Event(), []
-
-    def run(name: str) -> None:
-        if stopping.is_set():
-            return
-        with (out / "logs" / f"{name}.log").open("ab") as log:
-            # A group of its own: Ctrl-C reaches this process only, which passes it on once.
-            process = subprocess.Popen(commands[name], stdout=log, stderr=log, start_new_session=True)
-            running.add(process)
-            status = process.wait()
-            running.discard(process)
-        if status != 0 and not stopping.is_set():
-            failed.append(name)
-
-    with ThreadPoolExecutor(num_processes) as pool:
-        futures = [pool.submit(run, name) for name in commands]
-        try:
-            for future in tqdm(futures, desc="ablate", unit="run", disable=None):
-                future.result()
-        except KeyboardInterrupt:
-            stopping.set()
-            for process in list(running):
-                process.send_signal(signal.SIGTERM)
-            raise
-    return failed
-
-
-def result_of(trial: Trial, out: Path, base: RunConfig) -> float | None:
-    """Bits per unit of validation at the end of a trial; None where it has not ended."""
-    key = "nll/valid_full_bits" if base.train.validate_whole_split else "nll/valid_bits"
-    lines = read_metrics(out / "runs" / trial.name)
-    found = [line[key] for line in lines if key in line and line["step"] == base.train.num_steps]
-    return found[-1] if found else None
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error (NaN for a single value)."""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return fmean(values), error
 
 
 def summarise(results: dict[Trial, float]) -> list[dict[str, Any]]:
@@ -212,12 +156,10 @@ def write_report(results: dict[Trial, float], out: Path, base: RunConfig) -> str
         ]
         rows.append([show(value) for value in (*line.values(), *(fmean(bits) if bits else None for bits in by_rate))])
     data, model, train = base.data, base.model, base.train
-    whole = train.validate_whole_split or train.valid_codes == 0
     text = (
-        f"{data.corpus}, {'all' if whole else f'the first {train.valid_codes:,}'} codes of the validation split, bits "
-        f"per unit; {train.num_steps} steps of {data.num_lanes} x {data.chunk_length} codes; window "
-        f"{model.window_length}, memory {model.memory_length}, compressed memory {model.compressed_memory_length}."
-        f"\n\n{markdown_table(rows)}\n"
+        f"{data.corpus}, {scored_codes(base)}, bits per unit; {train.num_steps} steps of {data.num_lanes} x "
+        f"{data.chunk_length} codes; window {model.window_length}, memory {model.memory_length}, compressed memory "
+        f"{model.compressed_memory_length}.\n\n{markdown_table(rows)}\n"
     )
     write_file(out / "table.md", text.encode())
     write_figure(ablation_figure(lines), out / "ablation.png")
