@@ -26,6 +26,7 @@ VARIANTS = {
     "compressive_transformer_max",
     "compressive_transformer_dilated_conv",
     "compressive_transformer_gru",
+    "compressive_transformer_zero",
     "compressive_transformer_adaptive_span",
     "compressive_transformer_adaptive",
     "compressive_transformer_tied",

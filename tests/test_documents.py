@@ -5,6 +5,7 @@ made short (`SHORTER`). What a scheduler would run (sbatch) is run here without 
 """
 
 import functools
+import math
 import re
 import shlex
 import shutil
@@ -153,13 +154,17 @@ def test_links_lead_somewhere(document: Path) -> None:
 @pytest.mark.parametrize("document", ["README.md", "docs/stack.md"])
 def test_the_library_examples_run(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    (block,) = [block for block in code_blocks(ROOT / document) if "import" in block]
-    names: dict = {}
-    exec(compile(block, document, "exec"), names)
-    assert names["loss"].item() > 0
+    blocks = [block for block in code_blocks(ROOT / document) if "import" in block]
+    found: list[dict] = [{} for _ in blocks]
+    for block, names in zip(blocks, found, strict=True):
+        exec(compile(block, document, "exec"), names)
+        assert math.isfinite(names["loss"].item())
     if document == "docs/stack.md":
-        memory_valid = names["memory"].memory_valid[0].tolist()
-        assert memory_valid == [32, 64 - 40]  # lane 1 remembers its new recording only
+        network, core = found
+        memory = network["memory"]  # lane 1 remembers the 24 rows of its new episode only: 16, and 8 as 2
+        assert [memory.memory_valid[0].tolist(), memory.compressed_memory_valid[0].tolist()] == [[16, 16], [12, 2]]
+        assert network["norms"].keys() == {"model", "compression"}
+        assert len(core["memory"].rows[0]) == 200 % 32
 
 
 def test_readme_is_short() -> None:

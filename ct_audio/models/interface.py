@@ -191,12 +191,20 @@ class Stack(StatefulModule):
         """
 
     @abc.abstractmethod
-    def begin_steps(self, memory: Any, rows: Float[Tensor, "B R D"]) -> Any:
+    def begin_steps(
+        self, memory: Any, rows: Float[Tensor, "B R D"], *, document_starts: Bool[Tensor, "B R"] | None = None
+    ) -> Any:
         """State for `step` after R rows of an unfinished window; its `memory` is that of the last whole window."""
 
     @abc.abstractmethod
-    def step(self, rows: Float[Tensor, "B D"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
-        """Output for one more row a lane, and the next state. Consumes `state`."""
+    def step(
+        self, rows: Float[Tensor, "B D"], state: Any, *, document_starts: Bool[Tensor, "B"] | None = None
+    ) -> tuple[Float[Tensor, "B D"], Any]:
+        """Output for one more row a lane, and the next state. Consumes `state`.
+
+        Args:
+            document_starts: lanes for which nothing before has any influence from this row on; None for none.
+        """
 
 
 class Head(nn.Module, abc.ABC):

@@ -206,20 +206,26 @@ class WaveNetStack(Stack):
         return StackOutput(self._features(skip), WaveNetMemory(tuple(queues)), {})
 
     @torch.inference_mode()
-    def begin_steps(self, memory: WaveNetMemory, rows: Float[Tensor, "B R C"]) -> StepState:
+    def begin_steps(
+        self, memory: WaveNetMemory, rows: Float[Tensor, "B R C"], *, document_starts: Bool[Tensor, "B R"] | None = None
+    ) -> StepState:
         """State for `step` after R more rows (any number, 0 too), which run in parallel."""
         self._check_memory(memory, rows.shape[0])
         if rows.shape[1]:
-            memory = self(rows, memory).memory
+            memory = self(rows, memory, document_starts=document_starts).memory
         rings = torch.cat([rearrange(queue, "b q c -> q b c") for queue in memory.queues])
         return self._step_state(rings, torch.zeros((), dtype=torch.int64, device=rings.device))
 
     @torch.inference_mode()
-    def step(self, rows: Float[Tensor, "B C"], state: StepState) -> tuple[Float[Tensor, "B S"], StepState]:
+    def step(
+        self, rows: Float[Tensor, "B C"], state: StepState, *, document_starts: Bool[Tensor, "B"] | None = None
+    ) -> tuple[Float[Tensor, "B S"], StepState]:
         """Features after one more row a lane; consumes `state`. No dropout and no gradients.
 
         What every layer saw `dilation` codes ago is known beforehand, so that its share is one batched product.
         """
+        if document_starts is not None:  # before a stream begins, each layer sees zeros
+            state.rings.masked_fill_(document_starts[:, None], 0)
         oldest = torch.remainder(state.count, state.dilations).add_(state.offsets)
         past = state.rings.index_select(0, oldest)
         biases = rearrange(self.gate_bias, "l half c -> l 1 (half c)")

@@ -31,6 +31,9 @@ class StackConfig:
         adaptive_span_loss: weight of the mean span, in rows, in the loss.
         compressed_positions: what position a compressed row has: its "index" as in the paper, right before the
             memory, or "temporal", the mean position of the codes that it stands for.
+        straddling_groups: what becomes of c rows that leave together where a document starts among them: "drop" (their
+            compressed row belongs to nobody: a document may lose its first c - 1 rows) or "zero" (rows of earlier
+            documents are zeroed before f_c sees them). Of no concern to most_used, which has no groups.
         attention_backend: "fused" or "reference" (slow, the formula as it is written).
         norm_position: "post" as in the paper, or "pre".
     """
@@ -50,6 +53,7 @@ class StackConfig:
     reconstruction_query_share: float = 1.0
     memory_layers: Any = None
     compressed_positions: Literal["index", "temporal"] = "index"
+    straddling_groups: Literal["drop", "zero"] = "drop"
     adaptive_span: bool = False
     adaptive_span_ramp: int = 32
     adaptive_span_loss: float = 2e-6

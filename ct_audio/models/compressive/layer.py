@@ -30,6 +30,7 @@ from ct_audio.models.compressive.windows import (
     geometry_of,
     old_rows_valid,
     remember,
+    rows_to_compress,
     windows_of_memory,
 )
 from ct_audio.models.layers import FeedForward, frozen_layer_norm, linear, shared_linear
@@ -129,7 +130,7 @@ class CompressiveLayer(nn.Module):
         if not view.geometry.compressed_memory_length:  # in evaluation: nothing would be left of it
             return None, view
         if self.compression is not None:
-            return self.compression(old_memory), view
+            return self.compression(rows_to_compress(old_memory, view)), view
         if not self.chooses_most_used:
             return None, view
         assert usage is not None
@@ -150,9 +151,12 @@ class CompressiveLayer(nn.Module):
 
     def geometry(self, memory: LayerMemory, window_length: int) -> Geometry:
         """Lengths that decide what a window of this layer sees."""
-        temporal = self.config.compressed_positions == "temporal"
         return geometry_of(
-            memory, window_length=window_length, compression_rate=self.compression_rate, temporal=temporal
+            memory,
+            window_length=window_length,
+            compression_rate=self.compression_rate,
+            temporal=self.config.compressed_positions == "temporal",
+            keeps_straddling=self.config.straddling_groups == "zero" and not self.chooses_most_used,
         )
 
     def spans(self) -> Float[Tensor, "H"]:
@@ -243,4 +247,5 @@ class CompressiveLayer(nn.Module):
             return {}
         valid = old_rows_valid(view, old_memory.shape[1])
         new_valid = None if valid is None else rearrange(valid[1], "(b w) k -> b (w k)", b=len(old_memory))
-        return {name: autoencoding_loss(old_memory, self.compression_decoder(new_compressed), new_valid)}
+        seen = rows_to_compress(old_memory, view)
+        return {name: autoencoding_loss(seen, self.compression_decoder(new_compressed), new_valid)}

@@ -50,7 +50,8 @@ class PaperStack:
         """Algorithm 1 for one window.
 
         Args:
-            rows: [D] each, the embedded codes of the window.
+            rows: [D] each, the embedded codes of the window; the first window of a stream may be shorter (it is one
+                where a document starts in the middle of a window).
         Returns:
             an output row for each, and the loss of f_c of each layer that has one; the memories are updated.
         """
@@ -101,10 +102,11 @@ class PaperStack:
         rate = self._rate(layer)
         if config.compression_loss == "none":
             parameters = held_fixed(parameters)
+        whole_groups = in_whole_groups(old_memory, rate, pad=config.straddling_groups == "zero")
         if config.compression_function == "most_used":
-            new = most_used(old_memory, weights, len(self.compressed_memory[layer]), len(rows) // rate)
+            new = most_used(old_memory, weights, len(self.compressed_memory[layer]), config.window_length // rate)
         else:
-            groups = [old_memory[i : i + rate] for i in range(0, len(old_memory), rate)]
+            groups = [whole_groups[i : i + rate] for i in range(0, len(whole_groups), rate)]
             new = [compress(config.compression_function, part(parameters, "compression."), group) for group in groups]
         kept = new if config.compression_loss == "bptt" else [row.detach() for row in new]
         together = self.compressed_memory[layer] + kept
@@ -112,7 +114,7 @@ class PaperStack:
         if config.compression_loss == "attention_reconstruction":
             return [reconstruction_loss(config, held_fixed(parameters), rows, old_memory, new)]
         if config.compression_loss == "autoencoding":
-            return [autoencoding_loss(part(parameters, "compression_decoder."), rows, old_memory, new, rate)]
+            return [autoencoding_loss(part(parameters, "compression_decoder."), rows, whole_groups, new, rate)]
         return []
 
     def _rate(self, layer: int) -> int:
@@ -232,6 +234,18 @@ def gated_unit(parameters: Parameters, group: Rows) -> Tensor:
         reset, update = (torch.sigmoid(from_row[i] + from_state[i]) for i in (0, 1))
         state = (1 - update) * torch.tanh(from_row[2] + reset * from_state[2]) + update * state
     return state
+
+
+def in_whole_groups(old_memory: Rows, rate: int, *, pad: bool) -> Rows:
+    """Rows that leave, without the incomplete group at their beginning, or with zeros before it.
+
+    There is one where the stream began in the middle of a window. The paper has no documents.
+    """
+    incomplete = len(old_memory) % rate
+    if not incomplete:
+        return old_memory
+    missing = [torch.zeros_like(old_memory[0])] * (rate - incomplete)
+    return missing + old_memory if pad else old_memory[incomplete:]
 
 
 def most_used(old_memory: Rows, weights: list[Tensor], num_compressed: int, num_kept: int) -> Rows:

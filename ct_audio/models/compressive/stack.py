@@ -16,7 +16,7 @@ from ct_audio.models.compressive.attention import rotation_table
 from ct_audio.models.compressive.config import StackConfig, check_whole_groups
 from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import Memory, join_layers, layer_memory, push
-from ct_audio.models.compressive.stepping import LayerCache, new_cache, refill_cache, step_layer
+from ct_audio.models.compressive.stepping import LayerCache, hide_earlier_rows, new_cache, refill_cache, step_layer
 from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
 from ct_audio.models.interface import Stack, StackOutput
 from ct_audio.models.state import map_memory
@@ -30,12 +30,14 @@ class StackState(NamedTuple):
         caches: of each layer.
         rotation: cosines and sines [window length, P] of the positions of a window.
         position: rows of the unfinished window that have been consumed.
+        starts: [B, window length], where a stream began anew in the unfinished window; None for nowhere.
     """
 
     memory: Memory
     caches: tuple[LayerCache, ...]
     rotation: tuple[Tensor, Tensor]
     position: int
+    starts: Bool[Tensor, "B T"] | None = None
 
 
 class CompressiveStack(Stack):
@@ -112,9 +114,13 @@ class CompressiveStack(Stack):
             memory = memory._replace(final=True)
         return StackOutput(torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], memory, losses)
 
-    def begin_steps(self, memory: Memory, rows: Float[Tensor, "B R D"]) -> StackState:
+    def begin_steps(
+        self, memory: Memory, rows: Float[Tensor, "B R D"], *, document_starts: Bool[Tensor, "B R"] | None = None
+    ) -> StackState:
         """State after R rows of an unfinished window (0 <= R < window_length), computed in parallel.
 
+        Args:
+            document_starts: as in `forward`.
         Raises:
             UserError: there is a whole window of rows or more, or the memory is final.
         """
@@ -127,7 +133,7 @@ class CompressiveStack(Stack):
         inputs = [weight.new_zeros(lanes, length, self.config.width) for _ in self.layers]
         usages: list[Tensor | None] = [None] * len(inputs)
         if consumed:
-            _, known = self._run(rows, memory, None, window_length=consumed)
+            _, known = self._run(rows, memory, document_starts, window_length=consumed)
             for whole, (part, _) in zip(inputs, known, strict=True):
                 whole[:, :consumed] = part
             usages = [usage for _, usage in known]
@@ -136,11 +142,24 @@ class CompressiveStack(Stack):
             for index, window in enumerate(inputs)
         )
         positions = torch.arange(length, dtype=inputs[0].dtype, device=rows.device)
-        return StackState(memory, caches, rotation_table(positions, self.config.position_width), consumed)
+        state = StackState(memory, caches, rotation_table(positions, self.config.position_width), consumed)
+        if document_starts is not None:
+            for position in range(consumed):
+                state = _begin_anew(state, document_starts[:, position], position)
+        return state
 
-    def step(self, rows: Float[Tensor, "B D"], state: StackState) -> tuple[Float[Tensor, "B D"], StackState]:
-        """Output for one more row a lane. Consumes `state`: its caches are written in place."""
+    def step(
+        self, rows: Float[Tensor, "B D"], state: StackState, *, document_starts: Bool[Tensor, "B"] | None = None
+    ) -> tuple[Float[Tensor, "B D"], StackState]:
+        """Output for one more row a lane. Consumes `state`: its caches are written in place.
+
+        Args:
+            document_starts: lanes whose stream begins anew with this row (an episode): nothing before has any influence
+                from here on; None for none.
+        """
         position = state.position
+        if document_starts is not None:
+            state = _begin_anew(state, document_starts, position)
         rotation = state.rotation[0][position], state.rotation[1][position]
         for index, cache in enumerate(state.caches):
             cache.inputs[:, position] = rows
@@ -154,11 +173,7 @@ class CompressiveStack(Stack):
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of the model and of f_c apart: a shared norm would couple their losses again."""
-        groups: dict[str, list[nn.Parameter]] = {"model": [], "compression": []}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                groups["compression" if ".compression" in name else "model"].append(parameter)
-        return {name: parameters for name, parameters in groups.items() if parameters}
+        return gradient_groups(self)
 
     @torch.no_grad()
     def after_update(self) -> None:
@@ -207,10 +222,40 @@ class CompressiveStack(Stack):
         remembered, caches = [], []
         for index, cache in enumerate(state.caches):
             layer, memory, length = self._layer(index), layer_memory(state.memory, index), self.config.window_length
-            view = make_view(layer.geometry(memory, length), memory, length, None)
+            view = make_view(layer.geometry(memory, length), memory, length, state.starts)
             old_memory, next_memory = push(memory.memory, cache.inputs)
             compressed, view = layer.compress(old_memory, cache.usage, view)
             # Cloned: the next window must not write into a memory that has been handed out.
             remembered.append(remember(memory, next_memory.clone(), compressed, view))
             caches.append(refill_cache(layer, cache, remembered[-1]))
-        return state._replace(memory=join_layers(remembered), caches=tuple(caches), position=0)
+        return state._replace(memory=join_layers(remembered), caches=tuple(caches), position=0, starts=None)
+
+
+def gradient_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Trained parameters of any module by clipping group, wherever in it compressive layers are.
+
+    Returns:
+        "compression": of f_c and its decoder; "model": all others. A group without parameters is left out. For
+        `interface.clip_gradients`.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, CompressiveLayer)]
+    parts = [part for layer in layers for part in (layer.compression, layer.compression_decoder) if part is not None]
+    apart = {id(parameter) for part in parts for parameter in part.parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"model": [], "compression": []}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            groups["compression" if id(parameter) in apart else "model"].append(parameter)
+    return {name: parameters for name, parameters in groups.items() if parameters}
+
+
+def _begin_anew(state: StackState, document_starts: Bool[Tensor, "B"], position: int) -> StackState:
+    """The state in which some lanes see nothing before `position` of the window."""
+    if not bool(document_starts.any()):
+        return state
+    starts = state.starts
+    if starts is None:
+        length = state.caches[0].inputs.shape[1]
+        starts = torch.zeros(len(document_starts), length, dtype=torch.bool, device=document_starts.device)
+    starts[:, position] = document_starts
+    caches = tuple(hide_earlier_rows(cache, document_starts, position) for cache in state.caches)
+    return state._replace(caches=caches, starts=starts)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ct_audio.models.compressive.attention import attend_one, quarter_turn, sinusoids
@@ -88,6 +88,14 @@ def refill_cache(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory
     num_rows = memory.memory.shape[1] + window_length
     usage = rows.new_zeros(len(rows), num_rows) if layer.chooses_most_used else None
     return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:], usage=usage)
+
+
+def hide_earlier_rows(cache: LayerCache, starts: Bool[Tensor, "B"], position: int) -> LayerCache:
+    """Hide from the lanes whose stream begins anew at `position` of the window every row before it."""
+    num_keys = cache.values.shape[2]
+    mask = cache.wide_keys.new_zeros(len(starts), 1, 1, num_keys) if cache.mask is None else cache.mask
+    mask[..., : num_keys - cache.inputs.shape[1] + position].masked_fill_(starts[:, None, None, None], -torch.inf)
+    return cache._replace(mask=mask)
 
 
 def step_layer(

@@ -5,7 +5,8 @@ S keys of a window (K + M + window length), D width.
 
 Every row carries the number of its document: 0 for the one that was running when the chunk began, counting up at every
 document start, -1 for a row that nobody may see. A query sees a key if the numbers are equal and the key is not later.
-A compressed row whose codes straddle a document start belongs to nobody.
+A compressed row whose codes straddle a document start belongs to nobody, or to the later document alone, whose codes it
+then stands for (`straddling_groups`).
 """
 
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class Geometry(NamedTuple):
         memory_length, compressed_memory_length: rows.
         compression_rate: codes a compressed row (1 where there is no compressed memory).
         temporal: whether a compressed row's position is the mean of its codes' positions, in place of its index.
+        keeps_straddling: whether a group in which a document starts is compressed without the rows before the start.
     """
 
     window_length: int
@@ -34,6 +36,7 @@ class Geometry(NamedTuple):
     compressed_memory_length: int
     compression_rate: int
     temporal: bool = False
+    keeps_straddling: bool = False
 
     @property
     def num_keys(self) -> int:
@@ -89,8 +92,8 @@ def document_numbers(
     compressed = _valid_tail(compressed_memory_valid, geometry.compressed_memory_length)
     if geometry.compressed_memory_length and num_codes % geometry.compression_rate == 0:
         groups = rearrange(stream[:, :num_codes], "b (k c) -> b k c", c=geometry.compression_rate)
-        whole = (groups == groups[..., :1]).all(dim=-1)
-        compressed = torch.cat([compressed, torch.where(whole, groups[..., 0], -1)], dim=1)
+        kept = (groups == groups[..., :1]).all(dim=-1) | geometry.keeps_straddling
+        compressed = torch.cat([compressed, torch.where(kept, groups[..., -1], -1)], dim=1)
     last = chunk[:, geometry.window_length - 1 :: geometry.window_length]
     before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], dim=1)
     return Documents(stream, compressed, before)
@@ -111,8 +114,28 @@ def old_rows_valid(view: View, num_rows: int) -> tuple[Bool[Tensor, "BW R"], Boo
     num_windows = documents.before.shape[1]
     before = rearrange(documents.before, "b w -> (b w) 1")
     old = rearrange(documents.stream[:, :num_rows], "b (w r) -> (b w) r", w=num_windows)
+    valid = old >= before
+    if view.geometry.keeps_straddling:
+        valid &= rearrange(
+            compressed_with_its_group(view.geometry, documents, num_rows), "b (w r) -> (b w) r", r=old.shape[1]
+        )
     compressed = documents.compressed_stream[:, view.geometry.compressed_memory_length :]
-    return old >= before, rearrange(compressed, "b (w r) -> (b w) r", w=num_windows) >= before
+    return valid, rearrange(compressed, "b (w r) -> (b w) r", w=num_windows) >= before
+
+
+def compressed_with_its_group(geometry: Geometry, documents: Documents, num_rows: int) -> Bool[Tensor, "B R"]:
+    """Of the rows that leave: are they of the document of the last row of their group of c?"""
+    groups = rearrange(documents.stream[:, :num_rows], "b (k c) -> b k c", c=geometry.compression_rate)
+    return rearrange(groups == groups[..., -1:], "b k c -> b (k c)")
+
+
+def rows_to_compress(old_memory: Float[Tensor, "B R D"], view: View) -> Float[Tensor, "B R D"]:
+    """The rows that leave as f_c sees them: as zeros where a document starts after them in their group and such groups
+    are kept."""
+    if view.documents is None or not view.geometry.keeps_straddling:
+        return old_memory
+    kept = compressed_with_its_group(view.geometry, view.documents, old_memory.shape[1])
+    return old_memory.masked_fill(~kept[..., None], 0)
 
 
 def window_mask(geometry: Geometry, documents: Documents) -> Bool[Tensor, "BW T S"]:
@@ -163,10 +186,12 @@ def keep_valid(
     return torch.where(valid[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)), valid.sum(dim=1)
 
 
-def geometry_of(memory: LayerMemory, *, window_length: int, compression_rate: int, temporal: bool) -> Geometry:
+def geometry_of(
+    memory: LayerMemory, *, window_length: int, compression_rate: int, temporal: bool, keeps_straddling: bool
+) -> Geometry:
     """The geometry of a layer with this memory."""
     rows, compressed = memory.memory.shape[1], memory.compressed_memory.shape[1]
-    return Geometry(window_length, rows, compressed, compression_rate, temporal)
+    return Geometry(window_length, rows, compressed, compression_rate, temporal, keeps_straddling)
 
 
 def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_starts: Tensor | None) -> View:
