@@ -57,6 +57,7 @@ def configurations(draw: Any) -> dict[str, Any]:
         "attention_backend": backend,
         "norm_position": one_of("post", "pre"),
         "straddling_groups": one_of("drop", "zero"),
+        "convolution_length": one_of(0, 0, 1, 3, 11),
     }
 
 
@@ -129,6 +130,11 @@ def check(config: StackConfig, cut: int, reset: int, seed: int) -> None:
                 assert int(valid[layer][lane]) == len(kept[layer])
                 newest = rows[layer][lane, rows[layer].shape[1] - len(kept[layer]) :]
                 assert not kept[layer] or (newest - torch.stack(kept[layer])).abs().max() <= TOLERANCE
+        for queue, kept in zip(memory.queues, paper.queue, strict=bool(memory.queues)):
+            newest = kept[max(len(kept) - queue.shape[1], 0) :]
+            rest, found_newest = queue[lane].tensor_split([queue.shape[1] - len(newest)])
+            assert not rest.any()
+            assert not newest or (found_newest - torch.stack(newest)).abs().max() <= TOLERANCE
     for name, parameter in stack.named_parameters():
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in (parameter, parameters[name])]
         assert (gradients[0] - gradients[1]).abs().max() <= TOLERANCE * (1 + gradients[1].abs().max()), name

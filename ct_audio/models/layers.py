@@ -1,4 +1,4 @@
-"""Parts of stacks and heads: linear maps, one of them with a product that is read twice, and the feed-forward block.
+"""Parts of stacks and heads: linear maps, one of them read twice, the feed-forward block, ages of documents.
 
 Shape letters: B lanes, T rows, D width, O outputs.
 """
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
@@ -72,3 +72,10 @@ class FeedForward(nn.Module):
 
     def forward(self, rows: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return self.contract(self.dropout(F.relu(self.expand(rows))))
+
+
+def document_age(document_starts: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """How many codes of its document come before each position; a huge number where it began before the chunk."""
+    positions = torch.arange(document_starts.shape[1], device=document_starts.device).expand_as(document_starts)
+    latest_start = torch.where(document_starts, positions, -(2**40)).cummax(dim=1).values
+    return positions - latest_start

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ct_audio.common.errors import UserError
 from ct_audio.models.composition import ComposedModel
 from ct_audio.models.interface import Stack, StackOutput, refuse_lengths
+from ct_audio.models.layers import document_age
 from ct_audio.models.parts import PartsConfig, make_front_end, make_head
 
 
@@ -183,7 +184,7 @@ class WaveNetStack(Stack):
     ) -> StackOutput:
         """Features [B, T, S] and next memory of a chunk of any length; gradients end where the chunk begins."""
         self._check_memory(memory, rows.shape[0])
-        age = None if document_starts is None else _age(document_starts)
+        age = None if document_starts is None else document_age(document_starts)
         x = rows
         past_weights, now_weights, biases = (
             stacked.flatten(0, 1).unbind() for stacked in (self.past_weight, self.now_weight, self.gate_bias)
@@ -283,13 +284,6 @@ class WaveNet(ComposedModel):
         front_end = make_front_end(config, nn.Embedding(config.vocab_size, config.width))
         stack = WaveNetStack(config)
         super().__init__(config, front_end, stack, make_head(config, nn.Linear(config.skip_width, config.vocab_size)))
-
-
-def _age(document_starts: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """How many codes of its document come before each position; a huge number where it began before the chunk."""
-    positions = torch.arange(document_starts.shape[1], device=document_starts.device).expand_as(document_starts)
-    latest_start = torch.where(document_starts, positions, -(2**40)).cummax(dim=1).values
-    return positions - latest_start
 
 
 def _shift(

@@ -58,6 +58,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "model.window_length": (1, _MAX_CODES),
     "model.memory_length": (0, _MAX_CODES),
     "model.compressed_memory_length": (0, _MAX_CODES),
+    "model.convolution_length": (0, 65_536),
     "model.reconstruction_query_share": (0.0, 1.0),
     "model.adaptive_span_ramp": (1, _MAX_CODES),
     "model.adaptive_span_loss": (0.0, 1e6),

@@ -36,6 +36,8 @@ class StackConfig:
             documents are zeroed before f_c sees them). Of no concern to most_used, which has no groups.
         attention_backend: "fused" or "reference" (slow, the formula as it is written).
         norm_position: "post" as in the paper, or "pre".
+        convolution_length: rows that a causal convolution before each attention sees, a kernel of its own for every
+            channel; 0 for none, as in the paper.
     """
 
     num_layers: int = 20
@@ -59,12 +61,13 @@ class StackConfig:
     adaptive_span_loss: float = 2e-6
     attention_backend: Literal["fused", "reference"] = "fused"
     norm_position: Literal["post", "pre"] = "post"
+    convolution_length: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "num_heads", "feedforward_width", "window_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("memory_length", "compressed_memory_length"):
+        for name in ("memory_length", "compressed_memory_length", "convolution_length"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name}: expected at least 0, got {getattr(self, name)}")
         if self.width % self.num_heads:
@@ -154,6 +157,7 @@ class StackConfig:
         distance = 0
         for reach in reversed(self.reach_of_layers):
             distance = math.ceil(distance / self.window_length) * self.window_length + reach
+            distance += max(self.convolution_length - 1, 0)
         return distance
 
     @property

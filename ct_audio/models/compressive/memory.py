@@ -1,6 +1,7 @@
 """Memory of the Compressive Transformer and its update (Algorithm 1 of Rae et al. 2019), as pure functions.
 
-Shape letters: L layers, B lanes, T codes of a chunk, M memory rows, K compressed rows, D width.
+Shape letters: L layers, B lanes, T codes of a chunk, M memory rows, K compressed rows, Q rows of a queue,
+D width.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ class Memory(NamedTuple):
         compressed_memory: L tensors [B, K_l, D], oldest first.
         memory_valid: L int64 tensors [B], how many of the last rows of `memory` are valid.
         compressed_memory_valid: L int64 tensors [B], likewise.
+        queues: what the layers' convolutions carry: tensors [B, Q, D], one a layer, or none at all.
         final: True once a shorter last window has ended the stream.
     """
 
@@ -25,11 +27,12 @@ class Memory(NamedTuple):
     compressed_memory: tuple[Float[Tensor, "B _ D"], ...]
     memory_valid: tuple[Int[Tensor, "B"], ...]
     compressed_memory_valid: tuple[Int[Tensor, "B"], ...]
+    queues: tuple[Float[Tensor, "B Q D"], ...] = ()
     final: bool = False
 
 
 class LayerMemory(NamedTuple):
-    """One layer's part of a `Memory`; see there."""
+    """One layer's part of a `Memory`, without its convolution's; see there."""
 
     memory: Float[Tensor, "B M D"]
     compressed_memory: Float[Tensor, "B K D"]
@@ -42,10 +45,10 @@ def layer_memory(memory: Memory, index: int) -> LayerMemory:
     return LayerMemory(*(part[index] for part in memory[:4]))
 
 
-def join_layers(layers: list[LayerMemory]) -> Memory:
+def join_layers(layers: list[LayerMemory], queues: tuple[Tensor, ...]) -> Memory:
     """The memory of all layers; the inverse of `layer_memory`."""
     rows, compressed, valid, compressed_valid = zip(*layers, strict=True)
-    return Memory(rows, compressed, valid, compressed_valid)
+    return Memory(rows, compressed, valid, compressed_valid, queues)
 
 
 def push(

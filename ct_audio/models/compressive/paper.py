@@ -38,6 +38,7 @@ class PaperStack:
     Attributes:
         memory, compressed_memory: of each layer, rows [D], the oldest first; empty before the stream begins. Differs:
             the paper begins with memories of zeros and attends to them.
+        queue: of each layer, what its convolution may still see. The paper has no convolutions.
     """
 
     def __init__(self, config: StackConfig, parameters: Parameters) -> None:
@@ -45,6 +46,7 @@ class PaperStack:
         self.parameters = parameters
         self.memory: list[Rows] = [[] for _ in range(config.num_layers)]
         self.compressed_memory: list[Rows] = [[] for _ in range(config.num_layers)]
+        self.queue: list[Rows] = [[] for _ in range(config.num_layers)]
 
     def window(self, rows: Rows) -> tuple[Rows, list[Tensor]]:
         """Algorithm 1 for one window.
@@ -58,6 +60,8 @@ class PaperStack:
         losses: list[Tensor] = []
         for layer in range(self.config.num_layers):
             parameters = part(self.parameters, f"layers.{layer}.")
+            if self.config.convolution_length:
+                rows = self._convolve(part(self.parameters, f"convolutions.{layer}."), layer, rows)
             weights: list[Tensor] = []  # of every head and row, over what it sees; most_used wants them
             outputs = [self._output(parameters, layer, rows, here, weights) for here in range(len(rows))]
             losses += self._update_memories(parameters, layer, rows, weights)
@@ -77,6 +81,20 @@ class PaperStack:
             return middle + feedforward(part(parameters, "feedforward."), layer_norm(feedforward_norm, middle))
         middle = layer_norm(attention_norm, rows[here] + attended)
         return layer_norm(feedforward_norm, middle + feedforward(part(parameters, "feedforward."), middle))
+
+    def _convolve(self, parameters: Parameters, layer: int, rows: Rows) -> Rows:
+        """Each row with its convolution, by sums over taps; earlier windows come without a graph."""
+        read = [layer_norm(part(parameters, "norm."), row) for row in rows]
+        taps = parameters["taps"]
+        outputs = []
+        for here, row in enumerate(rows):
+            seen = (self.queue[layer] + read[: here + 1])[-len(taps) :]
+            total = parameters["bias"]
+            for tap, one in zip(reversed(taps), reversed(seen), strict=False):
+                total = total + one * tap
+            outputs.append(row + total)
+        self.queue[layer] = [row.detach() for row in (self.queue[layer] + read)][-len(taps) :]
+        return outputs
 
     def _positions(self, layer: int, here: int) -> list[float]:
         """Of all that row `here` sees, relative to the window's first row."""

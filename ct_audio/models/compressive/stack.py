@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ct_audio.common.errors import UserError
 from ct_audio.models.compressive.attention import rotation_table
 from ct_audio.models.compressive.config import StackConfig, check_whole_groups
+from ct_audio.models.compressive.convolution import CausalConvolution
 from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import Memory, join_layers, layer_memory, push
 from ct_audio.models.compressive.stepping import LayerCache, hide_earlier_rows, new_cache, refill_cache, step_layer
 from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
 from ct_audio.models.interface import Stack, StackOutput
+from ct_audio.models.layers import document_age
 from ct_audio.models.state import map_memory
 
 
@@ -31,6 +33,7 @@ class StackState(NamedTuple):
         rotation: cosines and sines [window length, P] of the positions of a window.
         position: rows of the unfinished window that have been consumed.
         starts: [B, window length], where a stream began anew in the unfinished window; None for nowhere.
+        queues: of the convolutions, as of the last row; none where there are no convolutions.
     """
 
     memory: Memory
@@ -38,6 +41,7 @@ class StackState(NamedTuple):
     rotation: tuple[Tensor, Tensor]
     position: int
     starts: Bool[Tensor, "B T"] | None = None
+    queues: tuple[Tensor, ...] = ()
 
 
 class CompressiveStack(Stack):
@@ -52,6 +56,11 @@ class CompressiveStack(Stack):
         self.width = self.output_width = config.width
         self.layers = nn.ModuleList(CompressiveLayer(config, index) for index in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.width) if config.norm_position == "pre" else nn.Identity()
+        length = config.convolution_length
+        self.convolutions = nn.ModuleList(
+            CausalConvolution(config.width, length, dropout=config.dropout)
+            for _ in range(config.num_layers if length else 0)
+        )
 
     @property
     def window_length(self) -> int:
@@ -86,7 +95,9 @@ class CompressiveStack(Stack):
         def counts() -> tuple[Tensor, ...]:
             return tuple(torch.zeros(num_lanes, dtype=torch.int64, device=weight.device) for _ in self.layers)
 
-        return Memory(zeros(rows), zeros(compressed), counts(), counts())
+        queue_lengths = [self._convolution(index).queue_length for index in range(len(self.convolutions))]
+        queues = tuple(weight.new_zeros(num_lanes, length, config.width) for length in queue_lengths)
+        return Memory(zeros(rows), zeros(compressed), counts(), counts(), queues)
 
     def forward(
         self, rows: Float[Tensor, "B T D"], memory: Memory, *, document_starts: Bool[Tensor, "B T"] | None = None
@@ -132,8 +143,10 @@ class CompressiveStack(Stack):
         weight = self._layer(0).query.weight
         inputs = [weight.new_zeros(lanes, length, self.config.width) for _ in self.layers]
         usages: list[Tensor | None] = [None] * len(inputs)
+        queues = memory.queues
         if consumed:
-            _, known = self._run(rows, memory, document_starts, window_length=consumed)
+            output, known = self._run(rows, memory, document_starts, window_length=consumed)
+            queues = output.memory.queues
             for whole, (part, _) in zip(inputs, known, strict=True):
                 whole[:, :consumed] = part
             usages = [usage for _, usage in known]
@@ -142,7 +155,8 @@ class CompressiveStack(Stack):
             for index, window in enumerate(inputs)
         )
         positions = torch.arange(length, dtype=inputs[0].dtype, device=rows.device)
-        state = StackState(memory, caches, rotation_table(positions, self.config.position_width), consumed)
+        rotation = rotation_table(positions, self.config.position_width)
+        state = StackState(memory, caches, rotation, consumed, queues=map_memory(torch.clone, queues))
         if document_starts is not None:
             for position in range(consumed):
                 state = _begin_anew(state, document_starts[:, position], position)
@@ -160,11 +174,16 @@ class CompressiveStack(Stack):
         position = state.position
         if document_starts is not None:
             state = _begin_anew(state, document_starts, position)
-        rotation = state.rotation[0][position], state.rotation[1][position]
+            for queue in state.queues:
+                queue.masked_fill_(document_starts[:, None, None], 0)
+        rotation, queues = (state.rotation[0][position], state.rotation[1][position]), []
         for index, cache in enumerate(state.caches):
+            if state.queues:
+                rows, queue = self._convolution(index).step(rows, state.queues[index])
+                queues.append(queue)
             cache.inputs[:, position] = rows
             rows = step_layer(self._layer(index), rows, cache, position, rotation)
-        state = state._replace(position=position + 1)
+        state = state._replace(position=position + 1, queues=tuple(queues))
         return self.final_norm(rows), state if state.position < self.config.window_length else self._next_window(state)
 
     def clone_state(self, state: StackState) -> StackState:
@@ -200,9 +219,14 @@ class CompressiveStack(Stack):
         """Run windows of `window_length` layer by layer; also each layer's inputs and usage. A short window is not
         pushed."""
         with_push = window_length == self.config.window_length
-        losses, known, remembered = {}, [], []
+        losses, known, remembered, queues = {}, [], [], []
+        age = None if document_starts is None or not self.convolutions else document_age(document_starts)
         views: dict[Geometry, View] = {}
         for index in range(len(self.layers)):
+            if self.convolutions:
+                convolve = self._convolution(index)
+                rows, queue = convolve(rows, memory.queues[index].detach(), window_length=window_length, age=age)
+                queues.append(queue)
             before, layer = layer_memory(memory, index), self._layer(index)
             geometry = layer.geometry(before, window_length)
             if geometry not in views:  # layers of one geometry have had the same pushes: they share their counts
@@ -212,10 +236,13 @@ class CompressiveStack(Stack):
             rows = output.rows
             remembered.append(output.memory)
             losses |= {f"{name}/layer_{index:02d}": loss for name, loss in output.losses.items()}
-        return StackOutput(self.final_norm(rows), join_layers(remembered), losses), known
+        return StackOutput(self.final_norm(rows), join_layers(remembered, tuple(queues)), losses), known
 
     def _layer(self, index: int) -> CompressiveLayer:
         return cast(CompressiveLayer, self.layers[index])
+
+    def _convolution(self, index: int) -> CausalConvolution:
+        return cast(CausalConvolution, self.convolutions[index])
 
     def _next_window(self, state: StackState) -> StackState:
         """Push the window whose layer inputs are complete, exactly as `forward` does, and begin the next one."""
@@ -228,7 +255,8 @@ class CompressiveStack(Stack):
             # Cloned: the next window must not write into a memory that has been handed out.
             remembered.append(remember(memory, next_memory.clone(), compressed, view))
             caches.append(refill_cache(layer, cache, remembered[-1]))
-        return state._replace(memory=join_layers(remembered), caches=tuple(caches), position=0, starts=None)
+        memory = join_layers(remembered, map_memory(torch.clone, state.queues))
+        return state._replace(memory=memory, caches=tuple(caches), position=0, starts=None)
 
 
 def gradient_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
