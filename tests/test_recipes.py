@@ -16,6 +16,8 @@ YAMLS = sorted(RECIPES.glob("*/*.yaml"))
 SIZES: dict[str, tuple[float, float]] = {
     "paper": (38e6, 42e6),
     "small": (0.3e6, 1e6),
+    "prediction_paper": (38e6, 42e6),
+    "prediction_small": (0.3e6, 1e6),
     "demo": (0.1e6, 0.3e6),
     "ablation": (0.05e6, 0.3e6),
     "bptt_small": (0.3e6, 1e6),
@@ -37,7 +39,8 @@ def kind(path: Path) -> str:
     if words[0] in ("demo", "linear", "ablation"):
         return words[0]
     size = "small" if words[-1] == "small" else "paper"
-    return f"bptt_{size}" if "bptt" in words else size  # a double unroll: other chunks than its twins
+    special = {"bptt", "prediction"} & set(words)  # a double unroll, more lanes: other chunks than the others'
+    return f"{special.pop()}_{size}" if special else size
 
 
 TABLE: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("recipe_table.yaml").read_text())
