@@ -1,7 +1,8 @@
 """The paper's ablation of compression functions and losses (its Table 5), at any scale, on speech or text.
 
-Each row is trained at each compression rate with each seed by tools/train.py, in parallel and resumable; a row's result
-is that of its best rate, as in the paper. Published numbers: Rae et al. 2019, Table 5 (enwik8, bits per character).
+Each row is trained at each compression rate with each seed by `ct-audio train`, in parallel and resumable; a row's
+result is that of its best rate, as in the paper. Published numbers: Rae et al. 2019, Table 5 (enwik8, bits per
+character).
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.figures import write_figure
-from ct_audio.common.files import PROJECT, write_csv, write_file, write_json
+from ct_audio.common.files import write_csv, write_file, write_json
+from ct_audio.common.recipes import PROGRAM
 from ct_audio.common.text import markdown_table
 from ct_audio.runs.config import RunConfig, load_config
 from ct_audio.runs.metrics import read_metrics
@@ -98,7 +100,7 @@ def run_ablation(
     for trial in trials:  # a setting that does not fit is known before hours of training
         load_config(base_file, arguments[trial])
     out.mkdir(parents=True, exist_ok=True)
-    tool = [sys.executable, str(PROJECT / "tools" / "train.py"), str(base_file)]
+    tool = [sys.executable, str(PROGRAM), "train", str(base_file)]
     failed = train_all({trial.name: [*tool, *arguments[trial]] for trial in trials}, out, num_processes)
     results = {trial: result for trial in trials if (result := result_of(trial, out, base)) is not None}
     return write_report(results, out, base) if results else "", failed
