@@ -1,28 +1,46 @@
-# make demo: virtual environment, pinned install, then speech, two small models, a table and samples within minutes.
-# make test: the default tests. make lint: style and types. make clean: start afresh (runs, data and reports stay).
+# make demo: virtual environment, install, then speech, two small models, a table and samples within minutes.
+# make test: the default tests. make lint: style and types. make docs: the documentation as pages, in site/.
+# make clean: start afresh (runs, data and reports stay). CPU=1: torch without CUDA, whose libraries are 2.7 GB.
 
 PYTHON ?= python3
 VENV := .venv
-INSTALLED := $(VENV)/.installed
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+NO_CPU_INDEX := no builds for CPUs only from $(CPU_INDEX): taking the usual ones
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs lock clean
 
-demo: $(INSTALLED)
-	$(VENV)/bin/python tools/demo.py
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m ct_audio demo
 
-test: $(INSTALLED)
+test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 
-lint: $(INSTALLED)
+lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-$(INSTALLED): setup.py
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/mkdocs build --strict
+
+$(VENV)/.installed: setup.py requirements.lock
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+ifdef CPU
+	$(PIP) --retries 1 --timeout 20 --index-url $(CPU_INDEX) torch torchaudio || echo '$(NO_CPU_INDEX)'
+endif
+	$(PIP) --editable .
 	touch $@
 
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+lock: # exact versions for all extras and systems, of what setup.py allows; `make lock UPGRADE=--upgrade` takes the newest
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip compile setup.py --all-extras --universal --python-version 3.11 --no-annotate --no-header \
+		--quiet $(UPGRADE) --output-file requirements.lock
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -41,7 +41,7 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py")) if file.name != "__main__.py"}
 PACKAGES = sorted({name.split(".")[0] for name in FILES if name})
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from recordings import ROOT, load_script, voice, write
 
-PROGRAMS = ("python", "make", "torchrun", "tensorboard", "sbatch", ".")
+PROGRAMS = ("ct-audio", "python", "make", "torchrun", "tensorboard", "sbatch", ".")
 RUN_IN_ORDER = sorted(
     [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md"), ROOT / "samples" / "README.md"]
 )
@@ -65,13 +65,27 @@ def code_blocks(document: Path) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """Command lines as words, comments and continuations resolved, in the order of the document."""
+    """Command lines as words, comments and continuations resolved, in the order of the document.
+
+    `ct-audio COMMAND` is shown as the script that does the same: it needs no installation.
+    """
     found = []
     for block in code_blocks(document):
         for line in block.replace("\\\n", " ").splitlines():
             if line.split(" ")[0] in PROGRAMS:
-                found.append(shlex.split(line, comments=True))
+                found.append(as_script(shlex.split(line, comments=True)))
     return found
+
+
+def as_script(words: list[str]) -> list[str]:
+    """`ct-audio train x` as `python tools/train.py x`."""
+    if words[0] != "ct-audio":
+        return words
+    is_command = not words[1].startswith("-")
+    return [
+        "python",
+        *([f"tools/{words[1].replace('-', '_')}.py", *words[2:]] if is_command else ["-m", "ct_audio", *words[1:]]),
+    ]
 
 
 def name_of(document: Path) -> str:
@@ -123,7 +137,7 @@ def require_options(words: list[str], *command: str) -> None:
 @functools.cache
 def all_options() -> set[str]:
     """Options of all tools and recipes."""
-    tools = [(f"tools/{file.name}",) for file in ROOT.glob("tools/*.py")]
+    tools = [("-m", "ct_audio"), *((f"tools/{file.name}",) for file in ROOT.glob("tools/*.py"))]
     recipes = [
         ("tools/prepare.py", name_of(file.parent), "--source", ".", "--out", ".", "--")
         for file in ROOT.glob("recipes/*/prepare.py")
@@ -134,7 +148,10 @@ def all_options() -> set[str]:
 @every_document
 def test_options_named_in_sentences_exist(document: Path) -> None:
     quoted = " ".join(re.findall(r"`([^`\n]+)`", document.read_text(encoding="utf-8")))
-    assert set(re.findall(r"--[a-z][a-z-]*", quoted)) - all_options() <= {"--requeue"}  # sbatch's
+    assert set(re.findall(r"--[a-z][a-z-]*", quoted)) - all_options() <= {
+        "--requeue",
+        "--constraint",
+    }  # sbatch's, pip's
 
 
 def anchors(document: Path) -> set[str]:
@@ -173,7 +190,7 @@ def test_readme_is_short() -> None:
 
 def modules_named() -> list[str]:
     """Modules in the layout block of ARCHITECTURE.md, as "models/compressive/stack"."""
-    (block,) = [block for block in code_blocks(ROOT / "ARCHITECTURE.md") if block.startswith("common/")]
+    (block,) = [block for block in code_blocks(ROOT / "ARCHITECTURE.md") if "\ncommon/" in block]
     found, folders = [], []
     for line in block.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
@@ -294,17 +311,18 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
 @pytest.mark.parametrize("document", RUN_IN_ORDER, ids=name_of)
 def test_commands_run(document: Path, project: Path, recordings: Path) -> None:
     for words in [*commands_before(document), *commands(document)]:
-        if words[0] in ("make", ".") or "--download" in words:
+        if words[0] in ("make", ".") or words[1:3] == ["-m", "pip"] or "--download" in words:
             continue  # what runs this test, or what needs a network; a demonstration or a mirror has a test of its own
         command = shortened(words, recordings)
         if words[0] == "tensorboard":
             assert_serves(command, project)
             continue
         command = [part for word in command for part in (sorted(expand(word, project)) if "*" in word else [word])]
-        if ">>" in command:
-            target = project / command[command.index(">>") + 1]
-            command = command[: command.index(">>")]
-            with target.open("a", encoding="utf-8") as file:
+        into = next((word for word in command if word in (">", ">>")), None)
+        if into is not None:
+            target = project / command[command.index(into) + 1]
+            command = command[: command.index(into)]
+            with target.open("a" if into == ">>" else "w", encoding="utf-8") as file:
                 file.write(run(command, project))
         else:
             run(command, project)

@@ -1,18 +1,20 @@
 """What all commands share: a parser whose help shows defaults, common options, one-line errors, exit statuses.
 
-A script of tools/ ends with `sys.exit(run_tool(main))`. Exit statuses: 0 success, 1 the machine failed (disk full, out
-of memory), 2 the user's input does not fit, 130 interrupted; a command may return others of its own.
+The program `ct-audio` and the scripts of tools/ end with `sys.exit(run_tool(main))`. Exit statuses: 0 success, 1 the
+machine failed (disk full, out of memory), 2 the user's input does not fit, 130 interrupted; a command may return others
+of its own.
 Modules of this package import torch and the like inside of functions, so that --help is there at once.
 """
 
 import argparse
+import contextlib
 import errno
 import io
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,36 @@ _CAUSES = {  # what errors of the environment do not say, by a pattern of what t
 }
 
 
+class ParserOnly(Exception):  # noqa: N818 (it says what was asked for)
+    """Raised in place of parsing under `parsers_only`; `parser` has all options."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+class _Parser(argparse.ArgumentParser):
+    is_wanted = False
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        if _Parser.is_wanted:
+            raise ParserOnly(self)
+        return super().parse_known_args(*arguments, **options)
+
+
+@contextlib.contextmanager
+def parsers_only() -> Iterator[None]:
+    """Commands raise `ParserOnly` with their parser in place of parsing: for a shell's completion."""
+    _Parser.is_wanted = True
+    try:
+        yield
+    finally:
+        _Parser.is_wanted = False
+
+
 def build_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose help shows the defaults; abbreviations of options are not accepted."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ def main() -> int:
     """Parse, score what is not scored yet, write, print, and return the exit status."""
     parser = build_parser(
         "Compare runs: NLL curves of metrics.jsonl, and a result table with the difference of each run from the first "
-        "one and its 95% interval. Results of tools/evaluate.py are taken from RUN/evaluations; what is missing, "
+        "one and its 95% interval. Results of `ct-audio evaluate` are taken from RUN/evaluations; what is missing, "
         "or of an older checkpoint, is measured and kept there."
     )
     parser.add_argument(

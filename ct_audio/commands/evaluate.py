@@ -112,7 +112,7 @@ def _parse() -> argparse.Namespace:
     parser = build_parser(
         "Score a split with a trained model: mean negative log-likelihood of a code, every code once, memory carried. "
         "Use the validation split while choosing models; keep the test split for the final number. The result is kept "
-        "in RUN/evaluations, with the NLL of every 0.1 s, for tools/compare.py."
+        "in RUN/evaluations, with the NLL of every 0.1 s, for `ct-audio compare`."
     )
     add_run_options(parser)
     add_corpus_options(parser)

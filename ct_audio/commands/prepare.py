@@ -15,6 +15,7 @@ from typing import Any
 from ct_audio.commands.command_line import build_parser, parse, refuse
 from ct_audio.common.errors import UserError
 from ct_audio.common.machine import usable_cpus
+from ct_audio.common.recipes import recipe_folder
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -25,7 +26,7 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         "subwords, as the recipe has it) into one corpus. An interrupted run goes on with the same command."
     )
     parser.epilog = "The recipe's own options stand after --; `-- --help` shows them."
-    parser.add_argument("recipe", type=Path, help="folder of the recipe, as recipes/folder")
+    parser.add_argument("recipe", type=Path, help="name or folder of the recipe, as kathleen or recipes/folder")
     parser.add_argument(
         "--source",
         type=Path,
@@ -62,11 +63,9 @@ def load_recipe(folder: Path) -> ModuleType:
     (see `ct_audio.preparation.download`) defines `download(folder: Path, options)`, which fetches what is missing.
     `USELESS_WITH`, where there is one, names for an option, as "--group", those beside which it would do nothing.
     """
-    file = folder / "prepare.py"
-    spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", file)
-    if not file.is_file() or spec is None or spec.loader is None:
-        expected = "expected a folder such as recipes/folder"
-        raise UserError(f"{folder} is no recipe: there is no prepare.py in it; {expected}")
+    spec = importlib.util.spec_from_file_location(f"recipe_{folder.name}", folder / "prepare.py")
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -92,6 +91,7 @@ def find_source(options: argparse.Namespace, recipe: ModuleType, recipe_options:
 def main() -> int:
     """Parse, prepare, print, and return the exit status."""
     options, rest = parse_arguments(sys.argv[1:])
+    options.recipe = recipe_folder(options.recipe)
     recipe = load_recipe(options.recipe)
     recipe_parser = build_parser(f"Options of {options.recipe}, which stand after -- on the command line.")
     recipe_parser.prog = f"prepare.py {options.recipe} --source DIR --out DIR --"

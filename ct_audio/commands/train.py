@@ -8,9 +8,9 @@ def main() -> int:
     parser = build_parser(
         "Train a model, or go on with a run. Exit status: 0 complete (or complete already), 1 the machine failed, "
         "2 configuration or data do not fit, or the loss is not finite; 128 + number after SIGINT, SIGTERM or SIGUSR1, "
-        "which save after the current update. Several processes: torchrun --nproc-per-node=N tools/train.py ..."
+        "which save after the current update. Several processes: torchrun --nproc-per-node=N -m ct_audio train ..."
     )
-    parser.add_argument("config", help="YAML of the run")
+    parser.add_argument("config", help="YAML of the run, or a recipe's, as kathleen/wavenet_small")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, as train.num_steps=1000")
     arguments = parser.parse_args()
     from ct_audio.runs.config import load_config

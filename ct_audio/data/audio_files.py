@@ -176,6 +176,28 @@ def write_wav(path: str | Path, waveform: Float[np.ndarray, "N"], sample_rate_hz
         raise UserError(f"cannot write {path}: {_reason(error)}") from error
 
 
+def library_version() -> str:
+    """Version of libsndfile."""
+    return soundfile.__libsndfile_version__
+
+
+def unreadable_formats() -> list[str]:
+    """Those of the common formats that this libsndfile does not read, tried on what it writes itself."""
+    kinds = {"wav": ("WAV", "PCM_24"), "flac": ("FLAC", "PCM_16"), "aiff": ("AIFF", "PCM_16")}
+    kinds |= {"ogg": ("OGG", "VORBIS"), "opus": ("OGG", "OPUS"), "mp3": ("MP3", "MPEG_LAYER_III")}
+    waveform, missing = np.sin(np.arange(4800, dtype=np.float32) / 8), []
+    for name, (container, coding) in kinds.items():
+        file = BytesIO()
+        try:
+            soundfile.write(file, waveform, 24_000, format=container, subtype=coding)
+            file.seek(0)
+            is_read = len(soundfile.read(file)[0]) >= 4800
+        except (soundfile.SoundFileError, ValueError):  # ValueError: soundfile knows of no such format
+            is_read = False
+        missing += [] if is_read else [name]
+    return missing
+
+
 def resample(blocks: Iterable[Float[np.ndarray, "_"]], from_hz: int, to_hz: int) -> Iterator[Float[np.ndarray, "M"]]:
     """Band-limited change of the sample rate of float32 blocks (soxr, quality HQ: -100 dB); the cuts do not matter.
 

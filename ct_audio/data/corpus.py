@@ -287,7 +287,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     file = path / "corpus.json"
     if not file.is_file():
         raise UserError(
-            f"{path.absolute()} is no prepared corpus: there is no corpus.json in it; make one with tools/prepare.py"
+            f"{path.absolute()} is no prepared corpus: there is no corpus.json in it; make one with ct-audio prepare"
         )
     try:
         description = read_json(file)
@@ -372,4 +372,4 @@ def code_dtype(codec: Codec) -> np.dtype:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"corpus {path}: corpus.json does not fit: {what}; prepare it again with tools/prepare.py")
+    return UserError(f"corpus {path}: corpus.json does not fit: {what}; prepare it again with ct-audio prepare")

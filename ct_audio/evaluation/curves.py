@@ -48,7 +48,7 @@ def read_curves(run_dir: Path) -> Curves:
         UserError: there is no run, or none that has logged an NLL.
     """
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run; expected a directory that tools/train.py made")
+        raise UserError(f"{run_dir}: no such run; expected a directory that ct-audio train made")
     lines = read_metrics(run_dir)
     nll: dict[str, dict[str, Points]] = {axis: {} for axis in _KEYS}
     for (axis, key), name in itertools.product(_KEYS.items(), ("train", "valid")):

@@ -117,7 +117,7 @@ def evaluate_run(
         on_nll: called with the NLL of each piece, as `evaluate_nll` does.
         progress: label of the progress bar; None: no bar.
     Returns:
-        the report that `tools/evaluate.py --json` prints, and the NLL by blocks (see `BlockSums.to_json`).
+        the report that `ct-audio evaluate --json` prints, and the NLL by blocks (see `BlockSums.to_json`).
     Raises:
         UserError: a setting does not fit, or the NLL is not finite.
     """

@@ -1,7 +1,8 @@
 """The paper's ablation of compression functions and losses (its Table 5), at any scale, on speech or text.
 
-Each row is trained at each compression rate with each seed by tools/train.py, in parallel and resumable; a row's result
-is that of its best rate, as in the paper. Published numbers: Rae et al. 2019, Table 5 (enwik8, bits per character).
+Each row is trained at each compression rate with each seed by `ct-audio train`, in parallel and resumable; a row's
+result is that of its best rate, as in the paper. Published numbers: Rae et al. 2019, Table 5 (enwik8, bits per
+character).
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from ct_audio.common.files import PROJECT
+from ct_audio.common.recipes import PROGRAM
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter
 from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
@@ -89,8 +89,8 @@ def _kill_once(process: subprocess.Popen, run_dir: Path, steps: tuple[float, flo
 
 def _start(directory: str, name: str, processes: int) -> subprocess.Popen:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    tool = str(PROJECT / "tools" / "train.py")
-    command = [sys.executable, *(torchrun if processes > 1 else []), tool, f"{directory}/{name}.yaml"]
+    program = [str(PROGRAM), "train", f"{directory}/{name}.yaml"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), *program]
     output = (Path(directory) / f"{name}.log").open("ab")
     return subprocess.Popen(command, stdout=output, stderr=output)
 

@@ -14,7 +14,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import PROJECT
+from ct_audio.common.recipes import PROGRAM
 from ct_audio.runs.config import RunConfig, load_config
 from ct_audio.runs.metrics import read_metrics
 
@@ -45,7 +45,7 @@ def train_trials(base_file: Path, trials: dict[str, list[str]], out: Path, num_p
     for own in arguments.values():  # a setting that does not fit is known before hours of training
         load_config(base_file, own)
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    tool = [sys.executable, str(PROJECT / "tools" / "train.py"), str(base_file)]
+    tool = [sys.executable, str(PROGRAM), "train", str(base_file)]
     return _run_all({name: [*tool, *own] for name, own in arguments.items()}, out / "logs", num_processes)
 
 

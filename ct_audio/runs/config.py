@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.recipes import config_file
 from ct_audio.common.text import printable
 from ct_audio.models import model_config_class
 from ct_audio.runs.device import MAX_THREADS
@@ -230,14 +231,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a YAML and apply overrides of the form `a.b=c`.
 
     Args:
-        path: the run's YAML.
+        path: the run's YAML, or a recipe's name for one, see `config_file`.
         overrides: each `key=value`, the value in YAML syntax; lists and `optim.update_period` replace, never merge.
             Where the key is of text, a number is text as it is written: `name=0042`, `name=42`.
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or does not fit; the
             message names the allowed ones.
     """
-    path = Path(path)
+    path = config_file(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -4,7 +4,7 @@ All models log the same tags. metrics.jsonl holds every scalar, one object a lin
 began (over all sessions), seconds of audio seen, and the scalars by tag. On resume both are cut at the checkpoint's
 step: the events that still count go to one new file, and the files of before are emptied, since TensorBoard's fast
 loader does not obey the record that tells the others to leave out what was logged later. TensorBoard's x axis is the
-step; curves over audio seen and over wall time are drawn from metrics.jsonl (tools/compare.py).
+step; curves over audio seen and over wall time are drawn from metrics.jsonl (`ct-audio compare`).
 
 Shape letters: N samples.
 """

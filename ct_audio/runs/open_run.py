@@ -47,7 +47,7 @@ def load_run_model(run_dir: str | Path, *, which: str = "best", device: str | to
         if path is None and which == "best":
             path = find_checkpoint(Path(run_dir), "last")
         if path is None:
-            raise UserError(f"{run_dir}: no checkpoint {which!r}; expected a directory that tools/train.py made")
+            raise UserError(f"{run_dir}: no checkpoint {which!r}; expected a directory that ct-audio train made")
         try:
             state = read_state(path)
             config = load_config(path / "config.yaml")
