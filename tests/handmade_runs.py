@@ -124,7 +124,7 @@ def save(run_dir: Path, config: RunConfig, model: Any, *, step: int, fingerprint
         run_dir,
         config=config,
         model=model,
-        optimizer=make_optimizer(model, config.optim),
+        optimizer=make_optimizer(model, config.optim) if model.has_parameters else None,
         memories=[model.zero_memory(1)],
         state={"step": step, "corpus_fingerprint": fingerprint},
         world=World(0, 1, 0),

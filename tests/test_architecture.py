@@ -81,7 +81,9 @@ ARROWS = {
 
 
 def level(name: str) -> int:
-    """Number of the level that a module's package stands on."""
+    """Number of the level that a module's package stands on; ct_audio itself, with its lazy names, is above all."""
+    if not name:
+        return len(LEVELS)
     return next(number for number, packages in enumerate(LEVELS) if name.split(".")[0] in packages)
 
 

@@ -326,6 +326,9 @@ def test_damaged_files_are_named(tmp_path: Path, file: str, damage):
     damage(trained.config.run_dir / "checkpoints" / "last" / file)
     with pytest.raises(UserError, match=file):
         trained.load()
+    if damage is Path.unlink and file != "model.safetensors":  # of a copy: evaluation needs no more than the model
+        assert load_run_model(trained.config.run_dir).step == 3
+        return
     with pytest.raises(UserError, match=file):
         load_run_model(trained.config.run_dir)
 

@@ -77,6 +77,11 @@ WITHOUT_RUN = {
         (f"{ROOT}/recipes/pg19 {OUT} -- --download-connections 16", "--download-connections: only with -- --download"),
     ],
     "bench": [("a.yaml --what train train", "--what: ['train', 'train'] has a value twice")],
+    "export": [
+        ("", "expected --out (or --check): the folder to write"),
+        (f"--check {OUT}", "--out: not with --check, which writes nothing"),
+        ("--check --licence cc0-1.0 --data x", "--licence, --data: not with --check"),
+    ],
     "compare": [(f"a {OUT} --splits valid valid", "--splits: ['valid', 'valid'] has a value twice")],
     "kill_test": [
         ("--kills 0", "--kills: expected at least 1, got 0"),
@@ -134,7 +139,7 @@ def test_options_that_would_do_nothing_are_refused(
     if "BASE" in words:
         base.write_text(config_to_yaml(tiny_run(tmp_path)), encoding="utf-8")
     places = {"OUT": str(tmp_path / "out"), "BASE": str(base)}
-    run = ["RUN"] if name in ("evaluate", "sample") else []
+    run = ["RUN"] if name in ("evaluate", "sample", "export") else []
     check(tool(name, monkeypatch), run + [places.get(word, word) for word in words.split()], message, capsys)
     assert not (tmp_path / "out").exists()
 

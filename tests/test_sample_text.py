@@ -121,7 +121,7 @@ def test_options_of_audio_are_refused(
 
 def test_the_vocabulary_comes_from_the_run_or_the_corpus(runs: dict[str, Path]) -> None:
     for name, run in runs.items():
-        assert run_codec(load_run_model(run), run) == CODECS[name]
+        assert run_codec(load_run_model(run)) == CODECS[name]
 
 
 def reference_repeat(text: bytes) -> tuple[int, int]:

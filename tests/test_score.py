@@ -24,7 +24,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_every_code_is_scored_given_all_before_it(run_dir: Path) -> None:
     run, codes = load_run_model(run_dir), MuLaw().encode(speech_like(150, 3))
-    score = score_codes(run, run_codec(run, run_dir), codes)
+    score = score_codes(run, run_codec(run), codes)
     inputs = torch.from_numpy(np.concatenate([[128], codes[:-1]]).astype(np.int64))[None]
     memory, expected, targets = run.model.zero_memory(1), [], torch.from_numpy(codes.astype(np.int64))[None]
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_bins_are_means_of_their_codes(run_dir: Path, bin_length: int) -> None:
 def test_text_of_even_odds_has_eight_bits_a_byte(tmp_path: Path) -> None:
     run_dir = text_run(tmp_path, Byte(), "the quick brown fox\n", is_even=True)
     run = load_run_model(run_dir)
-    codec = run_codec(run, run_dir)
+    codec = run_codec(run)
     file = tmp_path / "some.txt"
     file.write_bytes("häuser\n".encode() * 10)
     rows = bins_over_time(score_codes(run, codec, read_codes(file, codec)), codec, 8)

@@ -5,7 +5,14 @@ import math
 import sys
 from pathlib import Path
 
-from ct_audio.commands.command_line import add_corpus_options, add_run_options, build_parser, open_corpus, open_run
+from ct_audio.commands.command_line import (
+    add_corpus_options,
+    add_run_options,
+    build_parser,
+    open_corpus,
+    open_run,
+    output_directory,
+)
 from ct_audio.common.errors import UserError
 
 
@@ -43,7 +50,7 @@ def main() -> int:
 
     run = open_run(arguments)
     corpus = open_corpus(arguments, run)
-    out = arguments.out or arguments.run / "analysis"
+    out = output_directory(arguments, run, "analysis")
     out.mkdir(parents=True, exist_ok=True)
     report = analyse_run(
         run, corpus, split=arguments.split, num_codes=arguments.num_codes, shares=tuple(arguments.shares)
@@ -51,7 +58,7 @@ def main() -> int:
     figures = draw_figures(report)
     write_analysis(report, figures, out)
     if arguments.tensorboard:
-        log_to_tensorboard(report, figures, arguments.run / "analysis")
+        log_to_tensorboard(report, figures, (run.run_dir / "analysis") if run.run_dir else out)
     print(json.dumps(report, allow_nan=False) if arguments.json else analysis_text(report))
     print(f"wrote {out}", file=sys.stderr)
     return 0

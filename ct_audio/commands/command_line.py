@@ -108,7 +108,7 @@ def refuse_overrides(overrides: list[str], own_keys: Iterable[str]) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of a command that opens one run, see `open_run`."""
-    parser.add_argument("run", type=Path, help="directory of the run, as runs/NAME")
+    parser.add_argument("run", type=Path, help="directory of a run, as runs/NAME, of a checkpoint, or exported")
     parser.add_argument(
         "--checkpoint", choices=["best", "last"], default="best", help="best by validation NLL, or last"
     )
@@ -141,6 +141,19 @@ def open_run(arguments: argparse.Namespace) -> Any:
     from ct_audio.runs.open_run import load_run_model
 
     return load_run_model(arguments.run, which=arguments.checkpoint, device=open_device(arguments))
+
+
+def output_directory(arguments: argparse.Namespace, run: Any, name: str) -> Path:
+    """Where a command writes: --out, else the folder `name` of the run.
+
+    Raises:
+        UserError: --out was not given, and the model is one that was handed on: its folder stays as it is.
+    """
+    if arguments.out is not None:
+        return arguments.out
+    if run.run_dir is None:
+        raise UserError(f"--out: expected a directory for what is written; {arguments.run} is a model without a run")
+    return run.run_dir / name
 
 
 def open_corpus(arguments: argparse.Namespace, run: Any) -> Any:

@@ -14,7 +14,11 @@ def main() -> int:
         "or of an older checkpoint, is measured and kept there."
     )
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="directories of runs; all are set against the first"
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="directories of runs, checkpoints or exported models; all are set against the first",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; made if it is missing")
     parser.add_argument("--splits", nargs="+", default=["valid"], metavar="SPLIT", help="splits in the table")
@@ -27,7 +31,15 @@ def main() -> int:
 
     runs = open_runs(arguments.runs)
     device = open_device(arguments)
-    score_runs(runs, arguments.splits, max_seconds=arguments.max_seconds, corpus=arguments.corpus, device=device)
+    score_runs(
+        runs,
+        arguments.splits,
+        max_seconds=arguments.max_seconds,
+        device=device,
+        corpus=arguments.corpus,
+        out=arguments.out,
+    )
     print(write_comparison(runs, arguments.out), end="")
-    print(f"wrote curves.png, table.md and table.csv to {arguments.out}", file=sys.stderr)
+    curves = "curves.png, " if any(run.curves for run in runs.values()) else ""
+    print(f"wrote {curves}table.md and table.csv to {arguments.out}", file=sys.stderr)
     return 0

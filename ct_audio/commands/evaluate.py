@@ -12,6 +12,7 @@ from ct_audio.commands.command_line import (
     build_parser,
     open_corpus,
     open_run,
+    output_directory,
     parse,
     refuse,
 )
@@ -36,17 +37,22 @@ def _evaluate(arguments: argparse.Namespace, run: Any, corpus: Any) -> int:
     settings, split = _settings(arguments), corpus.split(arguments.split)
     groupings = make_groupings(arguments.by, run.model, corpus, split, num_codes=settings.num_codes(split))
     groups = [GroupSums(grouping) for grouping in groupings]
+    results = run.run_dir or arguments.out
+    directory = output_directory(arguments, run, "evaluations") if groups else None
     report, blocks = evaluate_run(run, corpus, settings, on_nll=groups)
     tables = {each.grouping.name: each.rows() for each in groups}
     try:
-        path = store_evaluation(arguments.run, run, settings, report, blocks)
-        stored = f"stored in {path}"
-        if groups:
-            place = _directory(arguments) / f"{path.stem}-by"
-            write_groups(groupings, tables, report, place)
-            stored += f"; tables and picture in {place}.png, .json and -*.csv"
+        if results is None:
+            stored = f"not stored: {arguments.run} is a model without a run; --out DIR keeps the result there"
+        else:
+            path = store_evaluation(results, run, settings, report, blocks)
+            stored = f"stored in {path}"
+            if directory is not None:
+                place = directory / f"{path.stem}-by"
+                write_groups(groupings, tables, report, place)
+                stored += f"; tables and picture in {place}.png, .json and -*.csv"
     except OSError as error:
-        print(f"warning: the result is not kept in {arguments.run}: {error}", file=sys.stderr)
+        print(f"warning: the result is not kept in {results}: {error}", file=sys.stderr)
         stored = "not stored"
     if tables:
         report["groups"] = tables
@@ -59,8 +65,9 @@ def _sweep(arguments: argparse.Namespace, run: Any, corpus: Any) -> int:
     from ct_audio.evaluation.memory_sweep import sweep_memory
     from ct_audio.evaluation.output import sweep_text, write_sweep
 
+    directory = output_directory(arguments, run, "evaluations")
     report = sweep_memory(
-        arguments.run,
+        run.run_dir or directory,
         run,
         corpus,
         memory_lengths=arguments.sweep_memory,
@@ -71,7 +78,7 @@ def _sweep(arguments: argparse.Namespace, run: Any, corpus: Any) -> int:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     limit = f"-max_codes_{arguments.max_codes}" if arguments.max_codes else ""
-    place = _directory(arguments) / f"sweep-{arguments.split}-step_{run.step:08d}{limit}"
+    place = directory / f"sweep-{arguments.split}-step_{run.step:08d}{limit}"
     write_sweep(report, place)
     wrote = f"wrote {place}.json, .csv and .png"
     print(json.dumps(report, allow_nan=False) if arguments.json else f"{sweep_text(report)}\n{wrote}")
@@ -104,15 +111,12 @@ def _settings(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _directory(arguments: argparse.Namespace) -> Path:
-    return arguments.out or arguments.run / "evaluations"
-
-
 def _parse() -> argparse.Namespace:
     parser = build_parser(
         "Score a split with a trained model: mean negative log-likelihood of a code, every code once, memory carried. "
         "Use the validation split while choosing models; keep the test split for the final number. The result is kept "
-        "in RUN/evaluations, with the NLL of every 0.1 s, for `ct-audio compare`."
+        "in RUN/evaluations, with the NLL of every 0.1 s, for `ct-audio compare`; that of an exported model in "
+        "DIR/evaluations with --out DIR."
     )
     add_run_options(parser)
     add_corpus_options(parser)
@@ -147,9 +151,20 @@ def _refuse_useless(arguments: argparse.Namespace) -> None:
     refuse(arguments, *alone, unless=not is_sweep, why="not in a sweep over memory lengths; leave it out")
     refuse(arguments, "--test-split", "--no-test", unless=is_sweep, why=f"only with {' or '.join(sweeps)}")
     refuse(arguments, "--test-split", unless="--no-test" not in given, why="not with --no-test")
-    refuse(arguments, "--out", unless=is_sweep or "--by" in given, why=f"only with --by, {' or '.join(sweeps)}")
+    useful = is_sweep or "--by" in given or ("--out" in given and _is_without_run(arguments.run))
+    refuse(arguments, "--out", unless=useful, why=f"only with --by, {' or '.join(sweeps)}, or of an exported model")
     refuse(arguments, *dynamic, unless="--dynamic" in given, why="only with --dynamic")
     refuse(arguments, "--warmup-seconds", unless=arguments.lanes != 1, why="only with --lanes above 1")
+
+
+def _is_without_run(path: Path) -> bool:
+    """Whether a result cannot be kept in a run."""
+    from ct_audio.runs.open_run import run_directory
+
+    return run_directory(path) is None
+
+
+_OUT = "for tables and pictures, of an exported model for the result too; default: RUN/evaluations"
 
 
 def _add_kinds(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +177,7 @@ def _add_kinds(parser: argparse.ArgumentParser) -> None:
         help="of count (times in training: > 10K, 1K-10K, ...), share (of training), window (place in it, and what its "
         "recent part alone would give), and for audio level and voicing; comma-separated, or all",
     )
-    group.add_argument("--out", type=Path, metavar="DIR", help="for tables and pictures; default: RUN/evaluations")
+    group.add_argument("--out", type=Path, metavar="DIR", help=_OUT)
 
 
 def _add_sweep(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ def main() -> int:
         from ct_audio.sampling.session import sample_sets
 
         run = open_run(arguments)
-        codec = run_codec(run, arguments.run)
+        codec = run_codec(run)
         _require_codec_fits(arguments, codec, to_terminal=arguments.stdout and stdout.isatty())
         if arguments.out is not None:
             try:

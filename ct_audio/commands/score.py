@@ -4,7 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
-from ct_audio.commands.command_line import add_run_options, build_parser, open_run
+from ct_audio.commands.command_line import add_run_options, build_parser, open_run, output_directory
 from ct_audio.common.errors import UserError
 
 TEXT_BIN_UNITS = 100
@@ -31,9 +31,9 @@ def main() -> int:
     from ct_audio.runs.open_run import run_codec
 
     run = open_run(arguments)
-    codec = run_codec(run, arguments.run)
+    codec = run_codec(run)
     bin_length = _bin_length(arguments.bin_seconds, arguments.bin_units, codec.sample_rate_hz, codec.unit)
-    out = arguments.out or arguments.run / "scores"
+    out = output_directory(arguments, run, "scores")
     out.mkdir(parents=True, exist_ok=True)
     taken: set[str] = set()
     for file in arguments.files:

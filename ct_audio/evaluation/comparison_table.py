@@ -15,7 +15,7 @@ from ct_audio.data.corpus import Corpus
 from ct_audio.evaluation import comparison
 from ct_audio.evaluation.curves import Curves, draw_curves, read_curves
 from ct_audio.evaluation.stored import EvaluationSettings, evaluate_run, find_evaluation, store_evaluation
-from ct_audio.runs.open_run import LoadedRun, load_run_model, run_corpus
+from ct_audio.runs.open_run import LoadedRun, load_run_model, run_corpus, run_directory
 
 MEMORY_LENGTHS = ("memory_length", "compressed_memory_length")
 
@@ -23,10 +23,10 @@ MEMORY_LENGTHS = ("memory_length", "compressed_memory_length")
 @dataclass
 class Run:
     """What is known of a run: `valid_codes` is the length of its validation curve's stretch, 0 the whole split;
-    `precision` is that of the forward pass it was measured with."""
+    `precision` is that of the forward pass it was measured with. A model without a run has no curves."""
 
     path: Path
-    curves: Curves
+    curves: Curves | None
     valid_codes: int = 0
     precision: str = "float32"
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, as they are stored
@@ -40,6 +40,8 @@ class Run:
 def open_runs(paths: Sequence[Path]) -> dict[str, Run]:
     """Runs with their curves, by the last part of their path, or by the whole of it where last parts are equal.
 
+    A path may also be that of a checkpoint, or of an exported folder, which has no curves.
+
     Raises:
         UserError: one is given twice, is not there, or has logged no NLL.
     """
@@ -47,7 +49,9 @@ def open_runs(paths: Sequence[Path]) -> dict[str, Run]:
         raise UserError(f"expected each run once, got {' '.join(map(str, paths))}")
     names = [path.name for path in paths]
     labels = [str(path) if names.count(path.name) > 1 else path.name for path in paths]
-    return {label: Run(path, read_curves(path)) for label, path in zip(labels, paths, strict=True)}
+    run_dirs = [run_directory(path) for path in paths]
+    curves = [None if run_dir is None else read_curves(run_dir) for run_dir in run_dirs]
+    return {label: Run(path, drawn) for label, path, drawn in zip(labels, paths, curves, strict=True)}
 
 
 def score_runs(
@@ -57,11 +61,13 @@ def score_runs(
     max_seconds: float | None,
     device: torch.device | str,
     corpus: str | None = None,
+    out: Path,
 ) -> None:
     """Give each run its evaluations: those that are stored for its best checkpoint, else measured and stored now.
 
     Args:
         corpus: where the corpus of all runs is now; None: where it was in training.
+        out: evaluations of a model that has no run are kept here, in a directory with the model's name.
     Raises:
         UserError: a checkpoint or split is missing, or the runs were not scored alike.
     """
@@ -69,10 +75,11 @@ def score_runs(
         loaded = load_run_model(run.path, device=device)
         run.valid_codes, run.precision = loaded.config.train.valid_codes, loaded.config.train.precision
         opened = run_corpus(loaded, corpus) if corpus else None
+        place = loaded.run_dir or out / loaded.config.name
         for split in splits:
             settings = EvaluationSettings(split=split, max_seconds=max_seconds)
-            found = find_evaluation(run.path, loaded, settings, opened)
-            run.evaluations[split] = found or _measure(label, run.path, loaded, settings, opened)
+            found = find_evaluation(place, loaded, settings, opened)
+            run.evaluations[split] = found or _measure(label, place, loaded, settings, opened)
     for split in splits:
         comparison.require_alike({label: run.evaluations[split] for label, run in runs.items()})
     if len({run.valid_codes for run in runs.values()}) > 1:
@@ -98,12 +105,14 @@ def _measure(
 
 
 def write_comparison(runs: dict[str, Run], out: Path) -> str:
-    """Write curves.png, table.md and table.csv (which has the protocol of each split, too); returns the Markdown."""
+    """Write curves.png (where there are curves), table.md, table.csv (with the protocols); returns the Markdown."""
     rows = result_rows(runs)
     table = comparison_text(rows, runs)
     out.mkdir(parents=True, exist_ok=True)
     levels = {label for label, run in runs.items() if not run.any_evaluation["num_parameters"]}
-    draw_curves({label: run.curves for label, run in runs.items()}, out / "curves.png", levels=levels)
+    curves = {label: run.curves for label, run in runs.items() if run.curves is not None}
+    if curves:
+        draw_curves(curves, out / "curves.png", levels=levels & curves.keys())
     protocols = [{f"{s} protocol": _plain(e["protocol"]) for s, e in run.evaluations.items()} for run in runs.values()]
     write_file(out / "table.md", table.encode())
     write_csv(out / "table.csv", [row | protocol for row, protocol in zip(rows, protocols, strict=True)])
@@ -120,10 +129,10 @@ def result_rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
             "run": label,
             "parameters": about["num_parameters"],
             "without f_c": about["num_parameters"] - about["num_parameters_compression"],
-            "steps": _whole(curves.last("steps")) if is_trained else None,
+            "steps": _whole(curves.last("steps")) if is_trained and curves else None,
             "scored at step": about["step"] if is_trained else None,
-            "audio seen (s)": _whole(curves.last("audio seen")) if is_trained else None,
-            "training codes/s": _whole(curves.median_throughput),
+            "audio seen (s)": _whole(curves.last("audio seen")) if is_trained and curves else None,
+            "training codes/s": _whole(curves.median_throughput) if curves else None,
         }
         for split, evaluation in run.evaluations.items():
             row |= {f"{split} (nats)": evaluation["nll_nats"], f"{split} (bits)": evaluation["nll_bits"]}

@@ -38,7 +38,7 @@ def sweep_memory(
     """Score a split at every pair of lengths, then the test split, all of it, at the best pair.
 
     Args:
-        run_dir: where results are kept and found.
+        run_dir: where results are kept and found; made if it is missing.
         memory_lengths, compressed_memory_lengths: at least one each, in rows; None: the one of training.
         test_split: None: leave that out.
         max_codes: score only the beginning of `split`.

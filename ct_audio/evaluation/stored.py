@@ -22,7 +22,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import number_in_name, write_json
+from ct_audio.common.files import number_in_name, read_json, write_json
 from ct_audio.common.units import perplexity
 from ct_audio.data.corpus import Corpus, Split
 from ct_audio.evaluation.dynamic import DynamicSettings, learning_copy
@@ -190,6 +190,8 @@ def store_evaluation(
 ) -> Path:
     """Keep a result of `evaluate_run` in the run, in place of an earlier one of the same step and settings.
 
+    Args:
+        run_dir: the run's directory; of a model without one any directory, made if it is missing.
     Returns:
         the file.
     Raises:
@@ -197,7 +199,7 @@ def store_evaluation(
     """
     other = report["protocol"]["corpus_fingerprint"] != run.state.get("corpus_fingerprint")
     path = _path(run_dir, run, settings, corpus=report["protocol"]["corpus_fingerprint"] if other else None)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_json(
             path, {"format": FORMAT, "format_version": FORMAT_VERSION} | report | _origin(run) | {"blocks": blocks}
@@ -216,6 +218,7 @@ def find_evaluation(
     What cannot be read, is not whole, or is of another number of codes, counts as not there: it can be measured again.
 
     Args:
+        run_dir: as for `store_evaluation`.
         corpus: the one that the run was trained on; None: it is opened, if it is still there.
     Raises:
         UserError: a limit of the settings does not fit.
@@ -237,6 +240,23 @@ def find_evaluation(
     return found if fits else None
 
 
+def stored_evaluations(run_dir: Path, run: LoadedRun) -> list[dict[str, Any]]:
+    """All reports that the run has kept of these weights and this configuration, without the blocks, by file name."""
+    reports = []
+    for path in sorted((run_dir / "evaluations").glob("*-step_*.json")):
+        try:
+            found = read_json(path)
+        except (OSError, ValueError):
+            continue
+        is_one = isinstance(found, dict) and (found.get("format"), found.get("format_version")) == (
+            FORMAT,
+            FORMAT_VERSION,
+        )
+        if is_one and all(found.get(key) == value for key, value in _origin(run).items()):
+            reports.append({key: value for key, value in found.items() if key != "blocks"})
+    return reports
+
+
 def _is_as_long(found: dict[str, Any], run: LoadedRun, settings: EvaluationSettings, corpus: Corpus | None) -> bool:
     """Whether a stored result is of as many codes as the settings ask for."""
     try:
@@ -251,7 +271,7 @@ def _origin(run: LoadedRun) -> dict[str, Any]:
     """What a result is of: with these and the codes equal, the result is."""
     return {
         "weights_sha256": run.state["files"]["model.safetensors"]["sha256"],
-        "config_sha256": hashlib.sha256((run.checkpoint_path / "config.yaml").read_bytes()).hexdigest(),
+        "config_sha256": hashlib.sha256(run.config_path.read_bytes()).hexdigest(),
     }
 
 

@@ -11,7 +11,8 @@ Whatever is read here anybody may have written or damaged; nothing of it is run.
 """
 
 import hashlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,32 @@ def find_checkpoint(run_dir: Path, which: str) -> Path | None:
     return None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, after checking that all of its files are whole.
+def find_model(run_dir: Path, which: str) -> Path | None:
+    """Directory of the checkpoint to take a model from: `which` ("best" or "last"), else the last; None without any.
 
+    In a copy of a run that has lost its links it is the newest checkpoint, and a warning on stderr says so.
+
+    Raises:
+        UserError: a link is there, but what it leads to is not whole or elsewhere.
+    """
+    root = run_dir / "checkpoints"
+    links = [root / name for name in dict.fromkeys((which, "last"))]
+    for link in links:
+        if link.exists() or link.is_symlink():
+            return find_checkpoint(run_dir, link.name)
+    written = sorted(path for path in root.glob("step_*") if (path / "state.json").is_file())
+    if not written:
+        return None
+    names = " or ".join(link.name for link in links)
+    print(f"warning: {root} has no link {names} (lost in a copy?); {written[-1].name} is taken", file=sys.stderr)
+    return written[-1].resolve()
+
+
+def read_state(checkpoint: Path, *, needed: Collection[str] | None = None) -> dict[str, Any]:
+    """state.json of a checkpoint, after checking that its files are whole.
+
+    Args:
+        needed: files that must be there; None: all. Others may be missing, as in a copy, but not damaged.
     Raises:
         UserError: a file is missing, of another size or content than when it was written, or of another format.
     """
@@ -65,17 +89,32 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or (state.get("format"), state.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise UserError(f"checkpoint {checkpoint}: expected state.json of {FORMAT}, version {FORMAT_VERSION}")
     _check_state(checkpoint, state)
-    for file, expected in sorted(state["files"].items()):
-        path = checkpoint / file
+    files = {
+        file: entry
+        for file, entry in state["files"].items()
+        if needed is None or file in needed or (checkpoint / file).exists()
+    }
+    require_whole(checkpoint, files, what=f"checkpoint {checkpoint}", advice=_ADVICE)
+    return state
+
+
+def require_whole(directory: Path, files: dict[str, dict[str, Any]], *, what: str, advice: str) -> None:
+    """Raise `UserError` where a file of a directory is missing, or has another `digest` than stated.
+
+    Args:
+        files: digests by name.
+        what, advice: how the message begins and ends.
+    """
+    for file, expected in sorted(files.items()):
+        path = directory / file
         if not path.is_file() or path.is_symlink():
-            raise UserError(f"checkpoint {checkpoint}: {file} is missing or no plain file; {_ADVICE}")
+            raise UserError(f"{what}: {file} is missing or no plain file; {advice}")
         found = digest(path)
         if found != expected:
             raise UserError(
-                f"checkpoint {checkpoint}: {file} is damaged: expected {expected['bytes']} bytes with sha256 "
-                f"{expected['sha256'][:12]}, got {found['bytes']} with {found['sha256'][:12]}; {_ADVICE}"
+                f"{what}: {file} is damaged: expected {expected['bytes']} bytes with sha256 "
+                f"{expected['sha256'][:12]}, got {found['bytes']} with {found['sha256'][:12]}; {advice}"
             )
-    return state
 
 
 def _check_state(checkpoint: Path, state: dict[str, Any]) -> None:
@@ -83,7 +122,7 @@ def _check_state(checkpoint: Path, state: dict[str, Any]) -> None:
     rules: dict[str, Callable[[Any], bool]] = {
         "step": lambda step: type(step) is int and 0 <= step < 2**63,
         "world_size": lambda size: type(size) is int and 0 < size <= 2**20,
-        "files": lambda files: isinstance(files, dict) and all(map(_is_digest, files.values())),
+        "files": lambda files: isinstance(files, dict) and all(map(is_digest, files.values())),
         "progress": lambda progress: (
             isinstance(progress, dict) and isinstance(progress.get("best_valid_nll_nats"), float | None)
         ),
@@ -105,7 +144,8 @@ def _check_state(checkpoint: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _is_digest(entry: Any) -> bool:
+def is_digest(entry: Any) -> bool:
+    """Whether something that was read looks like what `digest` returns."""
     if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
         return False
     return type(entry["bytes"]) is int and isinstance(entry["sha256"], str)

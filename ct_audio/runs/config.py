@@ -312,7 +312,12 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def config_to_yaml(config: RunConfig) -> str:
     """The complete configuration as YAML."""
-    return yaml.dump(config_to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return to_yaml(config_to_dict(config))
+
+
+def to_yaml(plain: dict[str, Any]) -> str:
+    """Plain values as YAML, in the order that they have."""
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(text: str, what: str) -> Any:

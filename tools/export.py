@@ -1,0 +1,12 @@
+"""Write a trained model as a folder to hand on: weights, configuration, codec, model card; or check such a folder."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ct_audio.commands.command_line import run_tool
+from ct_audio.commands.export import main
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
