@@ -1,6 +1,6 @@
 """ct_audio: the Compressive Transformer (Rae et al. 2019, arXiv 1911.05507) for raw audio.
 
-    model = ct_audio.load("recipes/kathleen/pretrained/wavenet")
+    model = ct_audio.load("kathleen/wavenet")
     waveform = ct_audio.sample(model, seconds=5)
 
 Importing the package is cheap: torch is imported when one of these names is first used.

@@ -17,6 +17,7 @@ from handmade_runs import ROOT, Output, make_run, noise_corpus, refusal, speech_
 from safetensors.torch import load_file, save_file
 
 import ct_audio
+from ct_audio.common import recipes
 from ct_audio.common.errors import UserError
 from ct_audio.data.audio_files import read_blocks, write_wav
 from ct_audio.data.codecs import MuLaw, read_codes
@@ -440,3 +441,13 @@ def test_shipped_models_are_small() -> None:
 def test_the_clip_is_the_codes_that_were_scored(exported: Path, clip: Path) -> None:
     codec = open_corpus(noise_corpus(exported.parent / "corpus")).codec
     assert (read_codes(exported / "clip.wav", codec) == read_codes(clip, codec)).all()
+
+
+def test_a_shipped_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "recipes" / "kathleen" / "pretrained" / "tiny")
+    monkeypatch.setattr(recipes, "RECIPES", tmp_path / "recipes")
+    monkeypatch.chdir(tmp_path / "recipes")  # no folder of that name is here
+    assert recipes.model_names() == ["kathleen/tiny"]
+    assert tool("export", monkeypatch)("recipes/kathleen/pretrained/tiny", "--check") == 0
+    assert ct_audio.load("kathleen/tiny").config.name == "golden"
+    assert recipes.model_folder("kathleen/other") == Path("kathleen/other")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.recipes import model_folder
 
 _FULL = "; make room there, then run the same command again"
 _ADVICE = {errno.ENOSPC: _FULL, errno.EFBIG: "; raise the limit (ulimit -f), then run it again"}
@@ -106,9 +107,15 @@ def refuse_overrides(overrides: list[str], own_keys: Iterable[str]) -> None:
             raise UserError(f"{override}: the command sets it itself in every run; leave it out")
 
 
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """The model that a command opens: a run, one of its checkpoints, an exported folder, or a model that is shipped."""
+    which = "directory of a run, as runs/NAME, of a checkpoint, or exported; or the name of a model that a recipe ships"
+    parser.add_argument("run", type=model_folder, help=which)
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options of a command that opens one run, see `open_run`."""
-    parser.add_argument("run", type=Path, help="directory of a run, as runs/NAME, of a checkpoint, or exported")
+    add_run_argument(parser)
     parser.add_argument(
         "--checkpoint", choices=["best", "last"], default="best", help="best by validation NLL, or last"
     )

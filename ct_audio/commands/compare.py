@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from ct_audio.commands.command_line import add_device_options, build_parser, open_device, refuse_twice
+from ct_audio.common.recipes import model_folder
 
 
 def main() -> int:
@@ -15,7 +16,7 @@ def main() -> int:
     )
     parser.add_argument(
         "runs",
-        type=Path,
+        type=model_folder,
         nargs="+",
         metavar="RUN",
         help="directories of runs, checkpoints or exported models; all are set against the first",

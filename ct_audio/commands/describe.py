@@ -3,9 +3,8 @@
 The columns of the corpora are those of the paper's Tables 1 and 2: documents, words and mean length of each split.
 """
 
-from pathlib import Path
-
 from ct_audio.commands.command_line import build_parser
+from ct_audio.common.recipes import model_folder
 
 
 def main() -> None:
@@ -15,7 +14,11 @@ def main() -> None:
         "training and their NLL, as Markdown."
     )
     parser.add_argument(
-        "paths", type=Path, nargs="+", metavar="PATH", help="a prepared corpus, a run, a checkpoint, an exported model"
+        "paths",
+        type=model_folder,
+        nargs="+",
+        metavar="PATH",
+        help="a prepared corpus, a run, a checkpoint, an exported model",
     )
     parser.add_argument(
         "--verify",

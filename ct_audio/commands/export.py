@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ct_audio.commands.command_line import build_parser, parse, refuse
+from ct_audio.commands.command_line import add_run_argument, build_parser, parse, refuse
 from ct_audio.common.errors import UserError
 
 STATUS_OTHER_NLL = 3
@@ -53,7 +53,7 @@ def _parse() -> argparse.Namespace:
         "the files of the codec, a clip with its NLL, README.md (a model card). Where a command takes a run, it takes "
         "such a folder too. Exit status: 0 success, 2 the input does not fit, 3 --check found another NLL."
     )
-    parser.add_argument("run", type=Path, help="directory of a run, of a checkpoint, or exported")
+    add_run_argument(parser)
     parser.add_argument(
         "--checkpoint", choices=["best", "last"], default="best", help="best by validation NLL, or last"
     )
@@ -72,7 +72,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--clip", type=Path, metavar="FILE", help="a recording (its first second) or text; default: a synthetic one"
     )
-    parser.add_argument("--samples", type=Path, metavar="DIR", help="samples of tools/sample.py to put in")
+    parser.add_argument("--samples", type=Path, metavar="DIR", help="samples of ct-audio sample to put in")
     group = parser.add_argument_group("for the card", "default: what is known of the recipe that prepared the data")
     group.add_argument("--licence", metavar="ID", help="of the weights, as cc0-1.0")
     group.add_argument("--data", metavar="TEXT", help="what the model was trained on")

@@ -42,6 +42,28 @@ def recipe_folder(name: str | Path) -> Path:
     )
 
 
+def model_names() -> list[str]:
+    """Names of the models that the recipes ship, as "kathleen/wavenet"."""
+    files = RECIPES.glob("*/pretrained/*/config.json") if RECIPES else []
+    return sorted(f"{file.parents[2].name}/{file.parent.name}" for file in files)
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model.
+
+    Args:
+        name: a folder, or the name of a model that a recipe ships, as "kathleen/wavenet" or
+            "recipes/kathleen/pretrained/wavenet". A folder that exists comes first.
+    Returns:
+        the name as a path where there is neither.
+    """
+    path = Path(name)
+    parts = [part for part in path.parts if part not in ("recipes", "pretrained")]
+    if path.exists() or RECIPES is None or "/".join(parts) not in model_names():
+        return path
+    return RECIPES / parts[0] / "pretrained" / parts[1]
+
+
 def config_file(name: str | Path) -> Path:
     """The YAML of a run.
 

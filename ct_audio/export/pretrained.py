@@ -1,6 +1,6 @@
 """Models from a program, in three lines: `ct_audio.load` and `ct_audio.sample`.
 
-    model = ct_audio.load("recipes/kathleen/pretrained/wavenet")
+    model = ct_audio.load("kathleen/wavenet")
     waveform = ct_audio.sample(model, seconds=5)
 
 Shape letters: N samples of a waveform, S samples side by side.
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Integer
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.recipes import model_folder
 from ct_audio.data.codecs import Codec, read_codes
 from ct_audio.models import SequenceModel
 from ct_audio.runs.config import RunConfig
@@ -55,11 +56,11 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> Pretrained:
     """A trained model with its codec, from files alone: nothing is downloaded.
 
     Args:
-        path: an exported folder, a run or a checkpoint.
+        path: an exported folder, a run, a checkpoint, or the name of a model that is shipped, as "kathleen/wavenet".
     Raises:
         UserError: there is no such model, or it is damaged.
     """
-    run = load_run_model(path, device=device)
+    run = load_run_model(model_folder(path), device=device)
     return Pretrained(run, run_codec(run))
 
 

@@ -62,7 +62,7 @@ def read_exported(folder: Path) -> Exported:
     except (OSError, ValueError) as error:
         raise UserError(f"{what}: cannot read {CONFIG_FILE}: {error}; {_ADVICE}") from error
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        raise UserError(f"{what}: expected a {CONFIG_FILE} of the format {FORMAT!r}, as tools/export.py writes it")
+        raise UserError(f"{what}: expected a {CONFIG_FILE} of the format {FORMAT!r}, as ct-audio export writes it")
     if plain.get("format_version") != FORMAT_VERSION:
         found, writer = str(plain.get("format_version"))[:20], str(plain.get("ct_audio_version"))[:20]
         raise UserError(
