@@ -1,12 +1,15 @@
 """Curves of runs: what is read from metrics.jsonl, and the picture."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import TINY_MODELS
 
 from ct_audio.common.errors import UserError
 from ct_audio.evaluation.curves import Curves, draw_curves, nll_range, read_curves, running_mean
+from ct_audio.runs.config import config_from_dict, config_to_yaml
 from ct_audio.runs.metrics import MetricsWriter
 
 
@@ -34,6 +37,35 @@ def test_curves_are_those_that_were_logged(tmp_path: Path) -> None:
     assert curves.nll["steps"]["train"] == [(step, 6 - step / 8) for step in range(1, 11)]
     assert [curves.last(axis) for axis in ("steps", "audio seen", "wall time")] == [10, 160, 30]
     assert curves.median_throughput == 550
+
+
+def test_core_time_is_training_seconds_times_threads(tmp_path: Path) -> None:
+    """Validations stand where the steps before them ended; a run with an unknown number of cores has no such curve."""
+    run = tmp_path / "run"
+    run.mkdir()
+    writer = MetricsWriter(run)
+    writer.scalars({"nll/valid_nats": 6.0}, step=0, wall_seconds=1.0)
+    for step, seconds in ((10, 5.0), (20, 9.0)):
+        writer.scalars({"nll/train_nats": 5.0, "throughput/training_seconds": seconds}, step=step, wall_seconds=1.0)
+        writer.scalars({"nll/valid_nats": 4.0}, step=step, wall_seconds=1.0)
+    writer.close()
+    assert read_curves(run).last("core time of training") is None  # no configuration
+    config = config_from_dict({"name": "run", "model": TINY_MODELS["wavenet"], "data": {"corpus": "x"}})
+    for threads, device, cores in ((3, "cpu", 3), (0, "cpu", None), (3, "cuda", None)):
+        train = dataclasses.replace(config.train, num_threads=threads, device=device)
+        text = config_to_yaml(dataclasses.replace(config, train=train))
+        (run / "config.yaml").write_text(text, encoding="utf-8")
+        found = read_curves(run).nll["core time of training"]
+        assert found["valid"] == ([] if cores is None else [(5.0 * cores, 4.0), (9.0 * cores, 4.0)])
+        assert found["train"] == ([] if cores is None else [(5.0 * cores, 5.0), (9.0 * cores, 5.0)])
+    (run / "checkpoints" / "step_00000020").mkdir(parents=True)
+    for rank in range(2):
+        (run / "checkpoints" / "step_00000020" / f"memory-rank{rank}.safetensors").touch()
+    (run / "checkpoints" / "last").write_text("step_00000020", encoding="utf-8")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_threads=3, device="cpu"))
+    (run / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    assert read_curves(run).last("core time of training") == 2 * 3 * 9.0
+    draw_curves({"run": read_curves(run)}, tmp_path / "curves.png")
 
 
 def test_text_has_no_audio(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ SHORTER = {
     "--rounds": "1",
     "--nproc-per-node": "2",
     "--temperatures": "0.8,1.0",
+    "--num-primed": "1",
+    "--prime-seconds": "0.1",
 }
 """Options whose values are replaced where they stand."""
 FEW_STEPS = [

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from recordings import ROOT
 
-from ct_audio.common.figures import write_figure
+from ct_audio.common.figures import Sound, decibel_range, spectrogram_decibels, spectrograms_figure, write_figure
 from ct_audio.common.files import write_csv
 from ct_audio.evaluation.figures import score_figure
 
@@ -36,6 +36,42 @@ def test_drawing_loads_neither_librosa_nor_tensorboard(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
+def test_a_spectrogram_equals_a_loop_over_windows() -> None:
+    waveform = np.random.default_rng(0).normal(0, 0.1, 900).astype(np.float32)
+    window, padded = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(256) / 256), np.pad(waveform, 128, mode="reflect")
+    found = spectrogram_decibels(waveform)
+    assert found.shape == (129, 1 + 900 // 64)
+    for column in range(found.shape[1]):
+        spectrum = np.fft.rfft(window * padded[64 * column : 64 * column + 256])
+        np.testing.assert_allclose(found[:, column], 20 * np.log10(np.abs(spectrum) / 64), atol=1e-2)
+    sine = np.sin(2 * np.pi * 16 / 256 * np.arange(1000)).astype(np.float32)
+    assert spectrogram_decibels(sine)[:, 5].max() == spectrogram_decibels(sine)[16, 5]
+    assert spectrogram_decibels(sine)[16, 5] == pytest.approx(0, abs=1e-4)
+    assert spectrogram_decibels(np.zeros(10, np.float32)).max() == pytest.approx(-140)
+
+
+def test_the_range_of_decibels_holds_the_data() -> None:
+    assert decibel_range(np.linspace(-101.0, -33.0, 1000)) == (-110, -30)
+    assert decibel_range(np.full(5, -140.0)) == (-150, -140)
+    assert decibel_range(np.r_[np.full(500, -140.0), np.linspace(-95.0, -12.0, 500)]) == (-100, -10)
+
+
+def test_spectrograms_of_several_models_share_a_range_and_show_where_primes_end() -> None:
+    numbers = np.random.default_rng(0)
+    quiet, loud = (numbers.normal(0, rms, 4800).astype(np.float32) for rms in (0.001, 0.5))
+    rows = {"recordings": [Sound(quiet), Sound(quiet, 2400)], "a_$x_{y$": [Sound(loud), None]}
+    figure = spectrograms_figure(rows, 24_000, columns=["free", "primed"], title="$y$")
+    *panels, bar = figure.axes
+    assert [panel.get_title() for panel in panels] == ["free", "primed", "", ""]
+    assert [panel.get_ylabel() for panel in panels] == ["recordings\nkHz", "", "a_\\$x_{y\\$\nkHz", ""]
+    limits = {image.get_clim() for panel in panels for image in panel.images}
+    assert limits == {decibel_range(spectrogram_decibels(quiet))}
+    assert [len(panel.images) for panel in panels] == [1, 1, 1, 0]
+    assert [[line.get_xdata()[0] for line in panel.lines] for panel in panels] == [[], [0.1], [], []]
+    assert panels[0].images[0].get_extent() == [0, 0.2, 0, 12]
+    assert "dB" in bar.get_ylabel()
+
+
 def test_a_figure_has_as_many_dots_as_asked_for(tmp_path: Path, monkeypatch: Patch) -> None:
     figure, path = Figure(figsize=(3, 2)), tmp_path / "figure.png"
     for settings, size in (({}, (330, 220)), ({"dpi": 50}, (150, 100))):
@@ -55,10 +91,10 @@ def test_a_table_has_names_and_empty_fields(tmp_path: Path) -> None:
         assert list(csv.DictReader(file)) == [{"a": "1", "b, c": ""}, {"a": "0.30000000000000004", "b, c": "x\ny"}]
 
 
-@pytest.mark.parametrize(("num_samples", "num_columns"), [(100, 5), (24_000, 94), (24_000 * 60, 2813)])
-def test_a_spectrogram_of_any_length_has_a_few_thousand_columns(num_samples: int, num_columns: int) -> None:
+@pytest.mark.parametrize(("num_samples", "shape"), [(100, (129, 5)), (24_000, (129, 376)), (1_440_000, (1025, 2813))])
+def test_a_spectrogram_of_any_length_has_a_few_thousand_columns(num_samples: int, shape: tuple[int, int]) -> None:
     rows = [{"start": 0, "num_units": num_samples, "nll_bits": 3.0}]
     waveform = np.zeros(num_samples, np.float32)
     figure = score_figure(rows, title="x", unit="sample", waveform=waveform, sample_rate_hz=24_000)
     [image] = figure.axes[2].images
-    assert np.asarray(image.get_array()).shape == (513, num_columns)
+    assert np.asarray(image.get_array()).shape == shape

@@ -88,6 +88,17 @@ WITHOUT_RUN = {
         ("--processes 3", "--processes: expected 1, 2 or 4"),
         ("--steps 9", "--steps: expected an even number of at least 2, got 9"),
     ],
+    "listen": [
+        (f"{OUT} --num -1", "--num: expected at least 0, got -1"),
+        (f"{OUT} --count -1", "--count: expected at least 0, got -1"),
+        (f"{OUT} --save-every nan", "--save-every: expected at least 0, got nan"),
+        (f"{OUT} --num 0 --num-primed 0", "--num 0 --num-primed 0: expected at least one sample"),
+        (f"{OUT} --num-primed 0 --prime-seconds 1", "--prime-seconds: nothing is continued"),
+        (f"{OUT} --temperatures 1,x", "--temperatures: expected numbers as 1,0.9,0.8, got '1,x'"),
+        (f"{OUT} --temperatures 1,1.0", "--temperatures: expected each one once"),
+        (f"{OUT} --temperatures=-1", "--temperatures: expected finite numbers of at least 0"),
+        (f"{OUT} --temperatures 0 --seed 0", "--seed: nothing is drawn at temperature 0"),
+    ],
     "ablate": [
         *(
             (f"BASE {OUT} --{name} {value} {value}", f"--{name}: [")
@@ -139,7 +150,7 @@ def test_options_that_would_do_nothing_are_refused(
     if "BASE" in words:
         base.write_text(config_to_yaml(tiny_run(tmp_path)), encoding="utf-8")
     places = {"OUT": str(tmp_path / "out"), "BASE": str(base)}
-    run = ["RUN"] if name in ("evaluate", "sample", "export") else []
+    run = ["RUN"] if name in ("evaluate", "export", "listen", "sample") else []
     check(tool(name, monkeypatch), run + [places.get(word, word) for word in words.split()], message, capsys)
     assert not (tmp_path / "out").exists()
 

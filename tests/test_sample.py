@@ -303,6 +303,8 @@ def test_measures_of_a_known_waveform() -> None:
     assert found["nll_nats"] == pytest.approx(2.0)
     assert found["nll_bits"] == pytest.approx(2.0 / math.log(2))
     assert found["nll_nats_per_second"] == pytest.approx([1.0, 4.0])
+    assert found["rms_dbfs_per_second"] == pytest.approx([20 * math.log10(0.5 / math.sqrt(2))] * 2, abs=1e-3)
+    assert found["rare_codes"] == 0
     assert found["rms_dbfs"] == pytest.approx(20 * math.log10(0.5 / math.sqrt(2)), abs=1e-3)
     assert found["peak"] == pytest.approx(0.5, abs=1e-6)
     assert found["dc"] == pytest.approx(0, abs=1e-6)
@@ -343,6 +345,31 @@ def test_drift_away_from_recordings_is_a_fault_of_long_samples_only() -> None:
 
     assert faults(24_000, 3.6) == faults(12_000, 4.6) == []
     assert [fault.split(":")[0] for fault in faults(24_000, 3.8)] == ["runaway"]
+
+
+def test_a_fault_of_one_second_is_seen_in_a_long_sample() -> None:
+    def faults(waveform: np.ndarray, nll: list[float]) -> list[str]:
+        logs = -np.repeat(nll, 24_000).astype(np.float32)
+        measures = measure_sample(mu_law(waveform), logs, waveform, vocab_size=256, sample_rate_hz=24_000)
+        return find_faults(measures, vocab_size=256, valid_nll_nats=2.5)
+
+    speech, silence, roar = (noise(rms, 24_000).astype(np.float32) for rms in (0.03, 2e-5, 0.28))
+    assert faults(np.tile(speech, 4), [2.0, 3.4, 2.0, 2.0]) == []
+    (drift,) = faults(np.tile(speech, 4), [2.0, 2.0, 3.6, 2.0])
+    assert drift.startswith("runaway: 3.60 nats per sample in second 3, recordings have 2.50")
+    (quiet,) = faults(np.r_[speech, silence, speech, speech], [2.0] * 4)
+    assert quiet.startswith("silent: RMS -8")
+    assert "in second 2" in quiet
+    (loud,) = faults(np.r_[speech, speech, speech, roar], [2.0] * 4)
+    assert loud.startswith("runaway: RMS -11")
+    assert "in second 4" in loud
+
+
+def test_rare_codes_are_counted() -> None:
+    logs = np.full(2400, -2.0, dtype=np.float32)
+    logs[[3, 700]] = -10.5
+    speech = noise(0.03, 2400).astype(np.float32)
+    assert measure_sample(mu_law(speech), logs, speech, vocab_size=256, sample_rate_hz=24_000)["rare_codes"] == 2
 
 
 def test_an_empty_sample_cannot_be_measured() -> None:

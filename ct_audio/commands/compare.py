@@ -1,4 +1,4 @@
-"""Put runs side by side: NLL curves over steps, audio seen and wall time (PNG), and a result table (Markdown, CSV)."""
+"""Put runs side by side: NLL curves over steps, audio seen and time (PNG), and a result table (Markdown, CSV)."""
 
 import sys
 from pathlib import Path

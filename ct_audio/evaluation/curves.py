@@ -1,4 +1,4 @@
-"""NLL curves of runs in one picture: over steps, over audio seen and over wall time."""
+"""NLL curves of runs in one picture: over steps, audio seen, wall time and core-seconds of training."""
 
 import itertools
 import math
@@ -11,10 +11,18 @@ from matplotlib.figure import Figure
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.figures import plain_text, write_figure
+from ct_audio.common.files import follow_link
+from ct_audio.runs.config import load_config
 from ct_audio.runs.metrics import read_metrics
 
 Points = list[tuple[float, float]]
-_KEYS = {"steps": "step", "audio seen": "audio_seconds", "wall time": "wall_seconds"}  # of metrics.jsonl, by axis
+_CORE_TIME = "core time of training"
+_KEYS = {  # of metrics.jsonl, by axis; core time: seconds that went into steps, times the cores they took
+    "steps": "step",
+    "audio seen": "audio_seconds",
+    "wall time": "wall_seconds",
+    _CORE_TIME: "throughput/training_seconds",
+}
 _UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 _MARKERS = "os^Dv<>Ph*"
 
@@ -44,12 +52,18 @@ class Curves:
 def read_curves(run_dir: Path) -> Curves:
     """Curves out of a run's metrics.jsonl; pauses between sessions do not count as wall time.
 
+    Over core time there is nothing where the number of cores is unknown: on CUDA, or with `train.num_threads: 0`.
+
     Raises:
         UserError: there is no run, or none that has logged an NLL.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run; expected a directory that ct-audio train made")
-    lines = read_metrics(run_dir)
+    lines, cores = read_metrics(run_dir), _num_cores(run_dir)
+    seconds = None
+    for line in lines:  # validations do not log it: what the steps before them took
+        seconds = line.get(_KEYS[_CORE_TIME], seconds)
+        line[_KEYS[_CORE_TIME]] = None if cores is None or seconds is None else cores * seconds
     nll: dict[str, dict[str, Points]] = {axis: {} for axis in _KEYS}
     for (axis, key), name in itertools.product(_KEYS.items(), ("train", "valid")):
         tag = f"nll/{name}_nats"
@@ -60,6 +74,16 @@ def read_curves(run_dir: Path) -> Curves:
     return Curves(nll, [line[tag] for line in lines if tag in line])
 
 
+def _num_cores(run_dir: Path) -> int | None:
+    """Threads of all processes of a training on CPUs; None where they are not known."""
+    try:
+        train = load_config(run_dir / "config.yaml").train
+    except UserError:
+        return None
+    num_processes = len(list(follow_link(run_dir / "checkpoints/last").glob("memory-rank*.safetensors"))) or 1
+    return train.num_threads * num_processes if train.device == "cpu" and train.num_threads else None
+
+
 def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | frozenset[str] = frozenset()) -> None:
     """Draw a panel for each axis: validation NLL as marked lines, training NLL faint, as means over a tenth of the run.
 
@@ -68,8 +92,8 @@ def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | froze
         path: the PNG.
         levels: labels of runs that have nothing to train; their last validation NLL is a level line.
     """
-    figure = Figure(figsize=(15, 5.6), layout="constrained")
     axes = [axis for axis in _KEYS if any(curves.last(axis) is not None for curves in runs.values())]
+    figure = Figure(figsize=(5 * max(2, len(axes)), 5.6), layout="constrained")
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         unit, divisor = _unit(axis, max(curves.last(axis) or 0.0 for curves in runs.values()))

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ct_audio.common.figures import draw_spectrogram
+from ct_audio.common.figures import WINDOW_LENGTH, draw_spectrogram
 from ct_audio.evaluation.groups import Grouping
 from ct_audio.evaluation.memory_analysis import NUM_BUCKETS, PARTS
 
@@ -106,8 +106,8 @@ def _draw_recording(upper: Any, lower: Any, waveform: Float[np.ndarray, "N"], sa
     low, high = np.minimum.reduceat(waveform, starts), np.maximum.reduceat(waveform, starts)
     upper.fill_between(starts / sample_rate_hz, low, high, linewidth=0.4, color="C7")
     upper.set_ylabel("amplitude")
-    hop_length = max(256, 2 ** math.floor(math.log2(len(waveform) / 2000 + 1)))  # about as many columns
-    draw_spectrogram(lower, waveform, sample_rate_hz, hop_length=hop_length)
+    window_length = 2 ** math.floor(math.log2(len(waveform) / 500 + 1))  # a quarter of one apart: 2,000 to 4,000
+    draw_spectrogram(lower, waveform, sample_rate_hz, window_length=max(WINDOW_LENGTH, window_length))
 
 
 def attention_figure(report: dict[str, Any]) -> Figure:

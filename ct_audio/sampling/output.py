@@ -37,8 +37,10 @@ def write_samples(
         _remove_earlier(directory, num_lanes=samples.request.num_lanes)
     rows = zip(samples.codes.cpu().numpy(), samples.log_probabilities.cpu().numpy(), samples.decoded(), strict=True)
     for lane, (codes, logs, decoded) in enumerate(rows):
-        measures, faults = _measure(samples, codes, logs, decoded)
+        measures, faults = measure_lane(samples, codes, logs, decoded)
         sidecar = samples.settings() | measures | {"lane": lane, "warnings": faults}
+        if isinstance(names := samples.request.prime_name, tuple):
+            sidecar["prime"] = names[lane]
         if verify_difference is not None:
             sidecar["verify_max_abs_difference"] = verify_difference if math.isfinite(verify_difference) else None
         path = "stdout"
@@ -65,10 +67,10 @@ def _remove_earlier(directory: Path, *, num_lanes: int) -> None:
         print(f"removed from {directory}, of an earlier call: {', '.join(beyond)}", file=sys.stderr)
 
 
-def _measure(
+def measure_lane(
     samples: SampleSet, codes: Integer[np.ndarray, "N"], logs: Float[np.ndarray, "N"], decoded: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """Numbers and faults of a lane."""
+    """Numbers and faults of a lane's sampled part, `decoded` a waveform or a text."""
     vocab_size, rate = samples.codec.vocab_size, samples.codec.sample_rate_hz
     if rate is None:
         measures = measure_text(codes, logs, decoded, vocab_size=vocab_size)
@@ -88,8 +90,8 @@ def _in_short(measures: dict[str, Any]) -> str:
 def _write_lane(
     path: Path, samples: SampleSet, codes: Integer[np.ndarray, "N"], sidecar: dict[str, Any], *, plots: bool
 ) -> None:
-    prime = samples.request.prime if samples.request.include_prime else None
-    whole = samples.codec.decode(codes if prime is None else np.concatenate([prime.astype(codes.dtype), codes]))
+    prime = samples.request.prime_of(sidecar["lane"]) if samples.request.include_prime else codes[:0]
+    whole = samples.codec.decode(np.concatenate([prime.astype(codes.dtype), codes]))
     if isinstance(whole, bytes):
         write_file(path, whole)
     else:

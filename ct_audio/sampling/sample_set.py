@@ -41,7 +41,8 @@ class Request:
 
     Attributes:
         num_codes: of each lane.
-        prime: [P] codes that all lanes continue; `prime_name` is its file's name, for the sidecars.
+        prime: [P] codes that all lanes continue, or [B, P], what each lane continues.
+        prime_name: for the sidecars: its file's name, or the name of each lane's prime.
         include_prime: the wav files begin with the prime.
     """
 
@@ -51,14 +52,25 @@ class Request:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    prime: Integer[np.ndarray, "P"] | None = None
-    prime_name: str | None = None
+    prime: Integer[np.ndarray, "P"] | Integer[np.ndarray, "B P"] | None = None
+    prime_name: str | tuple[str, ...] | None = None
     include_prime: bool = False
 
     @property
     def drawing(self) -> dict[str, Any]:
         """What decides the codes beside model and prime: arguments of `Sampler` and keys of the sidecars."""
         return {name: getattr(self, name) for name in ("num_lanes", "seed", "temperature", "top_k", "top_p")}
+
+    @property
+    def prime_length(self) -> int:
+        """Codes of the prime."""
+        return 0 if self.prime is None else self.prime.shape[-1]
+
+    def prime_of(self, lane: int) -> Integer[np.ndarray, "P"]:
+        """What a lane continues; no codes where there is no prime."""
+        if self.prime is None:
+            return np.zeros(0, np.int64)
+        return self.prime if self.prime.ndim == 1 else self.prime[lane]
 
 
 class SampleStream:
@@ -104,7 +116,7 @@ class SampleSet:
         self._prime: Tensor | None = None
         if request.prime is not None:
             prime = torch.from_numpy(request.prime.astype(np.int64)).to(device)
-            self._prime = repeat(prime, "p -> b p", b=request.num_lanes)
+            self._prime = prime if prime.ndim == 2 else repeat(prime, "p -> b p", b=request.num_lanes)
         self._sampler = Sampler(run.model, start_code=codec.start_code, prime=self._prime, **request.drawing)
         self._codes: list[Tensor] = []  # each [B, T]
         self._log_probabilities: list[Tensor] = []
@@ -184,10 +196,9 @@ class SampleSet:
         """The sampled part of each lane, waveforms or texts."""
         return [self.codec.decode(row) for row in self.codes.cpu().numpy()]
 
-    def decoded_prime(self) -> Any:
-        """What the files begin with: the prime where it is to be included, else nothing."""
-        prime = self.request.prime if self.request.include_prime else None
-        return self.codec.decode(np.zeros(0, np.int64) if prime is None else prime)
+    def decoded_prime(self, lane: int = 0) -> Any:
+        """What a lane's file begins with: the prime where it is to be included, else nothing."""
+        return self.codec.decode(self.request.prime_of(lane)[: None if self.request.include_prime else 0])
 
     def in_words(self, num_codes: int) -> str:
         """A length for a message, as "0.5 s" or "500 bytes"."""
@@ -197,7 +208,7 @@ class SampleSet:
     def settings(self) -> dict[str, Any]:
         """The part of a sidecar that all lanes share: enough to make the samples again."""
         run, request = self.run, self.request
-        rate, prime_length = self.codec.sample_rate_hz, 0 if request.prime is None else len(request.prime)
+        rate, prime_length = self.codec.sample_rate_hz, request.prime_length
         of_audio = {"sample_rate_hz": rate, "prime_seconds": prime_length / (rate or 1)}
         return {
             "name": run.config.name,

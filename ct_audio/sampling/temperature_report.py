@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
-from ct_audio.common.figures import write_figure
+from ct_audio.common.figures import plain_text, write_figure
 from ct_audio.common.files import number_in_name, write_file, write_json
 from ct_audio.common.text import markdown_table
 from ct_audio.data.acoustics import find_pitch, frechet_distance, level_dbfs, log_mel_frames, mel_frame_length
@@ -33,11 +33,12 @@ from ct_audio.sampling.sample_set import SampleSet
 MAX_REFERENCE_SECONDS = 600.0
 MAX_PITCH_SECONDS = 10.0
 """Of a row; finding the pitch takes a fifth of the duration."""
-_MEASURES = {  # key of a row: title of the column, decimals
+MEASURES = {  # key of a row: title of the column, decimals
     "nll_nats": ("NLL (nats)", 3),
     "rms_dbfs": ("RMS (dBFS)", 1),
     "voiced_share": ("voiced", 2),
     "pitch_low_hz": ("pitch 5% (Hz)", 0),
+    "pitch_median_hz": ("median", 0),
     "pitch_high_hz": ("pitch 95% (Hz)", 0),
     "frechet_distance": ("Frechet distance", 1),
 }
@@ -92,13 +93,18 @@ def make_reference(codes: Integer[np.ndarray, "N"], codec: Codec, *, num_stretch
 
 
 def measure_row(
-    waveforms: list[Float[np.ndarray, "N"]], reference: Reference, *, nll_nats: float, sample_rate_hz: int
+    waveforms: list[Float[np.ndarray, "N"]],
+    reference: Reference,
+    *,
+    nll_nats: float | None,
+    sample_rate_hz: int,
+    max_pitch_seconds: float = MAX_PITCH_SECONDS,
 ) -> dict[str, Any]:
-    """The numbers of one row; `pitch_low_hz` and `pitch_high_hz` are None where nothing is voiced."""
-    num_heard = round(MAX_PITCH_SECONDS / len(waveforms) * sample_rate_hz)
+    """The numbers of one row, of samples of one length; those of pitch are None where nothing is voiced."""
+    num_heard = round(max_pitch_seconds / len(waveforms) * sample_rate_hz)
     pitch = np.concatenate([find_pitch(waveform[:num_heard], sample_rate_hz) for waveform in waveforms])
     voiced = pitch[np.isfinite(pitch)]
-    low, high = np.percentile(voiced, [5, 95]).tolist() if len(voiced) else (None, None)
+    low, median, high = np.percentile(voiced, [5, 50, 95]).tolist() if len(voiced) else (None, None, None)
     frames = np.concatenate([log_mel_frames(waveform, sample_rate_hz) for waveform in waveforms])
     return {
         "seconds": sum(map(len, waveforms)) / sample_rate_hz,
@@ -106,6 +112,7 @@ def measure_row(
         "rms_dbfs": level_dbfs(np.concatenate(waveforms)),
         "voiced_share": len(voiced) / len(pitch),
         "pitch_low_hz": low,
+        "pitch_median_hz": median,
         "pitch_high_hz": high,
         "frechet_distance": frechet_distance(frames, reference.frames),
     }
@@ -158,9 +165,9 @@ def nll_of(run: LoadedRun, codec: Codec, stretches: list[Integer[np.ndarray, "N"
 
 def markdown_report(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The table, and below it how to read it."""
-    cells = [["temperature", *(title for title, _ in _MEASURES.values())]]
+    cells = [["temperature", *(title for title, _ in MEASURES.values())]]
     for row in rows:
-        numbers = [(row[key], decimals) for key, (_, decimals) in _MEASURES.items()]
+        numbers = [(row[key], decimals) for key, (_, decimals) in MEASURES.items()]
         cells.append([row["row"], *("-" if value is None else f"{value:.{decimals}f}" for value, decimals in numbers)])
     samples = f"{about['num_lanes']} samples of {rows[0]['seconds'] / about['num_lanes']:g} s a temperature"
     return (
@@ -179,31 +186,39 @@ def draw_report(rows: list[dict[str, Any]], waveforms: list[Float[np.ndarray, "N
     figure = Figure(figsize=(max(12.0, 2.1 * len(rows)), 6.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     of_samples = sorted((row for row in rows if row["temperature"] is not None), key=lambda row: row["temperature"])
-    _draw_measures(above, of_samples, rows[-2:])
+    draw_measures(above, {"samples": of_samples}, rows[-2:])
     _draw_spectrograms(below, rows, waveforms, sample_rate_hz)
     return figure
 
 
-def _draw_measures(figure: Any, rows: list[dict[str, Any]], references: list[dict[str, Any]]) -> None:
+def draw_measures(figure: Any, lines: dict[str, list[dict[str, Any]]], references: list[dict[str, Any]]) -> None:
+    """A panel for each measure over temperature.
+
+    Args:
+        lines: rows of samples in the order of their temperatures, by label.
+        references: the rows of recordings and of white noise, level lines.
+    """
     panels = figure.subplots(1, 5)
-    temperatures = [row["temperature"] for row in rows]
     shown = (["nll_nats"], ["rms_dbfs"], ["voiced_share"], ["pitch_low_hz", "pitch_high_hz"], ["frechet_distance"])
     for panel, keys in zip(panels, shown, strict=True):
         for key in keys:
-            values = [math.nan if row[key] is None else row[key] for row in rows]
-            panel.plot(temperatures, values, "o-", color="C0", label="samples" if key == keys[0] else None)
+            for number, (label, rows) in enumerate(lines.items()):
+                values = [math.nan if row[key] is None else row[key] for row in rows]
+                style = {"color": f"C{(0, 1, 4, 5, 6, 8, 9)[number % 7]}", "marker": "o^sDv<>"[number // 7 % 7]}
+                label = plain_text(label) if key == keys[0] else None
+                panel.plot([row["temperature"] for row in rows], values, label=label, **style)
             for row, color in zip(references, ("C2", "C3"), strict=True):
                 if row[key] is not None:
                     label = row["row"] if key == keys[0] else None
                     panel.axhline(row[key], color=color, linestyle="--", linewidth=1, label=label)
-        title = _MEASURES[keys[0]][0] if len(keys) == 1 else "pitch, 5% and 95% (Hz)"
+        title = MEASURES[keys[0]][0] if len(keys) == 1 else "pitch, 5% and 95% (Hz)"
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("temperature", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     panels[2].set_ylim(-0.05, 1.05)
     panels[4].set_yscale("log")
-    panels[0].legend(fontsize=7)
+    panels[1].legend(fontsize=7)  # the levels of recordings and of noise are one: there is room
 
 
 def _draw_spectrograms(
