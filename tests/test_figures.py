@@ -67,7 +67,7 @@ def test_spectrograms_of_several_models_share_a_range_and_show_where_primes_end(
     limits = {image.get_clim() for panel in panels for image in panel.images}
     assert limits == {decibel_range(spectrogram_decibels(quiet))}
     assert [len(panel.images) for panel in panels] == [1, 1, 1, 0]
-    assert [[line.get_xdata()[0] for line in panel.lines] for panel in panels] == [[], [0.1], [], []]
+    assert [[float(np.asarray(line.get_xdata())[0]) for line in panel.lines] for panel in panels] == [[], [0.1], [], []]
     assert panels[0].images[0].get_extent() == [0, 0.2, 0, 12]
     assert "dB" in bar.get_ylabel()
 
