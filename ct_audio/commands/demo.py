@@ -1,113 +1,130 @@
 """From nothing to sound, pictures and a table in minutes: what `make demo` runs after the installation.
 
-Each step is a command of its own, printed so that it can be copied. What is done is not done again, and an interrupted
-demo goes on: preparation, training and comparison see to that themselves; evaluation and sampling are marked by a file
-in OUT/done that holds their commands and the checkpoints that these were run with.
+The shipped models speak first; then small models learn from synthetic speech. Each step is commands of their own, whose
+output goes to OUT/logs. What is done is not done again, and an interrupted demo goes on: preparation, training and
+comparison see to that themselves; sampling is marked by a file in OUT/done that holds the command and the checkpoint
+that it was run with. At the end there is one page to open, OUT/index.html.
 """
 
 import csv
 import hashlib
+import html
+import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ct_audio.commands.command_line import build_parser
 from ct_audio.common.errors import UserError
-from ct_audio.common.files import PROJECT
+from ct_audio.common.files import PROJECT, write_file
 
 MODELS = ("compressive_transformer", "wavenet")
-BASELINES = ("linear_prediction", "linear_prediction_fixed")
+BASELINES = ("linear_prediction_autocorrelation", "linear_prediction")
+"""The best linear predictor first: all others are set against it."""
 SPLITS = ("valid", "test")
-AS_THE_MODELS = (
-    "data.chunk_length=1920",
-    "train.num_steps=700",
-    "train.valid_codes=96000",
-    "train.validate_whole_split=false",
-)
-"""What the baselines have to be told for a line in the same chart, over the same stretch."""
+SCORED_SECONDS = 10
+"""Of each split."""
 STATUS_FAULTY_SAMPLE = 4
-NUM_SAMPLES = 2
+AT_ONCE = 2
+"""Commands that run side by side, one core each."""
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 SECONDS_TO_END = 60.0
 """How long commands get to save what they have when the demo is interrupted."""
+_LOOK_EVERY_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Places:
-    """Directories, relative to the project or absolute."""
+    """Directories, relative to the project or absolute.
+
+    Attributes:
+        pretrained: holds a folder for each shipped model.
+    """
 
     data: Path
     runs: Path
     out: Path
+    pretrained: Path
 
     def run(self, model: str) -> Path:
         """Directory of a model's run."""
         return self.runs / f"espeak_demo_{model}"
 
-    def samples(self, model: str) -> Path:
-        """Directory of a model's samples."""
-        return self.out / "samples" / model
+    def samples(self, name: str) -> Path:
+        """Directory of a set of samples."""
+        return self.out / "samples" / name
+
+    def shipped(self) -> list[Path]:
+        """Folders of the shipped models."""
+        return sorted(path.parent for path in (PROJECT / self.pretrained).glob("*/config.json"))
 
 
 @dataclass(frozen=True)
-class Step:
-    """Commands that run side by side.
+class Command:
+    """A command line in words.
 
     Attributes:
-        commands: each a command line in words, by what its output is marked with.
+        name: of its log.
+        once: file that names the checkpoint: skipped when it was completed with these words and this file.
         accepted: exit statuses after which the demo goes on.
-        once: skipped when it was completed with these commands and these checkpoints.
     """
 
-    title: str
-    commands: dict[str, list[str]]
+    name: str
+    words: list[str]
+    once: Path | None = None
     accepted: tuple[int, ...] = (0,)
-    once: bool = False
+
+    @property
+    def shown(self) -> str:
+        """As it can be typed in the project's directory."""
+        return shlex.join(self.words)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Commands of which AT_ONCE run side by side; `share` says how much of them is done, where it is known."""
+
+    title: str
+    commands: list[Command]
+    share: Callable[[], float] | None = None
 
 
 def main() -> int:
-    """Run all steps; print their times and what to open."""
+    """Run all stages; print their times, the results and what to open."""
     parser = build_parser(
-        "Prepare synthetic speech, train a small Compressive Transformer and a WaveNet, compare them with "
-        "linear prediction and with each other, sample them. The same command goes on after an interruption, and does "
-        "nothing twice."
+        "Let the shipped models speak; prepare synthetic speech, train a small Compressive Transformer and a WaveNet "
+        "on it, compare them with linear prediction, sample them. The same command goes on after an interruption, and "
+        "does nothing twice."
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change in all runs")
     parser.add_argument("--data", type=Path, default=Path("data/espeak"), help="corpus to make or use")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are")
-    parser.add_argument("--out", type=Path, default=Path("reports/demo"), help="for table, pictures and samples")
-    parser.add_argument("--seconds", type=float, default=0.5, help="length of each sample")
+    parser.add_argument("--out", type=Path, default=Path("reports/demo"), help="for page, table, pictures and samples")
+    parser.add_argument("--pretrained", type=Path, default=Path("recipes/kathleen/pretrained"), help="shipped models")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each sample of a shipped model")
     parser.add_argument("--num-sentences", type=int, default=0, help="only so many sentences of the recipe; 0: all")
     options = parser.parse_args()
     if not (PROJECT / "recipes").is_dir():
         raise UserError(f"{PROJECT} holds no recipes; run the demo from a copy of the whole project")
-    places = Places(options.data, options.runs, options.out)
-    steps = plan(places, options.overrides, seconds=options.seconds, num_sentences=options.num_sentences)
+    places = Places(options.data, options.runs, options.out, options.pretrained)
+    stages = plan(places, options.overrides, seconds=options.seconds, num_sentences=options.num_sentences)
     catch_signals()
-    print(f"in {PROJECT}; every command can be run by itself")
-    began, times = clocks(), []
-    for number, step in enumerate(steps, start=1):
-        print(f"\n[{number}/{len(steps)}] {step.title}", flush=True)
-        start = clocks()
-        statuses = run_once(step, places) if step.once else run_commands(step.commands)
-        for label, status in statuses.items():
-            if status not in step.accepted:
-                raise UserError(
-                    f"the demo stopped: exit status {status} of `{shlex.join(step.commands[label])}`; "
-                    "its message stands above; the same command goes on from here"
-                )
-        times.append((step.title, *clocks(start)))
-    times.append(("all of it", *clocks(began)))
-    print("\n   wall      CPU")
-    print("\n".join(f"{wall:7.1f} s {cpu:7.1f} s  {title}" for title, wall, cpu in times))
-    print("\n" + "\n".join(results(PROJECT / places.out / "table.csv")))
-    print("\n" + "\n".join(what_to_open(places)))
+    print(f"in {PROJECT}; what the commands print is in {places.out / 'logs'}")
+    began = time.monotonic()
+    for number in range(len(stages)):
+        run_stage(stages, number, places)
+    page = write_page(places)
+    print(f"all of it: {time.monotonic() - began:.0f} s\n\n" + "\n".join(results(PROJECT / places.out / "table.csv")))
+    print(
+        f"\nOpen {os.path.relpath(page)} in a browser: it plays the samples and shows table, curves and spectrograms."
+    )
     return 0
 
 
@@ -118,124 +135,161 @@ def catch_signals() -> None:
             signal.signal(number, signal.default_int_handler)
 
 
-def plan(places: Places, overrides: list[str], *, seconds: float, num_sentences: int) -> list[Step]:
-    """The steps; what is at its default is left out of the commands."""
+def plan(places: Places, overrides: list[str], *, seconds: float, num_sentences: int) -> list[Stage]:
+    """The stages; what is at its default is left out of the commands."""
     prepare = ["python", "tools/prepare.py", "recipes/espeak", "--out", str(places.data)]
     prepare += ["--", "--num-sentences", str(num_sentences)] if num_sentences else []
     changes = [f"runs_dir={places.runs}"] if places.runs != Path("runs") else []
     changes += [f"data.corpus={places.data}"] if places.data != Path("data/espeak") else []
-    tool = ["python", "tools/train.py"]
-    train = {model: [*tool, f"recipes/espeak/demo_{model}.yaml", *changes, *overrides] for model in MODELS}
-    changes = [*AS_THE_MODELS, *changes, *(key for key in overrides if not key.startswith(("model.", "optim.")))]
-    fit = {
-        name: [*tool, f"recipes/espeak/{name}.yaml", f"name={places.run(name).name}", *changes] for name in BASELINES
-    }
-    sample = {}
-    for model in MODELS:
-        sample[model] = ["python", "tools/sample.py", str(places.run(model)), "--seconds", f"{seconds:g}"]
-        sample[model] += ["--num", str(NUM_SAMPLES), "--seed", "0", "--threads", "1", "--plots"]
-        sample[model] += ["--out", str(places.samples(model))]
-    runs = [str(places.run(name)) for name in (*BASELINES, *MODELS)]  # differences are from the first
-    compare = ["python", "tools/compare.py", *runs, "--splits", *SPLITS, "--threads", "1", "--out", str(places.out)]
+    tool, recipe = ["python", "tools/train.py"], "recipes/espeak"
+    train = [Command(f"train_{m}", [*tool, f"{recipe}/demo_{m}.yaml", *changes, *overrides]) for m in MODELS]
+    changes += ["train.validate_whole_split=false", *(k for k in overrides if not k.startswith(("model.", "optim.")))]
+    line = [
+        Command(f"train_{name}", [*tool, f"{recipe}/{name}.yaml", f"name={places.run(name).name}", *changes])
+        for name in BASELINES
+    ]
+    runs = [str(places.run(name)) for name in (*BASELINES, *MODELS)]
+    compare = ["python", "tools/compare.py", *runs, "--splits", *SPLITS, "--max-seconds", str(SCORED_SECONDS)]
+    compare += ["--threads", "1", "--out", str(places.out)]
+    own = [
+        sample(places, model, places.run(model), places.run(model) / "checkpoints/best/state.json", min(seconds, 2.0))
+        for model in MODELS
+    ]
     return [
-        Step("speech: synthesized, resampled, mu-law codes", {"": prepare}),
-        Step("linear prediction, nothing to train: the line to beat", fit),
-        Step("training: both models side by side, one core each", train),
-        *(
-            Step(
-                f"evaluation of the {what}: all of the {split} split",
-                {
-                    name: ["python", "tools/evaluate.py", str(places.run(name)), "--split", split, "--threads", "1"]
-                    for name in names
-                },
-                once=True,
-            )
-            for what, names in (("line", BASELINES), ("models", MODELS))
-            for split in SPLITS
-        ),
-        Step("comparison: curves and table", {"": compare}),
-        Step(f"samples: {NUM_SAMPLES} of {seconds:g} s a model", sample, (0, STATUS_FAULTY_SAMPLE), once=True),
+        Stage("the shipped models speak", list(samples_of_shipped(places, seconds))),
+        Stage("synthetic speech is made", [Command("prepare", prepare)]),
+        Stage("linear prediction, nothing to train: the line to beat", line),
+        Stage("two small models learn, one core each", train, lambda: share_trained(places)),
+        Stage("the models are scored, and speak", [Command("compare", compare), *own]),
     ]
 
 
-def clocks(start: tuple[float, float] = (0.0, 0.0)) -> tuple[float, float]:
-    """Seconds of wall time, and of CPU time of all commands that have ended, since `start`."""
-    times = os.times()
-    return time.monotonic() - start[0], times.children_user + times.children_system - start[1]
+def samples_of_shipped(places: Places, seconds: float) -> Iterator[Command]:
+    """Of each shipped model an unconditional sample, then continuations of the clips that they came with."""
+    shipped = [(folder, Path(os.path.relpath(folder, PROJECT))) for folder in places.shipped()]
+    for folder, shown in shipped:
+        yield sample(places, f"{folder.name}_unconditional", shown, shown / "config.json", seconds)
+    for folder, shown in shipped:
+        for clip in sorted(folder.glob("clip.*")):
+            prime = ["--prime", str(shown / clip.name), "--include-prime"]
+            yield sample(places, f"{folder.name}_continuation", shown, shown / "config.json", seconds, *prime)
 
 
-def run_once(step: Step, places: Places) -> dict[str, int]:
-    """Those commands that were not completed before with the same checkpoint; returns exit statuses."""
-    todo, marks = {}, {}
-    for model, command in step.commands.items():
-        shown = shlex.join(command)  # as it can be typed in the project's directory
-        mark = places.out / "done" / f"{model}-{hashlib.sha256(shown.encode()).hexdigest()[:16]}"
-        best = PROJECT / places.run(model) / "checkpoints" / "best" / "state.json"
-        marks[model] = (PROJECT / mark, f"{shown}\n{hashlib.sha256(best.read_bytes()).hexdigest()}\n")
+def sample(places: Places, name: str, model: Path, checkpoint: Path, seconds: float, *more: str) -> Command:
+    """The command that makes one sample with its picture."""
+    words = ["python", "tools/sample.py", str(model), "--seconds", f"{seconds:g}", "--num", "1", "--seed", "0"]
+    words += ["--threads", "1", "--plots", *more, "--out", str(places.samples(name))]
+    return Command(f"sample_{name}", words, checkpoint, (0, STATUS_FAULTY_SAMPLE))
+
+
+def share_trained(places: Places) -> float:
+    """How much of the training is done: the mean over the models."""
+    shares = []
+    for model in MODELS:
         try:
-            status, _, rest = marks[model][0].read_text(encoding="utf-8").partition("\n")
-        except OSError:
-            status, rest = "", ""
-        if rest == marks[model][1]:
-            print(f"$ {shown}\n  was done before" + (": with warnings" if status != "0" else ""))
-        else:
-            todo[model] = command
-    statuses = run_commands(todo)
-    for model, status in statuses.items():
-        if status in step.accepted:
-            mark, text = marks[model]
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.write_text(f"{status}\n{text}", encoding="utf-8")
-    return statuses
+            last = (PROJECT / places.run(model) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+            configuration = (PROJECT / places.run(model) / "config.yaml").read_text(encoding="utf-8")
+            num_steps = configuration.partition("num_steps: ")[2].split()[0]
+            shares.append(json.loads(last)["step"] / int(num_steps))
+        except (OSError, ValueError, LookupError):
+            shares.append(0.0)
+    return sum(shares) / len(shares)
 
 
-def run_commands(commands: dict[str, list[str]]) -> dict[str, int]:
-    """Run commands side by side, their lines marked with their labels; returns exit statuses.
+def run_stage(stages: list[Stage], number: int, places: Places) -> None:
+    """Run a stage under a bar over all of them, then print its time.
 
+    Raises:
+        UserError: a command failed; it names the command and shows the end of its log.
+    """
+    from tqdm import tqdm
+
+    stage, began = stages[number], time.monotonic()
+    shape = "{desc} |{bar}| {elapsed}"
+    with tqdm(total=len(stages), initial=number, desc=stage.title, bar_format=shape, leave=False, disable=None) as bar:
+
+        def show(share: float) -> None:
+            bar.n = number + (stage.share() if stage.share is not None else share)
+            bar.refresh()
+
+        statuses = run_commands(stage.commands, places, show)
+    for command in stage.commands:
+        if (status := statuses.get(command.name, 0)) not in command.accepted:
+            log = log_of(command, places)
+            end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
+            raise UserError(
+                f"the demo stopped: exit status {status} of `{command.shown}`: {' '.join(end)} "
+                f"(all of it in {os.path.relpath(log, PROJECT)}); the same command goes on from here"
+            )
+    what = "" if stage.commands else " (none are there)"
+    what += " (was done before)" if stage.commands and not statuses else ""
+    faulty = [command.name for command in stage.commands if statuses.get(command.name)]
+    what += f" (with warnings: {', '.join(faulty)})" if faulty else ""
+    print(f"[{number + 1}/{len(stages)}] {stage.title}: {time.monotonic() - began:.0f} s{what}", flush=True)
+
+
+def log_of(command: Command, places: Places) -> Path:
+    """Where what a command prints goes."""
+    return PROJECT / places.out / "logs" / f"{command.name}.log"
+
+
+def run_commands(commands: list[Command], places: Places, show: Callable[[float], None]) -> dict[str, int]:
+    """Run those commands that were not completed before, AT_ONCE side by side; returns their exit statuses by name.
+
+    After one that failed no other is begun.
+
+    Args:
+        show: called with the share of the commands that have ended.
     Raises:
         KeyboardInterrupt: this process was interrupted or terminated; the commands were, too, and have ended.
     """
-    running: dict[str, subprocess.Popen[str]] = {}
-    readers = []
+    waiting = [command for command in commands if not was_done(command, places)]
+    num_commands, running, statuses = len(waiting), dict[str, tuple[Command, subprocess.Popen[bytes]]](), {}
     try:
-        for label, command in commands.items():
-            print(f"$ {shlex.join(command)}", flush=True)
-            alone = len(commands) == 1 and not label
-            running[label] = subprocess.Popen(
-                [sys.executable, *command[1:]],
-                cwd=PROJECT,
-                env=os.environ | ENVIRONMENT,
-                text=True,
-                errors="replace",
-                stdout=None if alone else subprocess.PIPE,
-                stderr=None if alone else subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes to this process alone, which hands it on once
-            )
-        for label, process in running.items():
-            if process.stdout:
-                readers.append(threading.Thread(target=print_lines, args=(process, label), daemon=True))
-                readers[-1].start()
-        return {label: process.wait() for label, process in running.items()}
+        while waiting or running:
+            while waiting and len(running) < AT_ONCE:
+                command = waiting.pop(0)
+                running[command.name] = (command, start(command, places))
+            for name, (command, process) in list(running.items()):
+                if (status := process.poll()) is not None:
+                    statuses[name] = status
+                    del running[name]
+                    if status in command.accepted:
+                        mark_done(command, places)
+                    else:
+                        waiting.clear()
+            show(len(statuses) / max(1, num_commands))
+            if running:
+                time.sleep(_LOOK_EVERY_SECONDS)
     except KeyboardInterrupt:
         print("interrupted: the commands save what they have", file=sys.stderr, flush=True)
         raise
     finally:
-        end(running)
-        for reader in readers:
-            reader.join()
+        end([process for _, process in running.values()])
+    return statuses
 
 
-def print_lines(process: subprocess.Popen[str], label: str) -> None:
-    """Print each line that a command prints with its label in front."""
-    assert process.stdout
-    with process.stdout:
-        for line in process.stdout:
-            print(f"  {label} | {line.rstrip()}", flush=True)
+def start(command: Command, places: Places) -> subprocess.Popen[bytes]:
+    """Start a command; what it prints goes to its log, behind its command line."""
+    log = log_of(command, places)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(f"$ {command.shown}\n".encode())
+        file.flush()
+        return subprocess.Popen(
+            [sys.executable, *command.words[1:]],
+            cwd=PROJECT,
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C comes to this process alone, which hands it on once
+        )
 
 
-def end(running: dict[str, subprocess.Popen[str]]) -> None:
+def end(processes: list[subprocess.Popen[bytes]]) -> None:
     """Interrupt what still runs and wait for it; what does not end in time is killed."""
-    alive = [process for process in running.values() if process.poll() is None]
+    alive = [process for process in processes if process.poll() is None]
     for process in alive:
         process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + SECONDS_TO_END
@@ -247,29 +301,106 @@ def end(running: dict[str, subprocess.Popen[str]]) -> None:
             process.wait()
 
 
+def _mark(command: Command, places: Places) -> tuple[Path, str]:
+    """The file that marks a command as completed, and what it holds."""
+    assert command.once is not None
+    checkpoint = hashlib.sha256((PROJECT / command.once).read_bytes()).hexdigest()
+    return PROJECT / places.out / "done" / command.name, f"{command.shown}\n{checkpoint}\n"
+
+
+def was_done(command: Command, places: Places) -> bool:
+    """Whether a command was completed before, with the same words and checkpoint."""
+    if command.once is None:
+        return False
+    mark, text = _mark(command, places)
+    try:
+        return mark.read_text(encoding="utf-8") == text
+    except OSError:
+        return False
+
+
+def mark_done(command: Command, places: Places) -> None:
+    """Note that a command was completed."""
+    if command.once is not None:
+        mark, text = _mark(command, places)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        write_file(mark, text.encode())
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    with table.open(encoding="utf-8", newline="") as file:
+        return sorted(csv.DictReader(file), key=lambda row: float(row[f"{SPLITS[-1]} (nats)"]))
+
+
 def results(table: Path) -> list[str]:
     """Lines with the NLL of every run, best first; the whole table has a column for everything else."""
-    with table.open(encoding="utf-8", newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: float(row[f"{SPLITS[-1]} (nats)"]))
-    lines = [f"{'NLL in nats per sample, less is better':40}" + "".join(f"{split:>8}" for split in SPLITS)]
-    for row in rows:
-        lines.append(f"  {row['run']:38}" + "".join(f"{float(row[f'{split} (nats)']):8.4f}" for split in SPLITS))
+    title = f"NLL in nats per sample, first {SCORED_SECONDS} s, less is better"
+    lines = [f"{title:52}" + "".join(f"{split:>8}" for split in SPLITS)]
+    for row in _rows(table):
+        lines.append(f"  {row['run']:50}" + "".join(f"{float(row[f'{split} (nats)']):8.4f}" for split in SPLITS))
     return lines
 
 
-def what_to_open(places: Places) -> list[str]:
-    """Lines that name what there is to see and to hear; every file named exists."""
-    samples = [file for model in MODELS for file in sorted((PROJECT / places.samples(model)).glob("*.wav"))]
-    files = {
-        "curves": [PROJECT / places.out / "curves.png"],
-        "table": [PROJECT / places.out / "table.md"],
-        "spectrograms": [file.with_suffix(".png") for file in samples],
-        "samples": samples,
-        "the speech itself": [PROJECT / places.data / "example.wav"],
-    }
-    lines = ["What to open:"]
-    for what, paths in files.items():
-        names = [os.path.relpath(path, PROJECT) for path in paths if path.is_file()]
-        lines += [f"  {what if name == names[0] else '':18} {name}" for name in names]
-    lines.append(f"  {'all curves':18} tensorboard --logdir {places.runs}")
-    return lines
+def write_page(places: Places) -> Path:
+    """OUT/index.html: players and spectrograms of all samples, the table, the curves; everything beside it."""
+    out = PROJECT / places.out
+    shipped = [folder.name for folder in places.shipped()]
+    kinds = ("unconditional", "continuation")
+    heard = [(f"{name}, {kind}", places.samples(f"{name}_{kind}")) for name in shipped for kind in kinds]
+    own = [(f"{model.replace('_', ' ')} after about a minute of training", places.samples(model)) for model in MODELS]
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>ct_audio demo</title><style>"
+        "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
+        "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ccc}"
+        "td:first-child{text-align:left}.warning{color:#b00}</style><h1>ct_audio demo</h1>"
+    ]
+    if shipped:
+        parts.append("<h2>Shipped models</h2><p>A continuation begins with the clip that the model came with.</p>")
+        parts += [_player(title, PROJECT / folder, out) for title, folder in heard]
+    parts.append("<h2>Trained here, from scratch</h2>" + _table(_rows(out / "table.csv")))
+    parts.append(
+        '<p><a href="table.md">The whole table and how it was measured</a></p><img src="curves.png" alt=curves>'
+    )
+    parts += [_player(title, PROJECT / folder, out) for title, folder in own]
+    example = PROJECT / places.data / "example.wav"
+    parts.append(f"<h2>The synthetic speech</h2>{_audio(example, out)}")
+    parts.append(f"<p>All curves: <code>tensorboard --logdir {html.escape(str(places.runs))}</code>")
+    write_file(out / "index.html", "\n".join(parts).encode())
+    return out / "index.html"
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    columns = [
+        "run",
+        "parameters",
+        "steps",
+        *(f"{split} (nats)" for split in SPLITS),
+        f"{SPLITS[-1]} difference (nats)",
+    ]
+    lines = ["".join(f"<th>{html.escape(column)}" for column in columns)]
+    lines += ["".join(f"<td>{html.escape(_cell(row[column]))}" for column in columns) for row in rows]
+    caption = (
+        f"NLL per sample on the first {SCORED_SECONDS} s of each split; difference from the best linear predictor."
+    )
+    return f"<p>{caption}</p><table><tr>" + "<tr>".join(lines) + "</table>"
+
+
+def _cell(text: str) -> str:
+    return f"{float(text):.4f}" if "." in text else text or "-"
+
+
+def _player(title: str, folder: Path, out: Path) -> str:
+    """A sample with its title, what is said against it, and its picture; nothing where it was not made."""
+    wav = folder / "sample_0.wav"
+    if not wav.is_file():
+        return ""
+    sidecar: dict[str, Any] = json.loads(wav.with_suffix(".json").read_text(encoding="utf-8"))
+    about = f"{sidecar['nll_nats']:.3f} nats per sample, RMS {sidecar['rms_dbfs']:.1f} dBFS"
+    warnings = "".join(f"<p class=warning>{html.escape(fault)}</p>" for fault in sidecar["warnings"])
+    picture = html.escape(os.path.relpath(wav.with_suffix(".png"), out))
+    image = f'<img src="{picture}" alt="waveform and spectrogram">'
+    return f"<h3>{html.escape(title)}</h3>{_audio(wav, out)}<p>{about}</p>{warnings}{image}"
+
+
+def _audio(wav: Path, out: Path) -> str:
+    return f'<audio controls src="{html.escape(os.path.relpath(wav, out))}"></audio>'
