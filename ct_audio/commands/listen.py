@@ -29,7 +29,7 @@ def main() -> int:
     for path in arguments.runs:
         run = load_run_model(path, which=arguments.checkpoint, device=device)
         corpus = open_corpus(arguments, run)
-        candidates.append(Candidate(path.resolve().name, run, run_codec(run, path)))
+        candidates.append(Candidate(path.resolve().name, run, run_codec(run)))
     plan = _plan(arguments, corpus.codec.sample_rate_hz)
     require_judgeable(candidates, corpus, plan)
     try:
@@ -50,7 +50,9 @@ def _parse() -> argparse.Namespace:
         "spectrograms.png, and with several --temperatures temperatures.png. The same command goes on after an "
         "interruption. The exit status is 0 whatever the samples are like."
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs, as runs/NAME")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="directories of runs, checkpoints or exported models"
+    )
     parser.add_argument(
         "--checkpoint", choices=["best", "last"], default="best", help="best by validation NLL, or last"
     )
