@@ -1,4 +1,4 @@
-# make demo: virtual environment, install, then speech, two small models, a table and samples within minutes.
+# make demo: virtual environment, install; the shipped models speak, two small models learn, one page to open.
 # make test: the default tests. make lint: style and types. make docs: the documentation as pages, in site/.
 # make clean: start afresh (runs, data and reports stay). CPU=1: torch without CUDA, whose libraries are 2.7 GB.
 
