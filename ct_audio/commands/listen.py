@@ -15,6 +15,7 @@ from ct_audio.commands.command_line import (
     refuse,
 )
 from ct_audio.common.errors import UserError
+from ct_audio.common.recipes import model_folder
 from ct_audio.common.signals import caught_signals
 
 
@@ -51,7 +52,11 @@ def _parse() -> argparse.Namespace:
         "interruption. The exit status is 0 whatever the samples are like."
     )
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="directories of runs, checkpoints or exported models"
+        "runs",
+        type=model_folder,
+        nargs="+",
+        metavar="RUN",
+        help="directories of runs, checkpoints or exported models, or names of shipped ones",
     )
     parser.add_argument(
         "--checkpoint", choices=["best", "last"], default="best", help="best by validation NLL, or last"
