@@ -102,14 +102,15 @@ class LogisticMixture(RowHead):
         width: of the stack's rows.
         vocab_size: V, mu-law codes.
         num_components: K.
-        uniform_share: u, of the probability that is spread evenly, in (0, 1).
+        uniform_share: u, of the probability that is spread evenly, in (0, 1): at 24 kHz a sampled code in seven minutes. It
+            bounds the NLL of a code by 22 nats; with 1e-4 samples had one to three clicks a second.
     Source: Salimans et al. 2017, arXiv 1701.05517 (PixelCNN++), section 2.1. Differs: relative to a prediction.
     """
 
     lower: Tensor
     upper: Tensor
 
-    def __init__(self, width: int, vocab_size: int, *, num_components: int = 4, uniform_share: float = 1e-4) -> None:
+    def __init__(self, width: int, vocab_size: int, *, num_components: int = 4, uniform_share: float = 1e-7) -> None:
         super().__init__()
         self.num_logits = 3 * num_components
         self.num_components, self.uniform_share, self.vocab_size = num_components, uniform_share, vocab_size
