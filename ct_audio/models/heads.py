@@ -102,8 +102,8 @@ class LogisticMixture(RowHead):
         width: of the stack's rows.
         vocab_size: V, mu-law codes.
         num_components: K.
-        uniform_share: u, of the probability that is spread evenly, in (0, 1): at 24 kHz a sampled code in seven minutes. It
-            bounds the NLL of a code by 22 nats; with 1e-4 samples had one to three clicks a second.
+        uniform_share: u, of the probability that is spread evenly, in (0, 1): at 24 kHz one sampled code in seven
+            minutes. It bounds the NLL of a code by 22 nats; with 1e-4 samples had one to three clicks a second.
     Source: Salimans et al. 2017, arXiv 1701.05517 (PixelCNN++), section 2.1. Differs: relative to a prediction.
     """
 
