@@ -36,7 +36,7 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["ct_audio", "ct_audio.*"]), "ct_audio.recipes"],
     package_dir={"ct_audio.recipes": "recipes"},
-    package_data={"ct_audio": ["py.typed"], "ct_audio.recipes": ["**/*"]},
+    package_data={"ct_audio": ["py.typed", "data/*.csv"], "ct_audio.recipes": ["**/*"]},
     exclude_package_data={"ct_audio.recipes": ["**/__pycache__/*"]},
     entry_points={"console_scripts": ["ct-audio = ct_audio.commands.program:main"]},
     python_requires=">=3.11,<3.14",
