@@ -25,6 +25,7 @@ from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_file
 from ct_audio.common.text import printable
 from ct_audio.data.audio_files import CheckedRecording, write_wav
+from ct_audio.data.av_files import INSTALL
 from ct_audio.data.codecs import MuLaw, require_signal
 from ct_audio.data.corpus import Corpus, CorpusWriter
 from ct_audio.preparation.audio_report import FileResult, count_reasons, make_report, write_report
@@ -441,7 +442,8 @@ def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool
     if not num_kept:
         raise UserError(f"{what}: nothing is left; see {listing}")
     if report["dropped_percent"] > MAX_DROPPED_PERCENT and not allow_dropped:
-        raise UserError(f"{what}, over {MAX_DROPPED_PERCENT:g}%; see {listing}; repair them, or pass --allow-dropped")
+        advice = f"run: {INSTALL}" if any(INSTALL in entry["reason"] for entry in dropped) else "repair them"
+        raise UserError(f"{what}, over {MAX_DROPPED_PERCENT:g}%; see {listing}; {advice}, or pass --allow-dropped")
     for name, split in report["splits"].items():
         if not split["num_files"]:
             num_dropped, num_copies = (

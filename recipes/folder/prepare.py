@@ -14,6 +14,7 @@ from pathlib import Path
 from ct_audio.common.errors import UserError
 from ct_audio.common.text import printable, read_text
 from ct_audio.data.audio_files import AUDIO_SUFFIXES
+from ct_audio.data.av_files import AV_SUFFIXES, INSTALL, has_av
 from ct_audio.preparation.listing import count_suffixes, find_audio, same_name, warn
 from ct_audio.preparation.recordings import Recording, hash_place, split_by_hash
 
@@ -58,7 +59,7 @@ def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording
     """
     files, unusable = find_audio(source)
     if not files:
-        found = f" (there are {count_suffixes(unusable)}: convert them first)" if unusable else ""
+        found = f" (there are {count_suffixes(unusable)}: {_advice(unusable)})" if unusable else ""
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
         raise UserError(f"{source.absolute()}: found no audio file; expected one of {suffixes}{found}")
     left_out = [Recording(path, "train", printable(name), reason=why) for name, (path, why) in unusable.items()]
@@ -72,6 +73,12 @@ def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording
     else:
         return left_out + _cut_in_time(files, shares)
     return left_out + [Recording(path, splits[name], printable(name)) for name, path in files.items()]
+
+
+def _advice(unusable: dict[str, tuple[Path, str | None]]) -> str:
+    """What makes files readable that are audio and are not read."""
+    needs_av = any(Path(name).suffix.lower() in AV_SUFFIXES for name in unusable) and not has_av()
+    return f"run: {INSTALL}" if needs_av else "convert them first"
 
 
 def _shares(options: argparse.Namespace) -> dict[str, float]:
@@ -181,5 +188,7 @@ def _splits_from_hash(groups: dict[str, str], shares: dict[str, float]) -> dict[
             donor, _ = Counter(of_group.values()).most_common(1)[0]
             sign = -1 if split == "train" else 1
             candidates = [group for group in of_group if of_group[group] == donor]
-            of_group[min(candidates, key=lambda group: (sign * sizes[group], hash_place(group)))] = split
+            chosen = min(candidates, key=lambda group: (sign * sizes[group], hash_place(group)))
+            warn(f"no group falls into {split} by its hash: it takes {chosen or '.'!r}, {sizes[chosen]} files")
+            of_group[chosen] = split
     return {name: of_group[group] for name, group in groups.items()}
