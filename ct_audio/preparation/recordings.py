@@ -11,7 +11,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from ct_audio.data.av_files import INSTALL
 from ct_audio.data.codecs import MuLaw, require_signal
 from ct_audio.data.corpus import Corpus, CorpusWriter
 from ct_audio.preparation.audio_report import FileResult, count_reasons, make_report, write_report
-from ct_audio.preparation.listing import same_name
+from ct_audio.preparation.listing import same_name, warn
 from ct_audio.preparation.workers import CONTENT_KEY, existing_corpus, join_hashes, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
@@ -126,6 +127,31 @@ def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> s
     if place < valid_percent:
         return "valid"
     return "test" if place < valid_percent + test_percent else "train"
+
+
+def split_groups(groups: Mapping[str, str], *, valid_percent: float, test_percent: float) -> dict[str, str]:
+    """Each name's split by its group's hash; a split that would stay empty takes a group from the one that has most.
+
+    It takes the one with the fewest names (train: with the most), of equal ones the one whose hash is lowest, and a
+    warning says so.
+
+    Args:
+        groups: the group of each name; at least as many groups as splits.
+        valid_percent, test_percent: of the groups; at 0 there is no such split.
+    """
+    sizes = Counter(groups.values())
+    shares = {"train": 100 - valid_percent - test_percent, "valid": valid_percent, "test": test_percent}
+    percent = {"valid_percent": valid_percent, "test_percent": test_percent}
+    of_group = {group: split_by_hash(group, **percent) for group in sorted(sizes)}
+    for split in (split for split, share in shares.items() if share):
+        if split not in of_group.values():
+            donor, _ = Counter(of_group.values()).most_common(1)[0]
+            sign = -1 if split == "train" else 1
+            candidates = [group for group in of_group if of_group[group] == donor]
+            chosen = min(candidates, key=lambda group: (sign * sizes[group], hash_place(group)))
+            warn(f"no group falls into {split} by its hash: it takes {chosen or '.'!r}, {sizes[chosen]} files")
+            of_group[chosen] = split
+    return {name: of_group[group] for name, group in groups.items()}
 
 
 def prepared_blocks(recording: CheckedRecording, trim_db: float | None) -> Iterator[Float[np.ndarray, "N"]]:
