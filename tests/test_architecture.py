@@ -25,6 +25,7 @@ LEVELS = [
 ONLY_IMPORTER = {
     "soundfile": "data.audio_files",
     "av": "data.av_files",
+    "wandb": "runs.weights_and_biases",
     "torch.distributed": "training.parallel",
     "torch.utils.tensorboard": "runs.metrics",
     "tensorboard": "runs.metrics",

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_file
+from ct_audio.common.progress import Progress
 from ct_audio.common.text import printable
 from ct_audio.data.audio_files import CheckedRecording, write_wav
 from ct_audio.data.av_files import INSTALL
@@ -322,7 +322,7 @@ def _prepare_files(
     tasks = {index: _Task(r, _target(files, r.name), settings) for index, r in enumerate(recordings)}
     done: dict[int, FileResult] = {}
     preload = ["ct_audio.preparation.recordings"]  # it takes seconds
-    with tqdm(total=len(tasks), unit="file", desc="prepare", disable=None) as progress:
+    with Progress(total=len(tasks), unit="file", desc="prepare") as progress:
         for index, result in run_tasks(_prepare_file, tasks, num_processes, preload=preload):
             done[index] = result
             progress.update()
@@ -392,7 +392,7 @@ def _hash_file(path: Path) -> str:
 def _hash_contents(recordings: list[Recording]) -> str:
     """What `join_hashes` says of the files as they are now: all of them are read."""
     known: dict[Path, str] = {}
-    for recording in tqdm(recordings, unit="file", desc="hash", disable=None):
+    for recording in Progress(recordings, unit="file", desc="hash"):
         if recording.path not in known:
             known[recording.path] = _hash_file(recording.path)
     return join_hashes([known[r.path] if r.reason is None else "" for r in recordings])
@@ -428,7 +428,7 @@ def _assemble(
     codec = MuLaw(settings.sample_rate_hz)
     writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
     tasks = [(r, result) for r, result in zip(recordings, results, strict=True) if result.reason is None]
-    for recording, result in tqdm(tasks, unit="file", desc="write", disable=None):
+    for recording, result in Progress(tasks, unit="file", desc="write"):
         blocks = _read_codes(_target(partial / "files", recording.name), result)
         writer.add_document(recording.split, recording.name, next(blocks))
         for codes in blocks:
