@@ -34,7 +34,7 @@ class Progress(tqdm):
             yield item
             self.update()
 
-    def update(self, n: float | None = 1) -> bool | None:
+    def update(self, n: int | float | None = 1) -> bool | None:
         """Count `n` more; a line is written where it is time for one."""
         if not self._writes_lines:
             return super().update(n)
@@ -45,7 +45,7 @@ class Progress(tqdm):
             self._write_line(now - self._began)
         return None
 
-    def _write_line(self, seconds: float) -> None:
+    def _write_line(self, seconds: int | float) -> None:
         done = self.n - self._first_done
         if not self.total or done <= 0:
             print(f"{self._what}: {self.n:,} so far", file=sys.stderr, flush=True)
@@ -55,7 +55,7 @@ class Progress(tqdm):
             print(f"{self._what}: {self.n / self.total:.0%}, about {_time(left)} left", file=sys.stderr, flush=True)
 
 
-def _time(seconds: float) -> str:
+def _time(seconds: int | float) -> str:
     """As "40 s", "12 min" or "3.5 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
