@@ -22,6 +22,8 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 docs: $(VENV)/.installed-docs
+	rm -rf site_source && mkdir site_source
+	git ls-files -z '*.md' '*.png' '*.yaml' '*.yml' '*.lock' '*.tsv' LICENSE | tar --null -T - -cf - | tar -xf - -C site_source
 	$(VENV)/bin/mkdocs build --strict
 
 $(VENV)/.installed: setup.py requirements.lock
@@ -42,5 +44,5 @@ lock: # exact versions for all extras and systems, of what setup.py allows; `mak
 		--quiet $(UPGRADE) --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site site_source *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

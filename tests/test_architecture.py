@@ -24,6 +24,8 @@ LEVELS = [
 """A module may import from its own package and from packages of levels above; ARCHITECTURE.md says what each holds."""
 ONLY_IMPORTER = {
     "soundfile": "data.audio_files",
+    "av": "data.av_files",
+    "wandb": "runs.weights_and_biases",
     "torch.distributed": "training.parallel",
     "torch.utils.tensorboard": "runs.metrics",
     "tensorboard": "runs.metrics",

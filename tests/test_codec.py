@@ -1,5 +1,7 @@
 """Codecs: mu-law against torchaudio, round trips, start codes, refusal of what does not fit."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ct_audio.common.errors import UserError
+from ct_audio.data import codecs
 from ct_audio.data.audio_files import read_wav, write_wav
 from ct_audio.data.codecs import CODECS, Byte, Codec, MuLaw, codec_from_json, write_codec_files
 from ct_audio.data.vocabulary_codecs import Subword, Word
@@ -44,6 +47,29 @@ def test_mu_law_is_torchaudios_in_float32(waveform):
     decoded = MuLaw().decode(codes)
     assert decoded.dtype == np.float32
     assert np.array_equal(decoded, torchaudio.functional.mu_law_decoding(torch.from_numpy(expected), 256).numpy())
+
+
+def test_the_table_of_mu_law_is_torchaudios_around_every_boundary():
+    """The 64 float32 below and above the lowest one of each code; computed at once, and one by one as torch does it at
+    the end of a vector. Ordered as whole numbers, float32 of one sign are in the order of their values."""
+    table = np.loadtxt(Path(codecs.__file__).with_name("mu_law.csv"), np.float32, delimiter=",", skiprows=1)
+    assert table[:, 0].tolist() == list(range(256))
+    lowest = table[1:, 1]
+    for distance in range(-64, 65):
+        shifted = (np.abs(lowest).view(np.int32) + distance * np.where(lowest < 0, -1, 1)).astype(np.int32)
+        waveform = np.copysign(shifted.view(np.float32), lowest)
+        expected = torchaudio.functional.mu_law_encoding(torch.from_numpy(waveform), 256)
+        assert np.array_equal(expected, np.arange(255) + (distance >= 0))
+        assert np.array_equal(MuLaw().encode(waveform), expected)
+        if distance in (-1, 0):
+            one_by_one = [
+                torchaudio.functional.mu_law_encoding(torch.tensor([value]), 256).item() for value in waveform
+            ]
+            assert one_by_one == expected.tolist()
+    every = torchaudio.functional.mu_law_decoding(torch.arange(256), 256).numpy()
+    assert np.array_equal(MuLaw().decode(ALL_CODES), every)
+    grid = np.random.default_rng(0).uniform(-1, 1, 1_000_000).astype(np.float32)
+    assert np.array_equal(MuLaw().encode(grid), torchaudio.functional.mu_law_encoding(torch.from_numpy(grid), 256))
 
 
 def test_mu_law_follows_its_formula():

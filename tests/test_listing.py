@@ -11,6 +11,7 @@ from test_recipes_data import run
 
 from ct_audio.commands.command_line import build_parser
 from ct_audio.common.errors import UserError
+from ct_audio.preparation import listing
 from ct_audio.preparation.listing import count_suffixes, find_audio, find_files
 from ct_audio.preparation.recordings import split_by_hash
 
@@ -31,7 +32,8 @@ def test_hidden_files_and_folders_of_systems_are_no_inputs(tmp_path):
     assert find_audio(tmp_path).unusable == {}
 
 
-def test_what_looks_like_audio_is_named_by_kind(tmp_path):
+def test_what_looks_like_audio_is_named_by_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "has_av", lambda: False)
     touch(tmp_path, "a.wav", "b.m4a", "c.WMA", "d.txt", "e/f.webm")
     (tmp_path / "take.1").write_bytes(b"RIFF....WAVE")
     (tmp_path / "take").write_bytes(b"fLaC")
@@ -45,7 +47,10 @@ def test_what_looks_like_audio_is_named_by_kind(tmp_path):
         "take": "without suffix",
         "take.1": "without suffix",
     }
+    assert audio.unusable["b.m4a"][1] == "not read (m4a): PyAV would; run: python -m pip install av"
     assert count_suffixes(audio.unusable) == "1 .1, 1 .m4a, 1 .webm, 1 .wma, 1 without suffix"
+    monkeypatch.setattr(listing, "has_av", lambda: True)
+    assert list(find_audio(tmp_path).files) == ["a.wav", "b.m4a", "c.WMA", "e/f.webm"]
 
 
 def test_links_to_folders_are_followed_once(tmp_path):

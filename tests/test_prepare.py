@@ -571,3 +571,27 @@ def test_split_by_hash_is_stable_and_has_its_shares():
     for valid, test in ((-1.0, 5.0), (60.0, 40.0), (float("nan"), 1.0)):
         with pytest.raises(UserError, match="percentages"):
             split_by_hash("a", valid_percent=valid, test_percent=test)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_recording_of_hours_needs_no_more_memory(tmp_path, num_processes):
+    """Three hours; the peak of the command and of its largest process."""
+    minute = np.tile(voice(0, 2.0), 30)
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", 24_000, 1) as file:
+        for _ in range(180):
+            file.write(minute)
+    code = (
+        "import resource, sys; from ct_audio.commands.program import main; status = main(sys.argv[1:]); "
+        "print(*(resource.getrusage(w).ru_maxrss // 1024 for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))); "
+        "sys.exit(status)"
+    )
+    words = ["prepare", "folder", "--source", str(tmp_path), "--out", str(tmp_path / "out")]
+    words += ["--num-processes", str(num_processes)]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    own, children = map(int, done.stdout.splitlines()[-1].split())
+    assert max(own, children) < 300
+    assert sum(split.num_codes for split in open_corpus(tmp_path / "out").splits.values()) > 3 * 3600 * 23_000

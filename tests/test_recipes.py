@@ -51,6 +51,20 @@ TABLE |= {
     if identity.startswith("kathleen/") and identity != "kathleen/ablation"
 }
 
+SPEECH_SETS = ("ljspeech", "libritts", "vctk")
+TABLE |= {
+    f"{recipe}/{name}": {"base": f"kathleen/{name}"}
+    for recipe in SPEECH_SETS
+    for name in (
+        "linear_prediction_autocorrelation",
+        *(
+            f"{model}{part}"
+            for model in ("compressive_transformer", "transformer_xl", "wavenet")
+            for part in ("", "_small", "_prediction", "_prediction_small")
+        ),
+    )
+}
+
 SETS = sorted({(path.parent, kind(path)) for path in YAMLS})
 
 

@@ -12,7 +12,9 @@ from recordings import ROOT, load_script, voice, write
 from ct_audio.commands import prepare
 from ct_audio.commands.command_line import run_tool
 from ct_audio.common.errors import UserError
+from ct_audio.data import av_files
 from ct_audio.data.corpus import open_corpus
+from ct_audio.preparation import listing
 
 kathleen = load_script("recipes/kathleen/prepare.py", "recipe_kathleen")
 
@@ -191,21 +193,34 @@ def test_one_or_two_recordings_are_cut_in_time(tmp_path, monkeypatch, capsys, nu
     assert set(splits_of(tmp_path / "two").values()) == {"train", "valid"}
 
 
+def without_av(monkeypatch):
+    """As where the extra is not installed."""
+    for module in (listing, av_files):
+        monkeypatch.setattr(module, "has_av", lambda: False)
+
+
 def test_other_formats_count_as_dropped(tmp_path, monkeypatch, capsys):
+    without_av(monkeypatch)
     for index in range(12):
         write(tmp_path / "in" / f"{index}.wav", voice(index, 0.2))
     for index in range(9):
         (tmp_path / "in" / f"more{index}.m4a").write_bytes(b"\0\0\0 ftypM4A ")
     assert run(monkeypatch, "folder", tmp_path / "in", tmp_path / "out") == 2
-    assert "9 of 21 files had to be dropped (9 not read (m4a)), over 5%" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "9 of 21 files had to be dropped (9 not read (m4a)), over 5%" in error
+    assert "; run: python -m pip install av, or pass --allow-dropped" in error
     assert run(monkeypatch, "folder", tmp_path / "in", tmp_path / "out", "--allow-dropped") == 0
     printed = capsys.readouterr().out
     assert "dropped: 9 files (42.857%)" in printed
-    assert "more0.m4a: not read (m4a): convert it, as with: ffmpeg -i IN.m4a OUT.flac" in printed
+    assert "more0.m4a: not read (m4a): PyAV would; run: python -m pip install av" in printed
     for file in (tmp_path / "in").glob("*.wav"):
         file.unlink()
     assert run(monkeypatch, "folder", tmp_path / "in", tmp_path / "none") == 2
-    assert "there are 9 .m4a: convert them first" in capsys.readouterr().err
+    assert "there are 9 .m4a: run: python -m pip install av" in capsys.readouterr().err
+    for file in (tmp_path / "in").glob("*.m4a"):
+        file.rename(file.with_suffix(".voc"))
+    assert run(monkeypatch, "folder", tmp_path / "in", tmp_path / "none") == 2
+    assert "there are 9 .voc: convert them first" in capsys.readouterr().err
 
 
 def test_a_folder_copied_twice_stands_in_no_two_splits(tmp_path, monkeypatch, capsys):
@@ -267,6 +282,7 @@ def test_a_flat_folder_and_lists_of_files(tmp_path, monkeypatch):
 
 
 def test_kathleen_takes_what_metadata_names_and_names_the_rest(tmp_path, monkeypatch, capsys):
+    without_av(monkeypatch)
     names = [f"{prompt}_{take}" for prompt in ("é1", "é2", "é3") for take in range(7)]
     splits = {"é1": "train", "é2": "valid", "é3": "test"}
     for seed, name in enumerate(names):

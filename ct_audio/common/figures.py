@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
@@ -107,6 +106,8 @@ def spectrogram_decibels(
     waveform: Float[np.ndarray, "N"], *, window_length: int = WINDOW_LENGTH
 ) -> Float[np.ndarray, "K F"]:
     """Magnitude in decibels of Hann windows, a quarter of a window apart; 0 is a sine of full scale, the least -140."""
+    import torch  # here: a histogram needs none, and preparation has to be small
+
     samples = torch.from_numpy(np.ascontiguousarray(waveform)).float()
     padded = torch.nn.functional.pad(samples, (0, max(0, window_length - len(samples))))
     window = torch.hann_window(window_length)

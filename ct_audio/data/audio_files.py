@@ -1,6 +1,7 @@
 """Audio files: read any that libsndfile knows as mono float32, resample and check it, write PCM16 wav.
 
-The only importer of soundfile. Files are read in blocks, so a recording of any length needs the same memory.
+The only importer of soundfile; what libsndfile does not know is read by `av_files`. Files are read in blocks, so a
+recording of any length needs the same memory.
 Shape letters: N samples, C channels.
 """
 
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import write_file
 from ct_audio.data.audio_parts import Part, PartFile, find_parts
+from ct_audio.data.av_files import AV_SUFFIXES, read_av_blocks
 
 AUDIO_SUFFIXES = frozenset(
     [
@@ -71,7 +73,8 @@ def read_wav(path: str | Path) -> tuple[Float[np.ndarray, "N"], int]:
 def read_blocks(path: str | Path) -> Iterator[tuple[Float[np.ndarray, "N C"], int]]:
     """Read an audio file of any format of libsndfile (wav, flac, ogg, mp3, ...) and of any number of channels.
 
-    All of it is read: every part of joined files, and all samples where the header does not know their number.
+    All of it is read: every part of joined files, and all samples where the header does not know their number. A file
+    with one of `AV_SUFFIXES` (m4a, webm, ...) is read by PyAV, where that is installed.
 
     Yields:
         block: float32; the last one is empty. Full scale of an integer format is [-1, 1), a float format comes as it is
@@ -85,6 +88,11 @@ def read_blocks(path: str | Path) -> Iterator[tuple[Float[np.ndarray, "N C"], in
     path, rates = Path(path), set()
     try:
         _require_plain(path)
+        if path.suffix.lower() in AV_SUFFIXES:
+            for block, sample_rate_hz in read_av_blocks(path):
+                _require_rate(sample_rate_hz)
+                yield block, sample_rate_hz
+            return
         with path.open("rb") as handle:
             parts = find_parts(handle)
             for part in parts:
@@ -232,6 +240,11 @@ def _require_plain(path: Path) -> None:
         raise ValueError("not a plain file")
 
 
+def _require_rate(sample_rate_hz: int) -> None:
+    if not MIN_RATE_HZ <= sample_rate_hz <= MAX_RATE_HZ:
+        raise ValueError(f"sample rate {sample_rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+
+
 def _channel_mean(block: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N"]:
     total = block[:, 0].copy()
     with np.errstate(invalid="ignore", over="ignore"):
@@ -259,8 +272,7 @@ def _read_part(path: Path, part: Part) -> Iterator[tuple[Float[np.ndarray, "N C"
         with _SequentialFile(source, closefd=False) as file:
             _require_whole_container(file)
             sample_rate_hz = file.samplerate
-            if not MIN_RATE_HZ <= sample_rate_hz <= MAX_RATE_HZ:
-                raise ValueError(f"sample rate {sample_rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+            _require_rate(sample_rate_hz)
             block_frames, num_left = max(1, _BLOCK_SAMPLES // file.channels), file.frames
             while len(block := file.read(min(block_frames, num_left), dtype="float32", always_2d=True)):
                 num_left -= len(block)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-import torchaudio
 from jaxtyping import Float, Integer, UInt8
 
 from ct_audio.common.errors import UserError
@@ -59,11 +57,22 @@ class Codec(Protocol):
         ...
 
 
+_CODES = np.loadtxt(Path(__file__).with_name("mu_law.csv"), np.float32, delimiter=",", skiprows=1)
+"""Of each mu-law code: itself, the lowest float32 that has it, and the level that it is decoded to."""
+_LOWEST, _LEVELS = _CODES[:, 1], _CODES[:, 2].copy()
+_STEPS = 32_768
+_FIRST_CODE = np.searchsorted(_LOWEST[1:], np.arange(-_STEPS, _STEPS + 1, dtype=np.float32) / _STEPS, "right")
+"""The code of the lowest value of each 1/32768 of [-1, 1]; it has at most one code more."""
+_FIRST_CODE, _NEXT_LOWEST = _FIRST_CODE.astype(np.uint8), np.append(_LOWEST[1:], np.float32(2))[_FIRST_CODE]
+
+
 @dataclass(frozen=True)
 class MuLaw:
     """mu-law companding of a waveform to 256 codes, exactly torchaudio's in float32.
 
-    code = floor((sign(x) log(1 + mu |x|) / log(1 + mu) + 1) / 2 * mu + 0.5) with mu = 255; silence is code 128.
+    code = floor((sign(x) log(1 + mu |x|) / log(1 + mu) + 1) / 2 * mu + 0.5) with mu = 255; silence is code 128. The
+    codes and levels that torchaudio computes are kept as a table: so they are the same with every processor and version
+    of torch, and preparation, which needs them alone, loads no torch.
 
     Attributes:
         sample_rate_hz: of the waveforms, in 1..2^20.
@@ -91,8 +100,8 @@ class MuLaw:
         clipped = np.clip(waveform.astype(np.float32), -1.0, 1.0)
         if not np.isfinite(waveform).all():
             raise UserError("mu-law: expected finite samples, got NaN or infinity; repair the audio")
-        codes = torchaudio.functional.mu_law_encoding(torch.from_numpy(clipped), self.vocab_size)
-        return codes.to(torch.uint8).numpy()
+        steps = np.floor(clipped * np.float32(_STEPS)).astype(np.intp) + _STEPS
+        return _FIRST_CODE[steps] + (clipped >= _NEXT_LOWEST[steps])
 
     def decode(self, codes: Integer[np.ndarray, "*shape"], /) -> Float[np.ndarray, "*shape"]:
         """Waveform in [-1, 1], float32.
@@ -101,8 +110,7 @@ class MuLaw:
             UserError: a code is not in 0..255.
         """
         require_codes(codes, self.vocab_size, self.name)
-        wide = torch.from_numpy(codes.astype(np.int64))
-        return torchaudio.functional.mu_law_decoding(wide, self.vocab_size).numpy()
+        return _LEVELS[codes.astype(np.intp)]
 
     def to_json(self) -> dict[str, Any]:
         """Plain description; the inverse of `codec_from_json`."""

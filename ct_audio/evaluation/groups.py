@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64, Int, Int8, Int64, Integer
 from torch import Tensor
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 from ct_audio.common.units import nats_to_bits, perplexity
 from ct_audio.data.acoustics import find_pitch
 from ct_audio.data.corpus import Corpus, Split
@@ -165,7 +165,7 @@ def by_voicing(_model: SequenceModel, corpus: Corpus, split: Split, num_codes: i
     piece, bounds = round(_PIECE_SECONDS * rate), []
     for begin, end in _documents(split, num_codes):
         bounds += [(start, min(start + piece, end)) for start in range(begin, end, piece)]
-    with tqdm(total=len(codes), desc="pitch", unit="code", unit_scale=True, leave=False, disable=None) as bar:
+    with Progress(total=len(codes), desc="pitch", unit="code", unit_scale=True) as bar:
         for begin, end in bounds:
             voiced = ~np.isnan(find_pitch(corpus.codec.decode(codes[begin:end]), rate))
             nearest = np.rint(np.arange(end - begin) / (rate // 50)).astype(np.int64)  # a frame each 20 ms

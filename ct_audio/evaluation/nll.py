@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 from ct_audio.common.units import nats_to_bits
 from ct_audio.data.corpus import Corpus
 from ct_audio.data.lanes import shift_by_one
@@ -141,8 +141,7 @@ def evaluate_nll(
     began, nll_sum, num_scored, memory = time.perf_counter(), 0.0, 0, None
     dtype = ""
     total = num_codes + sum(lane.warmup for lane in lanes)
-    quiet = None if progress else True
-    bar = tqdm(total=total, desc=progress, unit="code", unit_scale=True, leave=False, disable=quiet)
+    bar = Progress(total=total, desc=progress, unit="code", unit_scale=True, quiet=not progress)
     with model.evaluation_mode(), torch.inference_mode(update is None), bar:
         for piece in _schedule(lanes, chunk_length):
             if piece.joining:

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
+from ct_audio.common.progress import Progress
 from ct_audio.common.recipes import PROGRAM
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter
@@ -54,7 +54,7 @@ def kill_and_compare(*, num_kills: int, num_processes: int, num_steps: int, seed
             Path(directory, f"{name}.yaml").write_text(text, encoding="utf-8")
         _finish(_start(directory, "alone", num_processes))
         chance = random.Random(seed)
-        for kill in tqdm(range(num_kills), unit="kill", disable=None):
+        for kill in Progress(range(num_kills), unit="kill"):
             steps = (kill / num_kills * num_steps, (kill + 1) / num_kills * num_steps)
             killed = _kill_once(_start(directory, "killed", num_processes), Path(directory) / "killed", steps, chance)
             print(f"kill {kill + 1}: {killed}", flush=True)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 from ct_audio.common.text import markdown_table
 from ct_audio.models import SequenceModel, build_model
 from ct_audio.models.compressive.attention import ATTENTION_BACKENDS
@@ -78,7 +78,7 @@ def measure_speed(
 def compare(what: str, cases: dict[str, Case], num_rounds: int) -> list[dict[str, Any]]:
     """Codes a second of each case, and the median ratio to the first case; all run once a round, in turn."""
     rates: dict[str, list[float]] = {name: [] for name in cases}
-    for index in tqdm(range(num_rounds + 1), desc=what, unit="round", leave=False, disable=None):
+    for index in Progress(range(num_rounds + 1), desc=what, unit="round"):
         for name, case in cases.items():
             began = time.perf_counter()
             num_codes = case()

@@ -11,9 +11,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
 
-from tqdm import tqdm
-
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 from ct_audio.common.recipes import PROGRAM
 from ct_audio.runs.config import RunConfig, load_config
 from ct_audio.runs.metrics import read_metrics
@@ -88,7 +87,7 @@ def _run_all(commands: dict[str, list[str]], logs: Path, num_processes: int) -> 
     with ThreadPoolExecutor(num_processes) as pool:
         futures = [pool.submit(run, name) for name in commands]
         try:
-            for future in tqdm(futures, desc="ablate", unit="run", disable=None):
+            for future in Progress(futures, desc="ablate", unit="run"):
                 future.result()
         except KeyboardInterrupt:
             stopping.set()

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int, Integer
 from torch import Tensor
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 from ct_audio.models.autocorrelation import AutocorrelationMemory, AutocorrelationPredictor, AutocorrelationSettings
 from ct_audio.models.interface import UNLIMITED_RANGE, ModelOutput, SequenceModel, refuse_lengths
 from ct_audio.models.state import map_memory
@@ -321,7 +321,7 @@ def mu_law_cells(
 def _pieces(codes: Integer[np.ndarray, "N"], what: str) -> Iterator[Int[np.ndarray, "_"]]:
     """Consecutive pieces as int64, with a progress bar."""
     begins = range(0, len(codes), _FIT_PIECE)
-    for begin in tqdm(begins, desc=f"fit: {what}", unit="piece", leave=False, disable=None):
+    for begin in Progress(begins, desc=f"fit: {what}", unit="piece"):
         yield codes[begin : begin + _FIT_PIECE].astype(np.int64)
 
 

@@ -18,10 +18,10 @@ from typing import TypeVar
 import pooch
 import requests
 from requests.adapters import HTTPAdapter
-from tqdm import tqdm
 from urllib3.util import Retry
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 
 Result = TypeVar("Result")
 
@@ -63,7 +63,7 @@ def download_files(files: Sequence[RemoteFile], directory: Path, *, num_threads:
     stop, many = threading.Event(), len(files) > 1
     with (
         _connect(num_threads) as session,
-        tqdm(total=len(files) if many else None, unit="file" if many else "B", unit_scale=True, disable=None) as bar,
+        Progress(total=len(files) if many else None, unit="file" if many else "B", unit_scale=True) as bar,
         ThreadPoolExecutor(num_threads) as executor,
     ):
 

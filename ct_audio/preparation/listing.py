@@ -13,14 +13,13 @@ from typing import NamedTuple
 
 from ct_audio.common.errors import UserError
 from ct_audio.data.audio_files import AUDIO_SUFFIXES
+from ct_audio.data.av_files import AV_SUFFIXES, INSTALL, has_av
 from ct_audio.data.corpus import FORMAT
 
 OTHER_AUDIO_SUFFIXES = frozenset(
     [
-        ".3ga", ".3gp", ".8svx", ".aac", ".ac3", ".adts", ".alac", ".amr", ".ape", ".awb", ".dff", ".dsf",
-        ".dss", ".dts", ".eac3", ".gsm", ".m4a", ".m4b", ".m4p", ".m4r", ".mka", ".mp1", ".mp2", ".mp4",
-        ".mpc", ".nist", ".qcp", ".ra", ".ram", ".shn", ".snd", ".sph", ".spx", ".tak", ".tta", ".voc",
-        ".vox", ".webm", ".weba", ".wma", ".wv",
+        ".8svx", ".dff", ".dsf", ".dss", ".dts", ".gsm", ".m4p", ".mp1", ".mpc", ".nist", ".qcp", ".ra", ".ram",
+        ".shn", ".snd", ".sph", ".spx", ".tak", ".voc", ".vox",
     ]
 )  # fmt: skip
 """Audio that no recipe takes; it is named, so that nobody takes it for prepared."""
@@ -119,10 +118,14 @@ def find_audio(source: Path) -> Audio:
     A folder that is named like audio stands for what is in it, and for itself if that is nothing.
     """
     everything = find_files(source)
-    files = {name: path for name, path in everything.files.items() if _suffix(name) in AUDIO_SUFFIXES}
+    suffixes = AUDIO_SUFFIXES | (AV_SUFFIXES if has_av() else frozenset())
+    files = {name: path for name, path in everything.files.items() if _suffix(name) in suffixes}
     unusable: dict[str, tuple[Path, str | None]] = {name: (path, None) for name, path in everything.unusable.items()}
     for name, path in everything.files.items():
-        if (suffix := _suffix(name)) in OTHER_AUDIO_SUFFIXES:
+        suffix = _suffix(name)
+        if suffix in AV_SUFFIXES - suffixes:
+            unusable[name] = (path, f"not read ({suffix[1:]}): PyAV would; run: {INSTALL}")
+        elif suffix in OTHER_AUDIO_SUFFIXES:
             unusable[name] = (path, f"not read ({suffix[1:]}): convert it, as with: ffmpeg -i IN{suffix} OUT.flac")
         elif not suffix.strip(".0123456789") and _begins_like_audio(path):
             unusable[name] = (path, "without suffix: it begins like audio; give it its suffix, as in NAME.wav")

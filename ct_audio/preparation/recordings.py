@@ -11,7 +11,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,16 +20,17 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_file
+from ct_audio.common.progress import Progress
 from ct_audio.common.text import printable
 from ct_audio.data.audio_files import CheckedRecording, write_wav
+from ct_audio.data.av_files import INSTALL
 from ct_audio.data.codecs import MuLaw, require_signal
 from ct_audio.data.corpus import Corpus, CorpusWriter
 from ct_audio.preparation.audio_report import FileResult, count_reasons, make_report, write_report
-from ct_audio.preparation.listing import same_name
+from ct_audio.preparation.listing import same_name, warn
 from ct_audio.preparation.workers import CONTENT_KEY, existing_corpus, join_hashes, prepare_once, run_tasks
 
 PREPARATION_VERSION = 1
@@ -125,6 +127,31 @@ def split_by_hash(group: str, *, valid_percent: float, test_percent: float) -> s
     if place < valid_percent:
         return "valid"
     return "test" if place < valid_percent + test_percent else "train"
+
+
+def split_groups(groups: Mapping[str, str], *, valid_percent: float, test_percent: float) -> dict[str, str]:
+    """Each name's split by its group's hash; a split that would stay empty takes a group from the one that has most.
+
+    It takes the one with the fewest names (train: with the most), of equal ones the one whose hash is lowest, and a
+    warning says so.
+
+    Args:
+        groups: the group of each name; at least as many groups as splits.
+        valid_percent, test_percent: of the groups; at 0 there is no such split.
+    """
+    sizes = Counter(groups.values())
+    shares = {"train": 100 - valid_percent - test_percent, "valid": valid_percent, "test": test_percent}
+    percent = {"valid_percent": valid_percent, "test_percent": test_percent}
+    of_group = {group: split_by_hash(group, **percent) for group in sorted(sizes)}
+    for split in (split for split, share in shares.items() if share):
+        if split not in of_group.values():
+            donor, _ = Counter(of_group.values()).most_common(1)[0]
+            sign = -1 if split == "train" else 1
+            candidates = [group for group in of_group if of_group[group] == donor]
+            chosen = min(candidates, key=lambda group: (sign * sizes[group], hash_place(group)))
+            warn(f"no group falls into {split} by its hash: it takes {chosen or '.'!r}, {sizes[chosen]} files")
+            of_group[chosen] = split
+    return {name: of_group[group] for name, group in groups.items()}
 
 
 def prepared_blocks(recording: CheckedRecording, trim_db: float | None) -> Iterator[Float[np.ndarray, "N"]]:
@@ -295,7 +322,7 @@ def _prepare_files(
     tasks = {index: _Task(r, _target(files, r.name), settings) for index, r in enumerate(recordings)}
     done: dict[int, FileResult] = {}
     preload = ["ct_audio.preparation.recordings"]  # it takes seconds
-    with tqdm(total=len(tasks), unit="file", desc="prepare", disable=None) as progress:
+    with Progress(total=len(tasks), unit="file", desc="prepare") as progress:
         for index, result in run_tasks(_prepare_file, tasks, num_processes, preload=preload):
             done[index] = result
             progress.update()
@@ -365,7 +392,7 @@ def _hash_file(path: Path) -> str:
 def _hash_contents(recordings: list[Recording]) -> str:
     """What `join_hashes` says of the files as they are now: all of them are read."""
     known: dict[Path, str] = {}
-    for recording in tqdm(recordings, unit="file", desc="hash", disable=None):
+    for recording in Progress(recordings, unit="file", desc="hash"):
         if recording.path not in known:
             known[recording.path] = _hash_file(recording.path)
     return join_hashes([known[r.path] if r.reason is None else "" for r in recordings])
@@ -401,7 +428,7 @@ def _assemble(
     codec = MuLaw(settings.sample_rate_hz)
     writer = CorpusWriter(out, codec, source=source, preparation=settings.to_json(), work_dir=partial / "corpus")
     tasks = [(r, result) for r, result in zip(recordings, results, strict=True) if result.reason is None]
-    for recording, result in tqdm(tasks, unit="file", desc="write", disable=None):
+    for recording, result in Progress(tasks, unit="file", desc="write"):
         blocks = _read_codes(_target(partial / "files", recording.name), result)
         writer.add_document(recording.split, recording.name, next(blocks))
         for codes in blocks:
@@ -441,7 +468,8 @@ def _check_dropped(report: dict[str, Any], partial: Path, *, allow_dropped: bool
     if not num_kept:
         raise UserError(f"{what}: nothing is left; see {listing}")
     if report["dropped_percent"] > MAX_DROPPED_PERCENT and not allow_dropped:
-        raise UserError(f"{what}, over {MAX_DROPPED_PERCENT:g}%; see {listing}; repair them, or pass --allow-dropped")
+        advice = f"run: {INSTALL}" if any(INSTALL in entry["reason"] for entry in dropped) else "repair them"
+        raise UserError(f"{what}, over {MAX_DROPPED_PERCENT:g}%; see {listing}; {advice}, or pass --allow-dropped")
     for name, split in report["splits"].items():
         if not split["num_files"]:
             num_dropped, num_copies = (

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 from ct_audio.common.text import require_utf8
 from ct_audio.data.codecs import Codec
 from ct_audio.data.corpus import Corpus, Split
@@ -107,7 +107,7 @@ def hash_texts(texts: Sequence[Text]) -> str:
         UserError: a file ends before its text does, or cannot be read.
     """
     hashes = []
-    with tqdm(total=sum(t.num_bytes for t in texts), unit="B", unit_scale=True, desc="hash", disable=None) as bar:
+    with Progress(total=sum(t.num_bytes for t in texts), unit="B", unit_scale=True, desc="hash") as bar:
         for text in texts:
             try:
                 digest = hashlib.sha256()
@@ -138,7 +138,7 @@ def require_decodes_back(corpus: Corpus, texts: Sequence[Text]) -> int:
     is_words = isinstance(corpus.codec, Word)
     compare = _compare_words if is_words else _compare_bytes
     documents = {name: _documents(split) for name, split in corpus.splits.items()}
-    with tqdm(total=sum(t.num_bytes for t in texts), unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+    with Progress(total=sum(t.num_bytes for t in texts), unit="B", unit_scale=True, desc="verify") as bar:
         for text in texts:
             if not any(map(as_words, read_blocks(text)) if is_words else [text.num_bytes]):
                 continue  # nothing in it

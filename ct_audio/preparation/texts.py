@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Integer
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, write_file, write_json
+from ct_audio.common.progress import Progress
 from ct_audio.data.codecs import VOCABULARY_CODECS, Codec, codec_from_json, write_codec_files
 from ct_audio.data.corpus import Corpus, CorpusWriter, code_dtype
 from ct_audio.data.vocabulary_codecs import Subword, Word
@@ -136,8 +136,8 @@ def _make_codec(texts: list[Text], partial: Path, settings: TextSettings, num_pr
     except (OSError, ValueError, KeyError, TypeError, UserError):
         pass  # made again
     os.environ.setdefault("RAYON_NUM_THREADS", str(num_processes))  # of the tokenizers library
-    with tqdm(
-        total=sum(text.num_bytes for text in train), unit="B", unit_scale=True, desc="vocabulary", disable=None
+    with Progress(
+        total=sum(text.num_bytes for text in train), unit="B", unit_scale=True, desc="vocabulary"
     ) as progress:
         blocks = _read_train(train, progress)
         if settings.vocab_size is not None:
@@ -152,7 +152,7 @@ def _make_codec(texts: list[Text], partial: Path, settings: TextSettings, num_pr
     return codec
 
 
-def _read_train(texts: list[Text], progress: tqdm) -> Iterator[bytes]:
+def _read_train(texts: list[Text], progress: Progress) -> Iterator[bytes]:
     for text in texts:
         for block in read_blocks(text, block_bytes=_VOCABULARY_BLOCK_BYTES, utf8=True):
             yield block
@@ -205,7 +205,7 @@ def _encode(
     todo = {index: shard for index, shard in enumerate(shards) if index not in results}
     sizes = [sum(text.num_bytes for text in shard.texts) for shard in shards]
     num_processes = min(num_processes, -(-sum(sizes) // SHARD_BYTES))  # a process takes seconds to start
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="encode", disable=None) as progress:
+    with Progress(total=sum(sizes), unit="B", unit_scale=True, desc="encode") as progress:
         progress.update(sum(sizes[index] for index in results))
         for index, result in run_tasks(_encode_shard, todo, num_processes, preload=["ct_audio.preparation.texts"]):
             results[index] = result
@@ -316,7 +316,7 @@ def _assemble(
     shards: list[tuple[_Shard, _Result]], writer: CorpusWriter, new_codes: Int32[np.ndarray, "V"] | None
 ) -> None:
     """Write all texts in their order; `new_codes` maps their codes to the corpus's."""
-    for shard, result in tqdm(shards, unit="shard", desc="write", disable=None):
+    for shard, result in Progress(shards, unit="shard", desc="write"):
         codes, offset = _read_codes(shard, result, writer.dtype), 0
         for text, num_codes, num_words in zip(shard.texts, result.num_codes, result.num_words, strict=True):
             for begin in range(offset, offset + num_codes, _BLOCK_CODES):

@@ -15,8 +15,6 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, TypeVar
 
-import torch
-
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import hold_alone
 from ct_audio.data.corpus import Corpus, open_corpus
@@ -44,12 +42,7 @@ def run_tasks(
     num_processes = max(1, min(num_processes, len(tasks)))
     started = _start_workers(function, tasks, num_processes, preload) if num_processes > 1 else None
     if started is None:
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # more would wait for each other, actively
-        try:
-            yield from ((key, function(task)) for key, task in tasks.items())
-        finally:
-            torch.set_num_threads(num_threads)
+        yield from ((key, function(task)) for key, task in tasks.items())
         return
     executor, futures = started
     try:
@@ -67,7 +60,7 @@ def _start_workers(
     function: Callable[[Task], Result], tasks: Mapping[Key, Task], num_processes: int, preload: list[str]
 ) -> tuple[ProcessPoolExecutor, dict[Future[Result], Key]] | None:
     """Processes that work on the tasks; None, with a warning, where the system has no place for what joins them."""
-    context = multiprocessing.get_context("forkserver")  # fork would copy torch's and BLAS's threads half
+    context = multiprocessing.get_context("forkserver")  # fork would copy BLAS's threads half
     context.set_forkserver_preload(preload)
     executor = None
     try:
@@ -84,8 +77,7 @@ def _start_workers(
 
 
 def _begin_worker() -> None:
-    """One thread; Ctrl-C is the parent's to handle; a worker ends when its parent is killed."""
-    torch.set_num_threads(1)
+    """Ctrl-C is the parent's to handle; a worker ends when its parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

@@ -145,7 +145,7 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
-    When a run is resumed num_steps may grow; device, num_threads, the `*_every_steps`, sample_seconds and
+    When a run is resumed num_steps may grow; device, num_threads, the `*_every_steps`, sample_seconds, logger and
     validate_whole_split may change, without dropout num_micro_batches too; seed, precision and valid_codes may not, nor
     may any key of model, optim or data, except the place of the same corpus.
 
@@ -164,6 +164,8 @@ class TrainConfig:
         log_every_steps, valid_every_steps, checkpoint_every_steps, sample_every_steps: periods in steps (0: never;
             a final validation, checkpoint and sample are made all the same where the period is not 0).
         sample_seconds: audio that is sampled at each sampling (of text nothing is sampled).
+        logger: a second place for curves, sounds and figures, beside TensorBoard and metrics.jsonl: "wandb" is
+            Weights & Biases.
     """
 
     num_steps: int = 100_000
@@ -179,6 +181,7 @@ class TrainConfig:
     checkpoint_every_steps: int = 1000
     sample_every_steps: int = 0
     sample_seconds: float = 1.0
+    logger: Literal["none", "wandb"] = "none"
 
     def __post_init__(self) -> None:
         _require_bounds("train", vars(self))

@@ -34,6 +34,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import write_file
+from ct_audio.runs.weights_and_biases import WandbLogger
 
 
 class MetricsWriter:
@@ -43,13 +44,17 @@ class MetricsWriter:
         run_dir: where events.* and metrics.jsonl are.
         step: steps completed; whatever was logged after them no longer counts.
         enabled: False: every method does nothing.
+        second: gets the scalars, sounds and figures too.
     Raises:
         UserError: metrics.jsonl is damaged.
         OSError: the disk is full; as in every method.
     """
 
-    def __init__(self, run_dir: Path, *, step: int = 0, enabled: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, *, step: int = 0, enabled: bool = True, second: WandbLogger | None = None
+    ) -> None:
         self._writer: SummaryWriter | None = None
+        self._second = second
         if not enabled:
             return
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
@@ -77,17 +82,23 @@ class MetricsWriter:
         rest = memoryview(_to_json_line(line).encode())  # without a buffer: what a full disk refuses is not kept
         while rest:
             rest = rest[self._lines.write(rest) :]
+        if self._second is not None:
+            self._second.scalars(values, step=step)
 
     def audio(self, tag: str, waveform: Float[np.ndarray, "N"], *, step: int, sample_rate_hz: int) -> None:
         """Log a sound in [-1, 1]."""
         if self._writer is not None:
             clipped = np.clip(waveform, -1.0, 1.0)
             self._writer.add_audio(tag, torch.from_numpy(clipped)[None], step, sample_rate=sample_rate_hz)
+            if self._second is not None:
+                self._second.audio(tag, clipped, step=step, sample_rate_hz=sample_rate_hz)
 
     def figure(self, tag: str, figure: Figure, *, step: int) -> None:
         """Log a matplotlib figure."""
         if self._writer is not None:
             self._writer.add_figure(tag, figure, step)
+            if self._second is not None:
+                self._second.figure(tag, figure, step=step)
 
     def text(self, tag: str, text: str, *, step: int = 0) -> None:
         """Log a text, shown as it is (TensorBoard reads Markdown: indented by four, it is a code block)."""
@@ -115,6 +126,8 @@ class MetricsWriter:
         if self._writer is not None:
             with self._stack:
                 self._writer.close()
+            if self._second is not None:
+                self._second.close()
 
 
 def _to_json_line(line: dict[str, Any]) -> str:

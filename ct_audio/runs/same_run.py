@@ -18,14 +18,15 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
     "train.checkpoint_every_steps",
     "train.sample_every_steps",
     "train.sample_seconds",
+    "train.logger",
 }
 
 
 def require_same_run(old: RunConfig, new: RunConfig) -> None:
     """Check that a resumed run keeps what decides what is learnt.
 
-    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device and num_threads may change, and the
-    place of the corpus; without dropout num_micro_batches too (each part draws its own numbers for dropout).
+    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device, num_threads and logger may change, and
+    the place of the corpus; without dropout num_micro_batches too (each part draws its own numbers for dropout).
 
     Raises:
         UserError: another key has changed; the message names all of them.

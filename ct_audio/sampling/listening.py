@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.figures import Sound, spectrograms_figure, write_figure
 from ct_audio.common.files import number_in_name, write_file, write_json
+from ct_audio.common.progress import Progress
 from ct_audio.common.text import markdown_table
 from ct_audio.data.acoustics import level_dbfs, mel_frame_length
 from ct_audio.data.codecs import Codec
@@ -223,9 +223,9 @@ def _write(
     reference = make_reference(split.codes, codec, num_stretches=plan.num_stretches, length=plan.num_codes)
     rows = list(_rows_of_references(reference, codec, rate))
     jobs = [(candidate, each) for candidate in candidates for each in planned]
-    for candidate, each in tqdm(jobs, desc="judge", unit="set", leave=False, disable=None):
+    for candidate, each in Progress(jobs, desc="judge", unit="set"):
         rows.append(judge(candidate.name, each, sets[candidate.name, each.folder], reference))
-    for candidate in tqdm(candidates, desc="recordings", unit="model", leave=False, disable=None):
+    for candidate in Progress(candidates, desc="recordings", unit="model"):
         found = judge_recordings(candidate, reference.stretches)
         rows.append({"row": f"{candidate.name}, recordings", "model": candidate.name, "kind": "recordings"} | found)
     about = {

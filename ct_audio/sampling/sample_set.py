@@ -16,9 +16,9 @@ import torch
 from einops import repeat
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 from ct_audio.data.codecs import Codec
 from ct_audio.runs.open_run import LoadedRun
 from ct_audio.sampling.resume import (
@@ -166,7 +166,7 @@ class SampleSet:
         saved = streamed = time.perf_counter()
         pause = save_every_seconds
         steps = self._sampler.run(self.num_left)
-        for pair in tqdm(steps, total=self.num_left, desc=label, unit="code", leave=False, disable=None):
+        for pair in Progress(steps, total=self.num_left, desc=label, unit="code"):
             pairs.append(pair)
             now = time.perf_counter()
             if stream is not None and now - streamed >= _STREAM_EVERY_SECONDS:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float64, Integer
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.figures import plain_text, write_figure
 from ct_audio.common.files import number_in_name, write_file, write_json
+from ct_audio.common.progress import Progress
 from ct_audio.common.text import markdown_table
 from ct_audio.data.acoustics import find_pitch, frechet_distance, level_dbfs, log_mel_frames, mel_frame_length
 from ct_audio.data.codecs import Codec
@@ -134,7 +134,7 @@ def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> None
     jobs += [("validation", None, recordings, reference.stretches)]
     jobs += [("white noise", None, [codec.decode(codes) for codes in noise_codes], noise_codes)]
     rows = []
-    for name, temperature, waveforms, source in tqdm(jobs, desc="report", unit="row", leave=False, disable=None):
+    for name, temperature, waveforms, source in Progress(jobs, desc="report", unit="row"):
         if isinstance(source, SampleSet):
             nll = -float(source.log_probabilities.double().mean())
         else:

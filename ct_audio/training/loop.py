@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.figures import spectrogram_figure
+from ct_audio.common.progress import Progress
 from ct_audio.common.signals import SIGNALS, caught_signals
 from ct_audio.common.units import nats_to_bits
 from ct_audio.data.audio_files import write_wav
@@ -315,6 +316,9 @@ def _valid_nll(session: Session, *, max_codes: int | None) -> float | None:
     """Mean NLL in nats over the beginning of the validation split, on rank 0; None if a signal broke it off."""
     stretch = stretch_of(session.corpus, "valid", session.config.data, num_codes=max_codes)
 
+    rate, num_codes = session.corpus.codec.sample_rate_hz, len(stretch.codes)
+    what = f"validating {num_codes / rate:.1f} s of audio" if rate else f"validating {num_codes:,} codes"
+
     def stop_at_signal(_positions: Any, _nll: Any) -> None:
         if session.signals:
             raise _Interrupted
@@ -323,7 +327,7 @@ def _valid_nll(session: Session, *, max_codes: int | None) -> float | None:
         autocast = session.config.train.precision == "bfloat16"
         try:
             with torch.autocast(session.device.type, torch.bfloat16, enabled=autocast):
-                return evaluate_nll(session.model, stretch, on_nll=stop_at_signal, progress="validate").nll_nats
+                return evaluate_nll(session.model, stretch, on_nll=stop_at_signal, progress=what).nll_nats
         except _Interrupted:
             return None
 
@@ -343,7 +347,7 @@ def _sample_alone(session: Session, rate: int) -> None:
     num_codes, codes = max(1, round(settings.sample_seconds * rate)), []
     sampler = Sampler(session.model, num_lanes=1, seed=settings.seed, start_code=codec.start_code)
     steps = sampler.run(num_codes)
-    for code, _ in tqdm(steps, total=num_codes, desc="sample", unit="code", leave=False, disable=None):
+    for code, _ in Progress(steps, total=num_codes, desc=f"sampling {num_codes / rate:.2g} s of audio", unit="code"):
         codes.append(int(code))
         if session.signals:
             steps.close()

@@ -26,6 +26,7 @@ from ct_audio.runs.config import DataConfig, RunConfig, TrainConfig, config_to_y
 from ct_audio.runs.device import choose_device
 from ct_audio.runs.metrics import MetricsWriter, read_metrics
 from ct_audio.runs.same_run import flat_config, require_same_run
+from ct_audio.runs.weights_and_biases import WandbLogger
 from ct_audio.training.checkpoint import load_checkpoint, split_memory
 from ct_audio.training.parallel import World, data_parallel, on_first_rank
 from ct_audio.training.schedules import completes_update, make_optimizer, update_steps
@@ -172,6 +173,9 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
         progress = _resume_stream(state, config, corpus, stream)
     if world.is_first:
         write_codec_files(corpus.codec, config.run_dir)  # so that the run alone can be sampled
+    second = None
+    if world.is_first and config.train.logger == "wandb":
+        second = WandbLogger(config.run_dir, flat_config(config))
     session = Session(
         config=config,
         world=world,
@@ -183,7 +187,7 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
         stream=stream,
         memories=memories,
         progress=progress,
-        metrics=MetricsWriter(config.run_dir, step=progress.step, enabled=world.is_first),
+        metrics=MetricsWriter(config.run_dir, step=progress.step, enabled=world.is_first, second=second),
         signals=signals,
         began=time.perf_counter() - progress.wall_seconds,
         resumed=checkpoint is not None,
@@ -282,6 +286,14 @@ def _announce(session: Session) -> None:
     beginning = f"resumed at step {session.progress.step}" if session.resumed else "new run"
     say(session, f"{config.run_dir}: {beginning}; {config.model.name} with {what}; {session.device}")
     steps, optim = config.train.num_steps, config.optim
+    if session.optimizer and not session.resumed:
+        unit, rate, length = session.corpus.codec.unit, session.corpus.codec.sample_rate_hz, config.data.chunk_length
+        audio = f", {length / rate:.2g} s of audio" if rate else ""
+        say(
+            session,
+            f"{steps} steps; a step takes a chunk of {length} codes ({unit}s{audio}) from each of "
+            f"{config.data.num_lanes} lanes (streams that read the training split side by side)",
+        )
     if session.optimizer and optim.decay_steps and steps > (end := optim.warmup_steps + optim.decay_steps):
         say(
             session,

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ct_audio.common.errors import UserError
+from ct_audio.common.progress import Progress
 from ct_audio.preparation.recordings import Recording, split_by_hash
 
 MAKES_RECORDINGS = True
@@ -117,7 +116,7 @@ def make_recordings(utterances: list[Utterance], directory: Path) -> None:
             with process.stdin as lines:
                 lines.write("".join(json.dumps(asdict(utterance)) + "\n" for utterance in todo))
             initial, total = len(utterances) - len(todo), len(utterances)
-            bar = tqdm(process.stdout, initial=initial, total=total, unit="file", desc="speak", disable=None)
+            bar = Progress(process.stdout, initial=initial, total=total, unit="file", desc="speak")
             num_made = sum(1 for _ in bar)
             message = process.stderr.read()
         finally:

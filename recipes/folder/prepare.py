@@ -8,14 +8,14 @@ files than splits, each file is cut.
 import argparse
 import re
 import shlex
-from collections import Counter
 from pathlib import Path
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.text import printable, read_text
 from ct_audio.data.audio_files import AUDIO_SUFFIXES
+from ct_audio.data.av_files import AV_SUFFIXES, INSTALL, has_av
 from ct_audio.preparation.listing import count_suffixes, find_audio, same_name, warn
-from ct_audio.preparation.recordings import Recording, hash_place, split_by_hash
+from ct_audio.preparation.recordings import Recording, split_by_hash, split_groups
 
 USELESS_WITH = {
     "--group": ("--group-regex",),
@@ -58,7 +58,7 @@ def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording
     """
     files, unusable = find_audio(source)
     if not files:
-        found = f" (there are {count_suffixes(unusable)}: convert them first)" if unusable else ""
+        found = f" (there are {count_suffixes(unusable)}: {_advice(unusable)})" if unusable else ""
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
         raise UserError(f"{source.absolute()}: found no audio file; expected one of {suffixes}{found}")
     left_out = [Recording(path, "train", printable(name), reason=why) for name, (path, why) in unusable.items()]
@@ -68,10 +68,16 @@ def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording
     if has_lists:
         splits = _splits_from_lists(groups, options)
     elif len(set(groups.values())) >= len(shares):
-        splits = _splits_from_hash(groups, shares)
+        splits = split_groups(groups, valid_percent=shares.get("valid", 0.0), test_percent=shares.get("test", 0.0))
     else:
         return left_out + _cut_in_time(files, shares)
     return left_out + [Recording(path, splits[name], printable(name)) for name, path in files.items()]
+
+
+def _advice(unusable: dict[str, tuple[Path, str | None]]) -> str:
+    """What makes files readable that are audio and are not read."""
+    needs_av = any(Path(name).suffix.lower() in AV_SUFFIXES for name in unusable) and not has_av()
+    return f"run: {INSTALL}" if needs_av else "convert them first"
 
 
 def _shares(options: argparse.Namespace) -> dict[str, float]:
@@ -166,20 +172,3 @@ def _splits_from_lists(groups: dict[str, str], options: argparse.Namespace) -> d
 def _read_list(file: Path | None) -> list[str]:
     lines = read_text(file).split("\n") if file is not None else []
     return [same_name(line.strip()) for line in lines if line.strip()]
-
-
-def _splits_from_hash(groups: dict[str, str], shares: dict[str, float]) -> dict[str, str]:
-    """Each group's split by its hash; a split that would stay empty takes a group from the one that has most.
-
-    It takes the one with the fewest files (train: with the most), of equal ones the one whose hash is lowest.
-    """
-    percent = {"valid_percent": shares.get("valid", 0.0), "test_percent": shares.get("test", 0.0)}
-    sizes = Counter(groups.values())
-    of_group = {group: split_by_hash(group, **percent) for group in sorted(sizes)}
-    for split in shares:
-        if split not in of_group.values():
-            donor, _ = Counter(of_group.values()).most_common(1)[0]
-            sign = -1 if split == "train" else 1
-            candidates = [group for group in of_group if of_group[group] == donor]
-            of_group[min(candidates, key=lambda group: (sign * sizes[group], hash_place(group)))] = split
-    return {name: of_group[group] for name, group in groups.items()}
