@@ -7,7 +7,7 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 from ct_audio.agents.config import ObjectMatchingConfig
 from ct_audio.common.errors import UserError
@@ -37,15 +37,14 @@ class Environments:
     Args:
         config: the `environment` section.
         seed: of everything that is random in them.
-        render_mode: of gymnasium.
     Attributes:
         num_features, num_actions: F and A.
     Raises:
         UserError: gymnasium is not installed, there is no such environment, or its spaces are of another kind.
     """
 
-    def __init__(self, config: Any, *, seed: int, render_mode: str | None = None) -> None:
-        self._env, self._seed, self._config = _make(config, seed, render_mode), seed, config
+    def __init__(self, config: Any, *, seed: int) -> None:
+        self._env, self._seed, self._config = _make(config, seed), seed, config
         self._begun = False
         space = self._env.single_observation_space
         self.num_features, self.num_actions = _num_features(space), _num_actions(self._env)
@@ -69,9 +68,10 @@ class Environments:
             successes=np.sign(rewards).astype(np.int64) if successes is None else successes.astype(np.int64),
         )
 
-    def render(self) -> Any:
-        """What the environment shows, by its render mode."""
-        return self._env.render()
+    def show(self) -> tuple[str | None, UInt8[np.ndarray, "H W 3"] | None]:
+        """What the first environment shows people, as text and as a picture; None where it has none."""
+        has_pictures = isinstance(self._config, ObjectMatchingConfig)
+        return (self._env.text(0), self._env.image(0)) if has_pictures else (None, None)
 
     @property
     def can_be_saved(self) -> bool:
@@ -100,7 +100,7 @@ class Environments:
         return np.concatenate(_features(space, observations), axis=1, dtype=np.float32)
 
 
-def _make(config: Any, seed: int, render_mode: str | None) -> Any:
+def _make(config: Any, seed: int) -> Any:
     try:
         import gymnasium
         from gymnasium.vector import AutoresetMode
@@ -108,8 +108,8 @@ def _make(config: Any, seed: int, render_mode: str | None) -> Any:
         if isinstance(config, ObjectMatchingConfig):
             from ct_audio.agents.object_matching import ObjectMatching
 
-            return ObjectMatching(config, seed=seed, render_mode=render_mode)
-        make = functools.partial(gymnasium.make, config.id, render_mode=render_mode)
+            return ObjectMatching(config, seed=seed)
+        make = functools.partial(gymnasium.make, config.id, disable_env_checker=True)
         make_all = [make for _ in range(config.num_environments)]
         return gymnasium.vector.SyncVectorEnv(make_all, autoreset_mode=AutoresetMode.SAME_STEP)
     except ImportError as error:

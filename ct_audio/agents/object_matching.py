@@ -129,7 +129,7 @@ class ObjectMatching(VectorEnv):
         """Of each environment a line of text, or an image [48, 80, 3] of uint8."""
         if self.render_mode is None:
             return None
-        return tuple(self._text(i) if self.render_mode == "ansi" else self._image(i) for i in range(self.num_envs))
+        return tuple(self.text(i) if self.render_mode == "ansi" else self.image(i) for i in range(self.num_envs))
 
     def _begin(self, at: Int[np.ndarray, "_"]) -> None:
         self.cue[at] = self._random.integers(self.config.num_objects, size=len(at))
@@ -160,7 +160,8 @@ class ObjectMatching(VectorEnv):
             observations[self._everyone, 4 + (3 + place) * kinds + self.distractors[:, place]] = 1
         return observations
 
-    def _text(self, i: int) -> str:
+    def text(self, i: int) -> str:
+        """What environment i shows, on one line."""
         sees = {
             ROOM_1: f"object {letter(self.cue[i])}, pad {self.left[i]} steps ahead",
             CORRIDOR: f"{self.left[i]} steps to go",
@@ -169,7 +170,8 @@ class ObjectMatching(VectorEnv):
         beside = "".join(f", distractor {letter(kind)}" for kind in self.distractors[i])
         return f"{ROOMS[self.room[i]]:8}  {sees}{beside}"
 
-    def _image(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
+    def image(self, i: int) -> UInt8[np.ndarray, "48 80 3"]:
+        """What environment i shows, as a small picture; it is drawn for people, the agent does not see it."""
         image = np.full((_IMAGE_HEIGHT, _IMAGE_WIDTH, 3), (200, 200, 200), np.uint8)
         image[36:] = 120  # the floor
         room, kinds = int(self.room[i]), self.config.num_objects
