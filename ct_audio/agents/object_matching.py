@@ -192,12 +192,12 @@ class ObjectMatching(VectorEnv):
         return image
 
 
-def letter(kind: int) -> str:
+def letter(kind: int | np.integer) -> str:
     """A name for a kind of object: A, B, ...; O26 and so on after Z."""
     return chr(ord("A") + int(kind)) if kind < 26 else f"O{kind}"
 
 
-def _colour(kind: int, num_kinds: int) -> tuple[int, int, int]:
+def _colour(kind: int | np.integer, num_kinds: int) -> tuple[int, int, int]:
     """Colours around the wheel."""
     from matplotlib.colors import hsv_to_rgb
 
@@ -205,7 +205,7 @@ def _colour(kind: int, num_kinds: int) -> tuple[int, int, int]:
     return int(red), int(green), int(blue)
 
 
-def _draw_object(image: np.ndarray, kind: int, num_kinds: int, *, row: int, column: int) -> None:
+def _draw_object(image: np.ndarray, kind: int | np.integer, num_kinds: int, *, row: int, column: int) -> None:
     """A square, a disc, a diamond or a frame of 16 pixels, by kind."""
     y, x = np.mgrid[-7.5:8, -7.5:8]
     shapes = [np.maximum(abs(x), abs(y)) < 7, np.hypot(x, y) < 8, abs(x) + abs(y) < 9, np.maximum(abs(x), abs(y)) > 4]

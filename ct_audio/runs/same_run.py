@@ -18,6 +18,7 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
     "train.checkpoint_every_steps",
     "train.sample_every_steps",
     "train.sample_seconds",
+    "actors.in_processes",  # of an agent: where actors run changes no number
 }
 
 
