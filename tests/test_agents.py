@@ -28,7 +28,6 @@ from ct_audio.agents.environments import Environments
 from ct_audio.agents.loop import learner_losses
 from ct_audio.agents.memories import LstmMemory, LstmStack, build_memory
 from ct_audio.agents.object_matching import (
-    ACTIONS,
     CORRIDOR,
     FORWARD,
     LEFT,
@@ -211,7 +210,7 @@ def test_spaces_text_and_pictures() -> None:
     assert images[0].dtype == np.uint8
     with pytest.raises(UserError, match="render_mode: expected ansi, rgb_array or None, got 'human'"):
         ObjectMatching(TASK, render_mode="human")
-    assert len(ACTIONS) == env.single_action_space.n
+    assert len(Environments(TASK, seed=0).action_names) == env.single_action_space.n
 
 
 def test_over_300000_steps_a_core_second() -> None:

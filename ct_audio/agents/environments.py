@@ -74,6 +74,13 @@ class Environments:
         return (self._env.text(0), self._env.image(0)) if has_pictures else (None, None)
 
     @property
+    def action_names(self) -> tuple[str, ...]:
+        """What the actions are called."""
+        if isinstance(self._config, ObjectMatchingConfig):
+            return ("forward", "left", "right")
+        return tuple(f"action {action}" for action in range(self.num_actions))
+
+    @property
     def can_be_saved(self) -> bool:
         """Whether `state` is there: a run that is resumed then goes on as if it had never stopped."""
         return hasattr(self._env, "load_state")

@@ -23,7 +23,6 @@ from ct_audio.agents.config import ObjectMatchingConfig
 from ct_audio.common.errors import UserError
 
 FORWARD, LEFT, RIGHT = 0, 1, 2
-ACTIONS = ("forward", "left", "right")
 ROOM_1, CORRIDOR, ROOM_2 = 0, 1, 2
 ROOMS = ("room 1", "corridor", "room 2")
 _INTEGERS = ("room", "left", "cue", "time")
@@ -58,7 +57,7 @@ class ObjectMatching(VectorEnv):
         self.render_mode = render_mode
         self.num_features = 4 + (3 + config.num_distractors) * config.num_objects
         self.single_observation_space = Box(0.0, 1.0, (self.num_features,), np.float32)
-        self.single_action_space = Discrete(len(ACTIONS))
+        self.single_action_space = Discrete(3)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.time_limit = config.time_limit or 10 * config.cue_length + config.delay + 20

@@ -3,9 +3,10 @@
 Shape letters: L layers, T steps of the episode, F features of an observation, S keys of a window, A actions.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,9 +18,7 @@ from ct_audio.agents.config import CompressiveConfig, load_agent_config
 from ct_audio.agents.environments import Environments
 from ct_audio.common.errors import UserError
 from ct_audio.models.compressive.layer import CompressiveLayer
-from ct_audio.models.compressive.memory import join_layers, layer_memory
 from ct_audio.models.compressive.stack import CompressiveStack
-from ct_audio.models.compressive.windows import make_view
 from ct_audio.runs.checkpoint_files import find_checkpoint, load_model, read_state
 
 
@@ -43,6 +42,7 @@ class Episode(NamedTuple):
         shown: what the environment showed before each step, as text; "" where it has none.
         images: the same as images, where the environment has some.
         actions, rewards: of each step.
+        action_names: what the actions are called.
         policy: probability of each action.
         values: what the agent expected.
         attention: None for a memory without attention.
@@ -54,6 +54,7 @@ class Episode(NamedTuple):
     images: list[np.ndarray]
     actions: Int[np.ndarray, "T"]
     rewards: Float[np.ndarray, "T"]
+    action_names: tuple[str, ...]
     policy: Float[np.ndarray, "T A"]
     values: Float[np.ndarray, "T"]
     attention: Attention | None
@@ -104,6 +105,7 @@ def watch_episode(run_dir: Path, *, seed: int = 0) -> Episode:
         images=images,
         actions=np.array(actions),
         rewards=np.array(rewards),
+        action_names=env.action_names,
         policy=np.array(policy),
         values=np.array(values),
         attention=attention,
@@ -120,36 +122,43 @@ def episode_attention(stack: CompressiveStack, rows: Float[torch.Tensor, "T D"])
     """
     num_layers, total, length = len(stack.layers), len(rows), stack.window_length
     found = Attention(np.zeros((num_layers, total, total)), np.zeros((num_layers, total, total), bool))
-    memory = stack.zero_memory(1)
-    for begin in range(0, total, length):
-        window = rows[None, begin : begin + length]
-        after = []
-        for index in range(num_layers):
-            layer, before = cast(CompressiveLayer, stack.layers[index]), layer_memory(memory, index)
-            geometry = layer.geometry(before, window.shape[1])
-            view = make_view(geometry, before, window.shape[1], None)
-            weights = layer.attention(window, before, view)[0].mean(dim=0).double().numpy()  # T S
-            rate, num_compressed = geometry.compression_rate, geometry.compressed_memory_length
-            queries = slice(begin, begin + length)
-            firsts = begin - geometry.memory_length + rate * np.arange(-num_compressed, 0)
-            for key, first in enumerate(firsts):  # groups begin where windows do: each is of the episode, or before it
-                if first >= 0 and not layer.chooses_most_used:
-                    found.weights[index, queries, first : first + rate] += weights[:, key, None] / rate
-                    found.compressed[index, queries, first : first + rate] = True
-            seen = range(max(0, begin - geometry.memory_length), begin + window.shape[1])
-            found.weights[index, queries, seen.start : seen.stop] += weights[:, weights.shape[1] - len(seen) :]
-            output = layer(window, before, view, with_push=window.shape[1] == length)
-            window = output.rows
-            after.append(output.memory)
-        memory = join_layers(after)
+    with contextlib.ExitStack() as hooks:
+        observers = [_Observer() for _ in range(num_layers)]
+        for layer, observer in zip(stack.layers, observers, strict=True):
+            hooks.callback(layer.register_forward_hook(observer).remove)
+        memory = stack.zero_memory(1)
+        for begin in range(0, total, length):
+            memory = stack(rows[None, begin : begin + length], memory).memory
+            for weights, compressed, observer in zip(*found, observers, strict=True):
+                observer.place(weights[begin : begin + length], compressed[begin : begin + length], begin)
     return found
 
 
-def episode_text(episode: Episode, actions: tuple[str, ...] | None = None) -> str:
+class _Observer:
+    """A forward hook of a layer that runs one window of one lane at a time."""
+
+    def __call__(self, module: torch.nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
+        layer, (rows, memory, view) = cast(CompressiveLayer, module), arguments
+        self.weights = layer.attention(rows, memory, view)[0].mean(dim=0).double().numpy()  # T S
+        self.geometry, self.has_groups = view.geometry, not layer.chooses_most_used
+
+    def place(self, weights: np.ndarray, compressed: np.ndarray, begin: int) -> None:
+        """Put the weights of a window that begins at step `begin` where the keys stood in the episode."""
+        rate, num_compressed = self.geometry.compression_rate, self.geometry.compressed_memory_length
+        firsts = begin - self.geometry.memory_length + rate * np.arange(-num_compressed, 0)
+        for key, first in enumerate(firsts):  # groups begin where windows do: each is of the episode, or before it
+            if first >= 0 and self.has_groups:
+                weights[:, first : first + rate] += self.weights[:, key, None] / rate
+                compressed[:, first : first + rate] = True
+        seen = slice(max(0, begin - self.geometry.memory_length), begin + len(weights))
+        weights[:, seen] += self.weights[:, self.weights.shape[1] - (seen.stop - seen.start) :]
+
+
+def episode_text(episode: Episode) -> str:
     """A line for each step, and the steps that got most of the attention at the last one."""
     lines = []
     for t, shown in enumerate(episode.shown):
-        action = actions[episode.actions[t]] if actions else f"action {episode.actions[t]}"
+        action = episode.action_names[episode.actions[t]]
         probability = episode.policy[t, episode.actions[t]]
         reward = f"  reward {episode.rewards[t]:+.2f}" if episode.rewards[t] else ""
         lines.append(f"{t:4}  {shown:44}  {action} ({probability:.2f})  value {episode.values[t]:+.2f}{reward}")
@@ -185,13 +194,14 @@ def episode_figure(episode: Episode, title: str) -> Figure:
         panel, weights = next(panels), attention.weights[layer]
         image = panel.imshow(np.sqrt(weights), vmin=0, vmax=1, cmap="magma", aspect="auto", interpolation="nearest")
         through = attention.compressed[layer].astype(float)
-        panel.contourf(through, levels=[0.5, 1.5], colors=["cyan"], alpha=0.12)
-        panel.set(ylabel="step that looks", xlabel=f"step that is looked at, layer {layer} (tinted: compressed memory)")
+        if through.any():
+            panel.contour(through, levels=[0.5], colors="cyan", linewidths=0.8)
+        panel.set(ylabel="step that looks", xlabel=f"step that is looked at, layer {layer} (framed: compressed memory)")
         figure.colorbar(image, ax=panel, label="square root of attention")
     panel = next(panels)
     panel.plot(episode.values, label="value", color="black")
-    for action in range(episode.policy.shape[1]):
-        panel.plot(episode.policy[:, action], label=f"probability of action {action}", linewidth=1)
+    for name, probability in zip(episode.action_names, episode.policy.T, strict=True):
+        panel.plot(probability, label=f"probability of {name}", linewidth=1)
     panel.set(xlabel="step", xlim=(-0.5, total - 0.5))
     panel.legend(fontsize="small", ncols=4)
     return figure
