@@ -180,8 +180,8 @@ class AgentTrainConfig:
         require_bounds("train", vars(self))
 
 
-ENVIRONMENTS = {"object_matching": ObjectMatchingConfig, "gymnasium": GymnasiumConfig}
-MEMORIES = {"compressive": CompressiveConfig, "lstm": LstmConfig, "none": NoMemoryConfig}
+ENVIRONMENTS: dict[str, type] = {"object_matching": ObjectMatchingConfig, "gymnasium": GymnasiumConfig}
+MEMORIES: dict[str, type] = {"compressive": CompressiveConfig, "lstm": LstmConfig, "none": NoMemoryConfig}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Outcome(NamedTuple):
     Attributes:
         observations: after the step; the first of the next episode where one has ended.
         rewards: scaled.
-        ended: episodes that ended with the step, or were broken off.
+        ended: episodes that ended with the step, or were broken off (which the learner takes for an end too).
         forced: actions that had no effect by design; the agent is not told of them.
         successes: +1 where a trial was won, -1 where it was lost, 0 elsewhere.
     """

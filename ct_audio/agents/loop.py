@@ -226,15 +226,16 @@ def _loop(learning: _Learning, signals: list[int]) -> int:
     settings, agent, size = config.train, learning.agent, config.steps_per_unroll
     with tqdm(total=settings.num_steps, initial=progress.step, unit="step", leave=False, disable=None) as bar:
         while progress.step < settings.num_steps:
+            began = time.perf_counter()
             while len(waiting) <= config.actors.lag:  # actors are `lag` unrolls ahead, with the weights of now
                 index = progress.started % config.actors.num_actors
                 learning.actors[index].start(weights_of(agent))
                 waiting.append(index)
                 progress.started += 1
-            began = time.perf_counter()
             unroll = learning.actors[waiting.popleft()].result()
-            progress.add({"seconds_waited": time.perf_counter() - began})
+            acted = time.perf_counter()
             progress.add(_update(learning, unroll))
+            progress.add({"seconds": time.perf_counter() - began, "seconds_acting": acted - began})
             before, progress.step = progress.step, progress.step + size
             bar.update(size)
             ends = progress.step >= settings.num_steps
@@ -282,7 +283,7 @@ def _log(learning: _Learning, bar: tqdm) -> None:
     """Means since the last log."""
     progress, config = learning.progress, learning.config
     sums, progress.sums = progress.sums, {}
-    updates, waited = sums.pop("updates"), sums.pop("seconds_waited")
+    updates, seconds, acting = sums.pop("updates"), sums.pop("seconds"), sums.pop("seconds_acting")
     ended = {name: sums.pop(f"sums/{name}") for name in SUMS}
     values = {tag: total / updates for tag, total in sums.items()}
     if ended["trials"]:
@@ -291,10 +292,10 @@ def _log(learning: _Learning, bar: tqdm) -> None:
         values["agent/return"] = ended["returns"] / ended["episodes"]
         values["agent/episode_length"] = ended["lengths"] / ended["episodes"]
     values["optim/learning_rate"] = _learning_rate(progress.step, config.learner)
-    before, progress.wall_seconds = progress.wall_seconds, time.perf_counter() - learning.began
-    rate = updates * config.steps_per_unroll / max(progress.wall_seconds - before, 1e-9)
+    rate = updates * config.steps_per_unroll / seconds
     values["throughput/steps_per_second"] = rate
-    values["throughput/seconds_waited"] = waited
+    values["throughput/share_of_time_acting"] = acting / seconds  # or waiting for actors in processes
+    progress.wall_seconds = time.perf_counter() - learning.began
     learning.metrics.scalars(values, step=progress.step, wall_seconds=progress.wall_seconds)
     success = f"success {values['agent/success']:.3f}" if "agent/success" in values else "no trial ended"
     bar.set_postfix_str(success, refresh=False)

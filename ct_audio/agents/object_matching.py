@@ -11,6 +11,7 @@ can no longer be built. An episode:
 Shape letters: N environments, F features of an observation, C kinds of objects.
 """
 
+import ast
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,6 @@ class ObjectMatching(VectorEnv):
 
     def load_state(self, state: dict[str, np.ndarray]) -> Float32[np.ndarray, "N F"]:
         """Go on from a `state` of an environment of the same configuration; returns the present observations."""
-        import ast
-
         for name in (*_INTEGERS, "pair", "distractors"):
             getattr(self, name)[:] = state[name]
         self._random.bit_generator.state = ast.literal_eval(state["generator"].tobytes().decode().strip())

@@ -154,7 +154,7 @@ def delay_figure(runs: list[Run]) -> Figure:
         delays = sorted({run.delay for run in own})
         last = [[run.last_success for run in own if run.delay == delay] for delay in delays]
         means = np.array([np.mean(values) for values in last])
-        spread = [means - [min(values) for values in last], [max(values) for values in last] - means]
+        spread = np.array([means - [min(values) for values in last], [max(values) for values in last] - means])
         style = {"color": f"C{index}", "marker": _MARKERS[index % len(_MARKERS)], "capsize": 3}
         panel.errorbar(delays, means, yerr=spread, label=plain_text(memory.replace("_", " ")), **style)
         if hasattr(own[0].config.model, "reach_of_layers"):
