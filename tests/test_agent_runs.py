@@ -171,11 +171,11 @@ def small_task(memory: str, runs_dir: Path) -> AgentConfig:
     return AgentConfig(
         name=memory,
         runs_dir=str(runs_dir),
-        environment=ObjectMatchingConfig(num_environments=128, delay=4, cue_length=3),
+        environment=ObjectMatchingConfig(num_environments=128, delay=4, cue_length=3, num_objects=2),
         model=model,
         actors=ActorsConfig(unroll_length=16),
-        learner=LearnerConfig(learning_rate=3e-3, final_learning_rate=3e-3),
-        train=AgentTrainConfig(num_steps=400_000, log_every_steps=25_000, checkpoint_every_steps=400_000),
+        learner=LearnerConfig(learning_rate=5e-3, final_learning_rate=5e-3),
+        train=AgentTrainConfig(num_steps=250_000, log_every_steps=25_000, checkpoint_every_steps=250_000),
     )
 
 
