@@ -14,6 +14,7 @@ assert VERSION
 
 AV = ["av>=14,<19"]  # webm, m4a and what else phones record
 WANDB = ["wandb>=0.19,<1"]  # train.logger: wandb
+AGENT = ["gymnasium>=1.1,<2"]  # ct-audio agent
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]  # make docs
 TEST = [
     "pytest>=9,<10",
@@ -23,6 +24,7 @@ TEST = [
     "beartype>=0.20,<1",
     "setuptools>=70.1,<82",  # builds a wheel, for the test of one
     *AV,
+    *AGENT,
 ]
 DEV = [*TEST, "ruff==0.17.5", "pyright[nodejs]==1.1.414", "pre-commit>=4,<5"]  # nodejs: no download at run time
 
@@ -62,7 +64,7 @@ setup(
         "shtab>=1.7,<2",  # completion in shells
         "espeakng-loader==0.2.4",  # recipes/espeak: speech (GPL-3.0, only run, never linked); another version differs
     ],
-    extras_require={"av": AV, "wandb": WANDB, "docs": DOCS, "test": TEST, "dev": DEV},
+    extras_require={"av": AV, "wandb": WANDB, "agent": AGENT, "docs": DOCS, "test": TEST, "dev": DEV},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: Console",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ct_audio.agents import config as agents
 from ct_audio.common.errors import UserError
 from ct_audio.models import MODELS
 from ct_audio.runs.config import (
@@ -166,8 +167,24 @@ NUMBERS = sorted(
 )
 
 
+NUMBERS_OF_AGENTS = {
+    f"{section}.{item.name}"
+    for section, classes in {
+        "environment": agents.ENVIRONMENTS.values(),
+        "model": agents.MEMORIES.values(),
+        "actors": [agents.ActorsConfig],
+        "learner": [agents.LearnerConfig],
+        "train": [agents.AgentTrainConfig],
+    }.items()
+    for cls in classes
+    for item in dataclasses.fields(cls)
+    if item.type in (int, float)
+}
+"""Of the configuration of an agent's run, which tests/test_agent_runs.py loads."""
+
+
 def test_the_table_of_bounds_has_every_number_and_no_other_key():
-    assert BOUNDS.keys() == {key for key, _, _ in NUMBERS}
+    assert BOUNDS.keys() == {key for key, _, _ in NUMBERS} | NUMBERS_OF_AGENTS
 
 
 @pytest.mark.parametrize(("key", "kind", "model"), NUMBERS)

@@ -46,6 +46,7 @@ FEW_STEPS = [
     "train.sample_every_steps=4",
     "train.sample_seconds=0.01",
 ]
+FEW_STEPS_OF_AGENTS = ["environment.num_environments=16", "train.num_steps=4096", "train.log_every_steps=2048"]
 SMALL_AUDIO_MODEL = ["optim.decay_steps=3", "optim.warmup_steps=1"]
 PLACES = {
     "PATH/TO/dataset-voice-kathleen": "kathleen",
@@ -304,6 +305,10 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
     if "tools/ablate.py" in words:
         few = ["--rows", "conv_bptt", "conv_attention", "--rates", "2", "--seeds", "0", "--set", *FEW_STEPS]
         words = [*words, *few, *SMALL_AUDIO_MODEL]
+    if "tools/agent.py" in words and "--watch" not in words:
+        words = [*words, *FEW_STEPS_OF_AGENTS]
+    if "tools/agent_sweep.py" in words:
+        words = [*words, "--set", *FEW_STEPS_OF_AGENTS]
     return [str(scripts / words[0]), *words[1:]]
 
 

@@ -18,11 +18,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import follow_link, read_json
-from ct_audio.models import SequenceModel
 
 FORMAT = "ct_audio checkpoint"
 FORMAT_VERSION = 1
@@ -157,14 +156,14 @@ def digest(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
 
 
-def model_tensors(model: SequenceModel) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Live parameters (tied ones once) and persistent buffers by name."""
     kept = model.state_dict(keep_vars=True)
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
     return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **buffers}
 
 
-def load_model(checkpoint: Path, model: SequenceModel) -> None:
+def load_model(checkpoint: Path, model: nn.Module) -> None:
     """Put a checkpoint's parameters and buffers into a model, in place.
 
     Raises:

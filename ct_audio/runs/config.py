@@ -10,9 +10,10 @@ import difflib
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
 
@@ -21,6 +22,8 @@ from ct_audio.common.recipes import config_file
 from ct_audio.common.text import printable
 from ct_audio.models import model_config_class
 from ct_audio.runs.device import MAX_THREADS
+
+T = TypeVar("T")
 
 _MAX_CHARACTERS = 1 << 20
 _MAX_DEPTH = 50
@@ -75,6 +78,27 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "model.regularisation": (0.0, 1e6),
     "model.scale_decay": (0.0, 1.0),
     "model.uniform_share": (0.0, 1.0),
+    "environment.num_environments": (1, 2**16),
+    "environment.delay": (0, 10**6),
+    "environment.cue_length": (1, 10**6),
+    "environment.num_objects": (2, 1024),
+    "environment.num_distractors": (0, 64),
+    "environment.touch_reward": (-1e3, 1e3),
+    "environment.reward_scale": (1e-6, 1e6),
+    "environment.time_limit": (0, 10**8),
+    "actors.num_actors": (1, 1024),
+    "actors.unroll_length": (1, _MAX_CODES),
+    "actors.lag": (0, 1024),
+    "learner.learning_rate": (1e-30, 1e3),
+    "learner.final_learning_rate": _RATE,
+    "learner.decay_steps": (0, 10**15),
+    "learner.entropy_cost": (0.0, 1e3),
+    "learner.value_cost": (0.0, 1e3),
+    "learner.discount": (0.0, 1.0),
+    "learner.importance_clip": (1e-6, 1e6),
+    "learner.trace_clip": (1e-6, 1e6),
+    "learner.max_gradient_norm": (1e-30, 1e6),
+    "learner.epsilon": (1e-30, 1e3),
 }
 """Lowest and highest value of every number, by key; what is beyond is a slip of the hand, or stalls the machine."""
 
@@ -96,7 +120,7 @@ class DataConfig:
     reset_memory_at_document: bool = False
 
     def __post_init__(self) -> None:
-        _require_bounds("data", vars(self))
+        require_bounds("data", vars(self))
 
 
 @dataclass(frozen=True)
@@ -126,7 +150,7 @@ class OptimConfig:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        _require_bounds("optim", vars(self))
+        require_bounds("optim", vars(self))
         for name in ("beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise UserError(f"optim.{name}: expected a number in [0, 1), got {getattr(self, name)}")
@@ -184,7 +208,13 @@ class TrainConfig:
     logger: Literal["none", "wandb"] = "none"
 
     def __post_init__(self) -> None:
-        _require_bounds("train", vars(self))
+        require_bounds("train", vars(self))
+
+
+def require_directory_name(name: str) -> None:
+    """Raise `UserError` where a run's name is no plain directory name."""
+    if not name or name.startswith(".") or any(c in name for c in "/\\\0\n"):
+        raise UserError(f"name: expected a plain directory name, got {name!r}")
 
 
 @dataclass(frozen=True)
@@ -204,8 +234,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or self.name.startswith(".") or any(c in self.name for c in "/\\\0\n"):
-            raise UserError(f"name: expected a plain directory name, got {self.name!r}")
+        require_directory_name(self.name)
         if self.data.num_lanes % self.train.num_micro_batches:
             raise UserError(
                 f"data.num_lanes = {self.data.num_lanes} is not divisible by "
@@ -230,6 +259,16 @@ class RunConfig:
         return Path(self.runs_dir) / self.name
 
 
+Section = type | Callable[[str], type]
+"""The dataclass of a section of a YAML, or what finds it by the section's `name`."""
+_SECTIONS: dict[str, Section] = {
+    "data": DataConfig,
+    "model": model_config_class,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+}
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML and apply overrides of the form `a.b=c`.
 
@@ -240,6 +279,18 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or does not fit; the
             message names the allowed ones.
+    """
+    return read_config(path, overrides, RunConfig, _SECTIONS)
+
+
+def read_config(
+    path: str | Path, overrides: list[str] | tuple[str, ...], top: type[T], sections: Mapping[str, Section]
+) -> T:
+    """Read a YAML as a configuration of any kind; see `load_config`.
+
+    Args:
+        top: its dataclass, with the fields `name`, `runs_dir` and one for each section.
+        sections: the dataclass of each section, or what finds it by the `name` that stands in the section.
     """
     path = config_file(path)
     try:
@@ -252,13 +303,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     _require_plain(plain, str(path))
     for override in overrides:
         _apply_override(plain, override)
-    return _from_dict(plain, _Source(str(path), overrides))
+    return _from_dict(plain, _Source(str(path), overrides), top, sections)
 
 
 def config_from_dict(plain: dict[str, Any]) -> RunConfig:
     """Build and check a `RunConfig` from nested plain dictionaries (as `config_to_dict` makes them)."""
     _require_plain(plain, "configuration")
-    return _from_dict(plain, _Source("configuration"))
+    return _from_dict(plain, _Source("configuration"), RunConfig, _SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -286,34 +337,39 @@ class _Source:
         return None
 
 
-def _from_dict(plain: dict[str, Any], source: _Source) -> RunConfig:
-    model_section = plain.get("model")
-    if not isinstance(model_section, dict) or not isinstance(model_section.get("name"), str):
-        raise UserError(f"{source.of('model.name')}: expected model.name, a string naming the model")
-    sections = {"data": DataConfig, "model": model_config_class(model_section["name"])}
-    sections |= {"optim": OptimConfig, "train": TrainConfig}
-    top_level = [f.name for f in dataclasses.fields(RunConfig)]
+def _from_dict(plain: dict[str, Any], source: _Source, top: type[T], sections: Mapping[str, Section]) -> T:
+    classes = {}
+    for name, section in sections.items():
+        if not isinstance(section, type):
+            values = plain.get(name)
+            if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+                raise UserError(f"{source.of(f'{name}.name')}: expected {name}.name, a string naming the {name}")
+            section = section(values["name"])
+        classes[name] = section
+    top_level = [f.name for f in dataclasses.fields(cast(Any, top))]
     for key in plain:
         if key not in top_level:
             raise UserError(f"{source.of(str(key))}: unknown key {key!r}{_suggest(str(key), top_level)}")
-    built = {name: _build_section(cls, plain.get(name, {}), name, source) for name, cls in sections.items()}
+    built = {name: _build_section(cls, plain.get(name, {}), name, source) for name, cls in classes.items()}
     scalars = {name: source.text(name, plain[name]) for name in ("name", "runs_dir") if name in plain}
     if "name" not in scalars:
         raise UserError(f"{source.file}: expected name, the run's directory under runs_dir")
     for name, value in scalars.items():
         if not isinstance(value, str):
             raise UserError(f"{source.of(name)}: {name}: expected a string, got {value!r}")
-    return RunConfig(**scalars, **built)
+    return top(**scalars, **built)
 
 
-def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Nested plain dictionaries; the inverse of `config_from_dict`."""
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionaries of a configuration of any kind; for a `RunConfig` the inverse of `config_from_dict`."""
     plain = dataclasses.asdict(config)
-    plain["model"] = {"name": plain["model"]["name"], **plain["model"]}  # it says what the other keys are
-    return plain
+    return {  # the name of a section says what its other keys are
+        key: {"name": value["name"], **value} if isinstance(value, dict) and "name" in value else value
+        for key, value in plain.items()
+    }
 
 
-def config_to_yaml(config: RunConfig) -> str:
+def config_to_yaml(config: Any) -> str:
     """The complete configuration as YAML."""
     return to_yaml(config_to_dict(config))
 
@@ -399,7 +455,7 @@ def _build_section(cls: type, values: Any, name: str, source: _Source) -> Any:
                 raise UserError(f"{source.of(full)}: {full}: expected {_type_name(item.type)}, got {value!r}") from None
         elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
             raise UserError(f"{source.file}: {full} is missing; expected {_type_name(item.type)}")
-    _require_bounds(name, typed)  # of a model before it is made: it may loop over its layers
+    require_bounds(name, typed)  # of a model before it is made: it may loop over its layers
     return cls(**typed)
 
 
@@ -448,7 +504,7 @@ def _apply_override(plain: dict[str, Any], override: str) -> None:
     _require_plain(node[last], f"override {override!r}")
 
 
-def _require_bounds(section: str, values: dict[str, Any]) -> None:
+def require_bounds(section: str, values: Mapping[str, Any]) -> None:
     """Raise where a number is beyond its `BOUNDS`."""
     for name, value in values.items():
         low, high = BOUNDS.get(f"{section}.{name}", (-math.inf, math.inf))

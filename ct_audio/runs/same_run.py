@@ -3,7 +3,7 @@
 from typing import Any
 
 from ct_audio.common.errors import UserError
-from ct_audio.runs.config import RunConfig, config_to_dict
+from ct_audio.runs.config import config_to_dict
 
 _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay as they were
     "name",
@@ -19,15 +19,18 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
     "train.sample_every_steps",
     "train.sample_seconds",
     "train.logger",
+    "actors.in_processes",  # of an agent: where actors run changes no number
 }
 
 
-def require_same_run(old: RunConfig, new: RunConfig) -> None:
+def require_same_run(old: Any, new: Any) -> None:
     """Check that a resumed run keeps what decides what is learnt.
 
     num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device, num_threads and logger may change, and
     the place of the corpus; without dropout num_micro_batches too (each part draws its own numbers for dropout).
 
+    Args:
+        old, new: of one kind, as `RunConfig`.
     Raises:
         UserError: another key has changed; the message names all of them.
     """
@@ -45,7 +48,7 @@ def require_same_run(old: RunConfig, new: RunConfig) -> None:
         )
 
 
-def flat_config(config: RunConfig) -> dict[str, Any]:
+def flat_config(config: Any) -> dict[str, Any]:
     """Plain values by key, as {"data.num_lanes": 8}; `optim.update_period` is one value."""
     flat: dict[str, Any] = {}
     for key, value in config_to_dict(config).items():

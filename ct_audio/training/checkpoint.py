@@ -23,6 +23,7 @@ from torch import Tensor
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import follow_link, switch_link, sync_directory, write_file, write_json
 from ct_audio.models import SequenceModel
+from ct_audio.models.interface import StatefulModule
 from ct_audio.models.state import map_memory, memory_from_tensors, named_tensors
 from ct_audio.runs.checkpoint_files import (
     FORMAT,
@@ -35,15 +36,15 @@ from ct_audio.runs.checkpoint_files import (
     read_tensors,
     require_like,
 )
-from ct_audio.runs.config import RunConfig, config_to_yaml
+from ct_audio.runs.config import config_to_yaml
 from ct_audio.training.parallel import World, all_gather, barrier
 
 
 def save_checkpoint(
     run_dir: Path,
     *,
-    config: RunConfig,
-    model: SequenceModel,
+    config: Any,
+    model: StatefulModule,
     optimizer: torch.optim.Optimizer | None,
     memories: list[Any],
     state: dict[str, Any],
@@ -55,6 +56,7 @@ def save_checkpoint(
 
     Args:
         run_dir: the run's directory.
+        config: a `RunConfig`, or the configuration of another kind of run.
         optimizer: None for a model without parameters.
         memories: of this rank's lanes, one a micro-batch, in the order of the lanes.
         state: JSON-able; must hold "step", the steps completed. Only rank 0's is written.
@@ -144,6 +146,21 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint is damaged, does not fit the model, or is of another number of processes.
     """
+    like = model.zero_memory(num_lanes)
+    memory, state = load_session(checkpoint, model=model, optimizer=optimizer, like=like, world=world)
+    return split_memory(memory, num_lanes, num_micro_batches), state
+
+
+def load_session(
+    checkpoint: Path, *, model: StatefulModule, optimizer: torch.optim.Optimizer | None, like: Any, world: World
+) -> tuple[Any, dict[str, Any]]:
+    """As `load_checkpoint`, with whatever nest of tensors was saved as a memory.
+
+    Args:
+        like: a nest of its form.
+    Returns:
+        the nest, and state.json.
+    """
     state = read_state(checkpoint)
     if state["world_size"] != world.world_size:
         raise UserError(
@@ -155,7 +172,7 @@ def load_checkpoint(
     tensors = read_tensors(checkpoint / f"memory-rank{world.rank}.safetensors")
     prefix = "memory/"
     lanes = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    memory = memory_from_tensors(model.zero_memory(num_lanes), lanes)
+    memory = memory_from_tensors(like, lanes)
     try:
         _set_rng_state({name.removeprefix("rng/"): t for name, t in tensors.items() if name.startswith("rng/")})
     except (KeyError, TypeError, RuntimeError) as error:
@@ -163,7 +180,7 @@ def load_checkpoint(
             f"checkpoint {checkpoint}: memory-rank{world.rank}.safetensors: expected rng/cpu, a state of torch's "
             f"random generator: {error}; use another checkpoint or start a new run"
         ) from error
-    return split_memory(memory, num_lanes, num_micro_batches), state
+    return memory, state
 
 
 def split_memory(memory: Any, num_lanes: int, num_parts: int) -> list[Any]:
@@ -175,7 +192,7 @@ def split_memory(memory: Any, num_lanes: int, num_parts: int) -> list[Any]:
     ]
 
 
-def _optimizer_tensors(model: SequenceModel, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+def _optimizer_tensors(model: StatefulModule, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     if optimizer is None:
         return {}
     return {
@@ -185,7 +202,7 @@ def _optimizer_tensors(model: SequenceModel, optimizer: torch.optim.Optimizer | 
     }
 
 
-def _load_optimizer(checkpoint: Path, model: SequenceModel, optimizer: torch.optim.Optimizer | None) -> None:
+def _load_optimizer(checkpoint: Path, model: StatefulModule, optimizer: torch.optim.Optimizer | None) -> None:
     if optimizer is None:
         return
     path = checkpoint / "training.safetensors"

@@ -1,0 +1,1 @@
+"""Reinforcement learning: an agent whose memory is a stack of `models/`, learnt by V-trace from what actors do."""
