@@ -19,7 +19,7 @@ from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import Memory, join_layers, layer_memory, push
 from ct_audio.models.compressive.stepping import LayerCache, hide_earlier_rows, new_cache, refill_cache, step_layer
 from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
-from ct_audio.models.interface import Stack, StackOutput
+from ct_audio.models.interface import CompiledStack, Stack, StackOutput
 from ct_audio.models.layers import document_age
 from ct_audio.models.state import map_memory
 
@@ -185,6 +185,11 @@ class CompressiveStack(Stack):
             rows = step_layer(self._layer(index), rows, cache, position, rotation)
         state = state._replace(position=position + 1, queues=tuple(queues))
         return self.final_norm(rows), state if state.position < self.config.window_length else self._next_window(state)
+
+    def compiled(self) -> CompiledStack:
+        from ct_audio.models.compressive.compiled import CompiledCompressiveStack  # imports numba
+
+        return CompiledCompressiveStack(self)
 
     def clone_state(self, state: StackState) -> StackState:
         """An independent copy."""
