@@ -31,7 +31,7 @@ _OUTPUTS = 16
 
 
 class CompiledState(NamedTuple):
-    """State between two blocks, all of it numpy arrays, the lane first.
+    """State between two blocks, all of it tensors, the lane first; a block overwrites them.
 
     Attributes:
         front_end: `kernels.PredictorState`, empty where nothing is predicted.
@@ -51,9 +51,7 @@ class CompiledModel(BlockSampler):
         UserError: a part is unknown to the kernels, is not float32 or not on the CPU; it says which.
     """
 
-    def __init__(
-        self, front_end: FrontEnd, stack: Stack, head: Head, make_state: Callable[[Any, Any], Any]
-    ) -> None:
+    def __init__(self, front_end: FrontEnd, stack: Stack, head: Head, make_state: Callable[[Any, Any], Any]) -> None:
         for tensor in (*front_end.parameters(), *stack.parameters(), *head.parameters()):
             if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
                 raise UserError(
@@ -63,25 +61,29 @@ class CompiledModel(BlockSampler):
         self._make_state = make_state
         self._stack: CompiledStack = stack.compiled()
         self._front_end, self._predictor = _front_end_weights(front_end)
-        self._order = front_end.predictor.settings.order if isinstance(front_end, LinearPredictionFeatures) else 0
+        self._predicts = isinstance(front_end, LinearPredictionFeatures)
         self._head = _head_weights(head)
 
+    @torch.inference_mode()
     def begin(self, state: Any) -> CompiledState:
         front_end, stack = state
         num_lanes = self._stack.num_lanes(stack)
         zeros = torch.zeros(num_lanes, 0, dtype=torch.float64)
-        followed = AutocorrelationMemory(zeros, zeros, zeros.new_zeros(num_lanes), zeros.new_zeros(num_lanes).long())
+        followed = (zeros, zeros, zeros.new_zeros(num_lanes), torch.zeros(num_lanes, dtype=torch.int64))
         said = torch.zeros(num_lanes, 2, dtype=torch.float64)
-        if self._order:
+        if self._predicts:
             followed, said = front_end
-        arrays = [tensor.detach().clone(memory_format=torch.contiguous_format).numpy() for tensor in (*followed, said)]
-        return CompiledState(kernels.PredictorState(*arrays), self._stack.from_state(stack))
+        own = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (*followed, said))
+        arrays = self._stack.from_state(stack)
+        return CompiledState(kernels.PredictorState(*own), type(arrays)(*map(torch.from_numpy, arrays)))
 
+    @torch.inference_mode()
     def end(self, state: CompiledState) -> Any:
-        *followed, said = (torch.from_numpy(array.copy()) for array in state.front_end)
-        front_end = (AutocorrelationMemory(*followed), said) if self._order else ()
-        return self._make_state(front_end, self._stack.to_state(state.stack))
+        *followed, said = (tensor.clone() for tensor in state.front_end)
+        front_end = (AutocorrelationMemory(*followed), said) if self._predicts else ()
+        return self._make_state(front_end, self._stack.to_state(_arrays(state.stack)))
 
+    @torch.inference_mode()
     def sample_block(
         self,
         codes: Int[Tensor, "B"],
@@ -102,13 +104,12 @@ class CompiledModel(BlockSampler):
         last, numbers = codes.numpy().copy(), np.ascontiguousarray(uniforms.numpy())
         out_codes, out_logs = np.empty((num_lanes, num_codes), np.int64), np.empty((num_lanes, num_codes), np.float32)
 
+        parts, weights = [_arrays(part) for part in state], (self._front_end, self._predictor, self._head)
+
         def run(lanes: slice) -> None:
-            followed, remembered = (type(part)(*(array[lanes] for array in part)) for part in state)
+            front_end, stack = (type(part)(*(array[lanes] for array in part)) for part in parts)
             of_lanes = (last[lanes], numbers[lanes], out_codes[lanes], out_logs[lanes])
-            self._stack.sample(
-                self._front_end, self._predictor, followed, self._stack.weights, remembered, self._head, drawing,
-                *of_lanes,
-            )  # fmt: skip
+            self._stack.sample(*weights, front_end, self._stack.weights, stack, drawing, *of_lanes)
 
         together = min(lanes_together or self._stack.lanes_together, -(-num_lanes // num_threads))
         groups = [slice(begin, begin + together) for begin in range(0, num_lanes, together)]
@@ -119,6 +120,11 @@ class CompiledModel(BlockSampler):
             with ThreadPoolExecutor(min(num_threads, len(groups))) as pool:
                 list(pool.map(run, groups))
         return torch.from_numpy(out_codes), torch.from_numpy(out_logs), state
+
+
+def _arrays(part: Any) -> Any:
+    """The numpy arrays of a NamedTuple of tensors, in the same memory."""
+    return type(part)(*(tensor.numpy() for tensor in part))
 
 
 def packed(tensor: Tensor) -> Any:

@@ -65,6 +65,9 @@ class ComposedModel(SequenceModel):
         lengths = {"memory_length": memory_length, "compressed_memory_length": compressed_memory_length}
         return ModelMemory(self.front_end.zero_memory(num_lanes), self.stack.zero_memory(num_lanes, **lengths))
 
+    def full_memory(self, num_lanes: int) -> ModelMemory:
+        return ModelMemory(self.front_end.zero_memory(num_lanes), self.stack.full_memory(num_lanes))
+
     def forward(
         self, codes: Int[Tensor, "B T"], memory: ModelMemory, *, document_starts: Bool[Tensor, "B T"] | None = None
     ) -> ModelOutput:

@@ -178,6 +178,10 @@ class StatefulModule(nn.Module, abc.ABC):
         passed raises `UserError`.
         """
 
+    def full_memory(self, num_lanes: int) -> Any:
+        """Zeros that count as a memory that a long stream has filled: for measurements of speed."""
+        return self.zero_memory(num_lanes)
+
     @abc.abstractmethod
     def clone_state(self, state: Any) -> Any:
         """An independent copy of a step state."""
@@ -258,7 +262,7 @@ class BlockSampler(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, state: Any) -> Any:
-        """State for `sample_block` from one for `step`, at any place of a window: numpy arrays, the lane first."""
+        """State for `sample_block` from one for `step`, at any place of a window: tensors, the lane first."""
 
     @abc.abstractmethod
     def end(self, state: Any) -> Any:

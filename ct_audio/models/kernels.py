@@ -334,7 +334,9 @@ def log32(x):
     p = p * m - np.float32(2.4999993993e-1)
     p = p * m + np.float32(3.3333331174e-1)
     square = m * m
-    return m + (p * m * square + n * np.float32(-2.12194440e-4) - np.float32(0.5) * square) + n * np.float32(0.693359375)
+    return (
+        m + (p * m * square + n * np.float32(-2.12194440e-4) - np.float32(0.5) * square) + n * np.float32(0.693359375)
+    )
 
 
 @_strict
@@ -753,9 +755,7 @@ def step_wavenet(rows, w, state, pairs, totals, gated, carried, skips, features)
 
 @_strict
 @no_type_check
-def sample_wavenet(
-    front_end, predictor, followed, w, state, head, drawing, codes, uniforms, out_codes, out_logs
-):
+def sample_wavenet(front_end, predictor, head, followed, w, state, drawing, codes, uniforms, out_codes, out_logs):
     """Sample a block: codes and log-probabilities [B, N] from the last codes [B] and uniform numbers [B, N]."""
     num_lanes, num_codes = uniforms.shape
     width, num_skip = state.rings.shape[2], len(w.skip_bias)
@@ -985,9 +985,9 @@ def step_compressive(x, w, state, r, features):
 @_strict
 @no_type_check
 def compress_some(layer, t, w, state, r):
-    """f_c of some of the rows that will leave at the window's end, those as old as the window is, at every so many steps.
+    """f_c of some of the rows that will leave at the window's end: as many as the window has got, every so many steps.
 
-    What leaves is known before it does: the work of a push is spread over the window.
+    What leaves is known before it does, so the work of a push is spread over the window.
     """
     rate, num_groups, pre_norm = w.layout[layer, 2], w.layout[layer, 4], w.numbers[4] > 0
     if w.layout[layer, 1] == 0 or (t + 1) % (rate * num_groups):
@@ -1134,9 +1134,7 @@ def compress_known(w, state):
 
 @_strict
 @no_type_check
-def sample_compressive(
-    front_end, predictor, followed, w, state, head, drawing, codes, uniforms, out_codes, out_logs
-):
+def sample_compressive(front_end, predictor, head, followed, w, state, drawing, codes, uniforms, out_codes, out_logs):
     """Sample a block: codes and log-probabilities [B, N] from the last codes [B] and uniform numbers [B, N]."""
     num_lanes, num_codes = uniforms.shape
     vocab_size, width = front_end.table.shape

@@ -120,7 +120,7 @@ class CompiledCompressiveStack(CompiledStack):
     @torch.no_grad()
     def _weights(self) -> kernels.CompressiveWeights:
         config, layers = self._module.config, list(self._module.layers)
-        kept = {geometry: None for geometry in self._geometries}
+        kept = dict.fromkeys(self._geometries)
         like = layers[0].query.weight
         tables = [sinusoids(-key_positions(geometry, like), config.position_width).T for geometry in kept]
         columns = max(table.shape[1] for table in tables) + kernels.PADDING

@@ -99,6 +99,14 @@ class CompressiveStack(Stack):
         queues = tuple(weight.new_zeros(num_lanes, length, config.width) for length in queue_lengths)
         return Memory(zeros(rows), zeros(compressed), counts(), counts(), queues)
 
+    def full_memory(self, num_lanes: int) -> Memory:
+        memory = self.zero_memory(num_lanes)
+
+        def full(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(torch.full((num_lanes,), part.shape[1], device=part.device) for part in parts)
+
+        return memory._replace(memory_valid=full(memory.memory), compressed_memory_valid=full(memory.compressed_memory))
+
     def forward(
         self, rows: Float[Tensor, "B T D"], memory: Memory, *, document_starts: Bool[Tensor, "B T"] | None = None
     ) -> StackOutput:
