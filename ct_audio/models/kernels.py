@@ -797,6 +797,8 @@ class CompressiveWeights(NamedTuple):
         expand: [L, D, F]. expand_bias: [L, F]. contract: [L, F, D]. contract_bias: [L, D].
         compress: [L, levels, inputs, D] of f_c, compress_bias: [L, levels, D].
         key_value: [L, D, 2 G E], of compressed rows.
+        taps: [L, X, D] of the convolutions, oldest row first; X is 0 where there are none.
+        tap_bias: [L, D]. tap_norm: [L, 2, D].
         positions: [tables, P, columns], sinusoids of the keys of a window.
         cosine, sine: [T, P / 2], by which a position query is turned at each place of a window.
         layout: [L, 5] int64: memory rows M, compressed rows K, rate C, table of positions, groups of C rows that f_c
@@ -817,6 +819,9 @@ class CompressiveWeights(NamedTuple):
     compress: np.ndarray
     compress_bias: np.ndarray
     key_value: np.ndarray
+    taps: np.ndarray
+    tap_bias: np.ndarray
+    tap_norm: np.ndarray
     positions: np.ndarray
     cosine: np.ndarray
     sine: np.ndarray
@@ -834,7 +839,10 @@ class CompressiveState(NamedTuple):
         rows: [B, L, R, D], raw inputs of memory and window. compressed: [B, L, Q, D].
         starts: [B, L, 2] int64, the oldest row of `rows` and of `compressed`.
         valid: [B, L, 2] int64, valid rows of memory and compressed memory.
+        queues: [B, L, X, D], the last normalised rows of the convolutions; row n lies in n % X.
+        queues_before: [B, L, X - 1, D], as they were when the window began, oldest row first.
         position: [B] int64, rows of the unfinished window.
+        count: [B] int64, rows that have gone through the convolutions, modulo X.
     """
 
     keys: np.ndarray
@@ -843,7 +851,10 @@ class CompressiveState(NamedTuple):
     compressed: np.ndarray
     starts: np.ndarray
     valid: np.ndarray
+    queues: np.ndarray
+    queues_before: np.ndarray
     position: np.ndarray
+    count: np.ndarray
 
 
 @_strict
@@ -924,6 +935,23 @@ def find_pieces(w, state, lane, layer, segments):
 
 @_strict
 @no_type_check
+def convolve(lane, layer, row, w, state):
+    """row <- row + taps * norm(row and the rows before it), in place; see `convolution.py`."""
+    num_taps = w.taps.shape[1]
+    if num_taps == 0:
+        return
+    queue, newest, bias = state.queues[lane, layer], state.count[lane] % num_taps, w.tap_bias[layer]
+    layer_norm(row, w.tap_norm[layer], queue[newest])
+    for i in range(len(row)):
+        row[i] += bias[i]
+    for tap in range(num_taps):
+        seen, weight = queue[(newest + 1 + tap) % num_taps], w.taps[layer, tap]
+        for i in range(len(row)):
+            row[i] += weight[i] * seen[i]
+
+
+@_strict
+@no_type_check
 def step_compressive(x, w, state, r, features):
     """Features [B, D] after one more row a lane, `x` [B, D], which is written over; `r` is room."""
     num_lanes, width = x.shape
@@ -933,6 +961,7 @@ def step_compressive(x, w, state, r, features):
     for layer in range(len(w.layout)):
         memory, table = w.layout[layer, 0], w.layout[layer, 3]
         for lane in range(num_lanes):
+            convolve(lane, layer, x[lane], w, state)
             slot = (state.starts[lane, layer, 0] + memory + t) % (memory + window)
             copy(x[lane], state.rows[lane, layer, slot])
             copy(w.project_bias[layer], r.projected[lane])
@@ -1065,12 +1094,16 @@ def apply_compression(layer, w, rate, old, level, new):
 @no_type_check
 def end_step(lane, w, state):
     """Count a row; at the end of a window the rings begin a window further."""
-    window = w.numbers[0]
+    window, num_taps = w.numbers[0], w.taps.shape[1]
     state.position[lane] += 1
+    state.count[lane] = (state.count[lane] + 1) % max(num_taps, 1)
     if state.position[lane] < window:
         return
     state.position[lane] = 0
     for layer in range(len(w.layout)):
+        for place in range(1, num_taps):
+            row = state.queues[lane, layer, (state.count[lane] + place) % num_taps]
+            copy(row, state.queues_before[lane, layer, place - 1])
         memory, compressed, rate = w.layout[layer, 0], w.layout[layer, 1], w.layout[layer, 2]
         state.starts[lane, layer, 0] = (state.starts[lane, layer, 0] + window) % (memory + window)
         leaving = min(max(0, state.valid[lane, layer, 0] + window - memory), window)

@@ -17,7 +17,8 @@ from ct_audio.models import kernels
 from ct_audio.models.compiled import packed
 from ct_audio.models.compressive.attention import rotation_table, sinusoids
 from ct_audio.models.compressive.layer import CompressiveLayer
-from ct_audio.models.compressive.memory import Memory
+from ct_audio.models.compressive.memory import LayerMemory, join_layers, layer_memory
+from ct_audio.models.compressive.stepping import StackState, new_cache
 from ct_audio.models.compressive.windows import Geometry, key_positions
 from ct_audio.models.interface import CompiledStack
 
@@ -34,20 +35,13 @@ class CompiledCompressiveStack(CompiledStack):
 
     def __init__(self, stack: Any) -> None:
         config = stack.config
-        compresses = any(layer.compression_rate > 1 or layer.compression is not None for layer in stack.layers)
+        compresses = any(layer.compression is not None or layer.chooses_most_used for layer in stack.layers)
         if config.adaptive_span or (compresses and config.compression_function not in _KINDS):
             what = "adaptive spans" if config.adaptive_span else f"the compression {config.compression_function}"
             raise UserError(f"compiled stepping knows no {what}; use the eager stepper")
-        self._module, self._window = stack, config.window_length
-        self._geometries = [
-            Geometry(
-                config.window_length,
-                config.memory_length * config.keeps_memory(index),
-                config.compressed_memory_length * config.keeps_memory(index),
-                layer.compression_rate,
-                config.compressed_positions == "temporal",
-            )
-            for index, layer in enumerate(stack.layers)
+        self._module, self._window, memory = stack, config.window_length, stack.zero_memory(1)
+        self._geometries: list[Geometry] = [
+            layer.geometry(layer_memory(memory, index), self._window) for index, layer in enumerate(stack.layers)
         ]
         self.weights, self.sample = self._weights(), kernels.sample_compressive
 
@@ -59,6 +53,8 @@ class CompiledCompressiveStack(CompiledStack):
         return state.caches[0].inputs.shape[0]
 
     def from_state(self, state: Any) -> kernels.CompressiveState:
+        if state.starts is not None:
+            raise UserError("compiled stepping: a stream began anew in the unfinished window; use the eager stepper")
         config, lanes, t = self._module.config, self.num_lanes(state), state.position
         rings = [self._num_columns(geometry) for geometry in self._geometries]
         most_compressed, most_rows = (max(lengths) for lengths in zip(*rings, strict=True))
@@ -71,8 +67,14 @@ class CompiledCompressiveStack(CompiledStack):
             np.zeros((lanes, len(rings), most_compressed, width), np.float32),
             np.zeros((lanes, len(rings), 2), np.int64),
             np.zeros((lanes, len(rings), 2), np.int64),
+            np.zeros((lanes, len(rings), config.convolution_length, width), np.float32),
+            np.zeros((lanes, len(rings), max(config.convolution_length - 1, 0), width), np.float32),
             np.full(lanes, t, np.int64),
+            np.full(lanes, max(config.convolution_length - 1, 0), np.int64),
         )
+        for index, queue in enumerate(state.queues):
+            made.queues[:, index, :-1] = queue.numpy()
+            made.queues_before[:, index] = state.memory.queues[index].numpy()
         for index, (cache, geometry) in enumerate(zip(state.caches, self._geometries, strict=True)):
             compressed, rows = geometry.compressed_memory_length, geometry.memory_length + t
             keys = cache.wide_keys[..., : width // config.num_heads].numpy().swapaxes(2, 3)
@@ -89,25 +91,35 @@ class CompiledCompressiveStack(CompiledStack):
         kernels.compress_known(self.weights, made)
         return made
 
-    def to_state(self, state: kernels.CompressiveState) -> Any:
-        lanes, memory, compressed, window = np.arange(len(state.rows))[:, None], [], [], None
+    @torch.no_grad()
+    def to_state(self, state: kernels.CompressiveState) -> StackState:
+        lanes, t = np.arange(len(state.rows))[:, None], int(state.position[0])
+        remembered, inputs = [], []
         for index, geometry in enumerate(self._geometries):
-            num_compressed, num_rows = self._num_columns(geometry)
-            rows = state.starts[:, index, :1] + np.arange(geometry.memory_length + state.position[0])
-            rows = state.rows[lanes, index, rows % num_rows]
-            memory.append(torch.from_numpy(rows[:, : geometry.memory_length].copy()))
-            window = torch.from_numpy(rows[:, geometry.memory_length :].copy()) if window is None else window
-            columns = state.starts[:, index, 1:] + np.arange(geometry.compressed_memory_length)
-            compressed.append(torch.from_numpy(state.compressed[lanes, index, columns % max(num_compressed, 1)]))
-        valid = torch.from_numpy(state.valid.copy()).unbind(1)
-        memory_valid, compressed_valid = zip(*(counts.unbind(1) for counts in valid), strict=True)
-        whole = Memory(
-            tuple(_zero_invalid(*pair) for pair in zip(memory, memory_valid, strict=True)),
-            tuple(_zero_invalid(*pair) for pair in zip(compressed, compressed_valid, strict=True)),
-            tuple(counts.clone() for counts in memory_valid),
-            tuple(counts.clone() for counts in compressed_valid),
+            length, (num_compressed, num_rows) = geometry.memory_length, self._num_columns(geometry)
+            places = (state.starts[:, index, :1] + np.arange(length + t)) % num_rows
+            rows = torch.from_numpy(state.rows[lanes, index, places])
+            inputs.append(F.pad(rows[:, length:], (0, 0, 0, self._window - t)))
+            places = state.starts[:, index, 1:] + np.arange(geometry.compressed_memory_length)
+            compressed = torch.from_numpy(state.compressed[lanes, index, places % max(num_compressed, 1)])
+            valid = torch.from_numpy(state.valid[:, index].copy()).unbind(1)
+            memory = (_zero_invalid(*pair) for pair in zip((rows[:, :length], compressed), valid, strict=True))
+            remembered.append(LayerMemory(*memory, *(count.clone() for count in valid)))
+        num_taps = state.queues.shape[2]
+        places = (state.count[:, None] + np.arange(num_taps)[1:]) % max(num_taps, 1)
+        caches = tuple(map(new_cache, self._module.layers, remembered, inputs, [None] * len(inputs)))
+        positions = torch.arange(self._window, dtype=inputs[0].dtype)
+        return StackState(
+            join_layers(remembered, self._queues(state.queues_before)),
+            caches,
+            rotation_table(positions, self._module.config.position_width),
+            t,
+            queues=self._queues(state.queues[lanes, :, places].swapaxes(1, 2)),
         )
-        return self._module.begin_steps(whole, window)
+
+    def _queues(self, queues: Any) -> tuple[Tensor, ...]:
+        """A tensor [B, Q, D] for each layer with a convolution, from [B, L, Q, D]."""
+        return tuple(torch.from_numpy(queues[:, index].copy()) for index in range(len(self._module.convolutions)))
 
     def _num_columns(self, geometry: Geometry) -> tuple[int, int]:
         """Rows of the rings of compressed memory, and of memory and window."""
@@ -127,6 +139,8 @@ class CompiledCompressiveStack(CompiledStack):
         positions = torch.stack([F.pad(table, (0, columns - table.shape[1])) for table in tables])
         cosine, sine = rotation_table(torch.arange(self._window, dtype=like.dtype), config.position_width)
         compress, compress_bias = self._compression(layers)
+        convolutions = list(self._module.convolutions)
+        no_taps = like.new_zeros(len(layers), 0, config.width)
         stacked = {
             "output": [layer.output.weight.T for layer in layers],
             "attention_norm": [_norm(layer.attention_norm) for layer in layers],
@@ -151,6 +165,9 @@ class CompiledCompressiveStack(CompiledStack):
             final_norm=packed(_norm(self._module.final_norm)) if is_pre else np.zeros((2, 0), np.float32),
             compress=packed(compress),
             compress_bias=packed(compress_bias),
+            taps=packed(torch.stack([part.taps for part in convolutions]) if convolutions else no_taps),
+            tap_bias=packed(torch.stack([part.bias for part in convolutions]) if convolutions else no_taps[:, 0:1, 0]),
+            tap_norm=packed(torch.stack([_norm(part.norm) for part in convolutions]) if convolutions else no_taps),
             positions=packed(positions),
             cosine=packed(cosine[:, : config.position_width // 2]),
             sine=packed(sine[:, : config.position_width // 2]),

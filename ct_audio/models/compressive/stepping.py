@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ct_audio.models.compressive.attention import attend_one, quarter_turn, sinusoids
 from ct_audio.models.compressive.layer import CompressiveLayer
-from ct_audio.models.compressive.memory import LayerMemory
+from ct_audio.models.compressive.memory import LayerMemory, Memory
 from ct_audio.models.compressive.windows import key_positions, make_view
 
 
@@ -42,6 +42,26 @@ class LayerCache(NamedTuple):
     mask: Float[Tensor, "B 1 1 S"] | None
     usage: Float[Tensor, "B MT"] | None
     share: Float[Tensor, "H 1 S"] | None
+
+
+class StackState(NamedTuple):
+    """State between two calls of `step`; it holds the weights as they were at `begin_steps`.
+
+    Attributes:
+        memory: as of the last whole window.
+        caches: of each layer.
+        rotation: cosines and sines [window length, P] of the positions of a window.
+        position: rows of the unfinished window that have been consumed.
+        starts: [B, window length], where a stream began anew in the unfinished window; None for nowhere.
+        queues: of the convolutions, as of the last row; none where there are no convolutions.
+    """
+
+    memory: Memory
+    caches: tuple[LayerCache, ...]
+    rotation: tuple[Tensor, Tensor]
+    position: int
+    starts: Bool[Tensor, "B T"] | None = None
+    queues: tuple[Tensor, ...] = ()
 
 
 def new_cache(
