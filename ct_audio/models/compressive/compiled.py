@@ -37,7 +37,7 @@ class CompiledCompressiveStack(CompiledStack):
         config = stack.config
         compresses = any(layer.compression is not None or layer.chooses_most_used for layer in stack.layers)
         if config.adaptive_span or (compresses and config.compression_function not in _KINDS):
-            what = "adaptive spans" if config.adaptive_span else f"the compression {config.compression_function}"
+            what = "adaptive spans" if config.adaptive_span else f"compression {config.compression_function}"
             raise UserError(f"compiled stepping knows no {what}; use the eager stepper")
         self._module, self._window, memory = stack, config.window_length, stack.zero_memory(1)
         self._geometries: list[Geometry] = [
