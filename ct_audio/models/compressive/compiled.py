@@ -43,11 +43,8 @@ class CompiledCompressiveStack(CompiledStack):
         self._geometries: list[Geometry] = [
             layer.geometry(layer_memory(memory, index), self._window) for index, layer in enumerate(stack.layers)
         ]
+        self.lanes_together = 4
         self.weights, self.sample = self._weights(), kernels.sample_compressive
-
-    @property
-    def lanes_together(self) -> int:
-        return 1
 
     def num_lanes(self, state: Any) -> int:
         return state.caches[0].inputs.shape[0]
