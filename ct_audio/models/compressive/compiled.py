@@ -74,8 +74,9 @@ class CompiledCompressiveStack(CompiledStack):
             made.queues_before[:, index] = state.memory.queues[index].numpy()
         for index, (cache, geometry) in enumerate(zip(state.caches, self._geometries, strict=True)):
             compressed, rows = geometry.compressed_memory_length, geometry.memory_length + t
-            keys = cache.wide_keys[..., : width // config.num_heads].numpy().swapaxes(2, 3)
-            values, first = cache.values.numpy(), rings[index][0]
+            sharing = slice(None, None, config.num_heads // heads)
+            keys = cache.wide_keys[:, sharing, :, : width // config.num_heads].numpy().swapaxes(2, 3)
+            values, first = cache.values[:, sharing].numpy(), rings[index][0]
             made.keys[:, index, :, :, :compressed] = keys[..., :compressed]
             made.keys[:, index, :, :, first : first + rows] = keys[..., compressed : compressed + rows]
             made.values[:, index, :, :compressed] = values[:, :, :compressed]
