@@ -60,6 +60,11 @@ def options_of(name: str) -> set[str]:
     return set(re.findall(r"--[a-z-]+", printed.getvalue()))
 
 
+def without_speed(path: Path) -> bytes:
+    """A file of a sample without the speed, which a sidecar has and which no two samplings share."""
+    return re.sub(rb'"codes_per_second": [0-9.e+-]+', b"", path.read_bytes())
+
+
 def speech_like(num_samples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.05, num_samples).astype(np.float32)
 

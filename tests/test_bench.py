@@ -18,6 +18,19 @@ def bench(monkeypatch: Patch) -> Tool:
     return tool("bench", monkeypatch)
 
 
+def sampling_cases(late: int, later: int) -> list[str]:
+    """What is measured of a model that both steppers know, whose memories are full after `late` codes."""
+    both = [
+        f"{stepper}, {when}" for stepper in ("eager", "compiled") for when in ("first codes", f"after {late} codes")
+    ]
+    lanes = [
+        f"{num} lanes, {how}"
+        for num, most in ((4, 4), (16, 8))
+        for how in ("one after another", f"{most} side by side")
+    ]
+    return [*both, *(f"compiled, {case}" for case in (f"after {later:,} codes", *lanes, "2 lanes in 2 threads"))]
+
+
 def test_all_measurements(tmp_path: Path, bench: Tool, capsys: Output) -> None:
     recipes = []
     for name in ("compressive_transformer", "wavenet"):
@@ -35,10 +48,8 @@ def test_all_measurements(tmp_path: Path, bench: Tool, capsys: Output) -> None:
         ("chunk", "compressive_transformer, chunk at once"),
         ("attention", "compressive_transformer, reference"),
         ("attention", "compressive_transformer, fused"),
-        ("sample", "compressive_transformer, first codes"),
-        ("sample", "compressive_transformer, after 48 codes"),
-        ("sample", "wavenet, first codes"),
-        ("sample", "wavenet, after 19 codes"),
+        *[("sample", f"compressive_transformer, {case}") for case in sampling_cases(48, 6_448)],
+        *[("sample", f"wavenet, {case}") for case in sampling_cases(19, 6_419)],
     ]
     assert all(row["codes_per_second"] > 0 and row["ratio"] > 0 for row in report["rows"])
     text = (tmp_path / "bench.md").read_text(encoding="utf-8")

@@ -40,6 +40,7 @@ def configurations(draw: Any) -> dict[str, Any]:
         "num_layers": num_layers,
         "width": one_of(8, 12),
         "num_heads": one_of(1, 2),
+        "num_kv_heads": one_of(0, 1),
         "feedforward_width": one_of(4, 10),
         "position_width": one_of(2, 4),
         "window_length": one_of(4, 8),

@@ -133,7 +133,7 @@ def test_a_restored_sampler_goes_on_bit_for_bit(name: str) -> None:
 
 def test_lanes_draw_from_their_own_generators() -> None:
     uniforms = sampler._LaneUniforms(3, 2, torch.device("cpu"))
-    found = torch.stack([uniforms.next() for _ in range(5000)], 1)
+    found = torch.stack([uniforms.next(1)[:, 0] for _ in range(5000)], 1)
     for lane in range(2):
         word = int(np.random.SeedSequence((3, lane)).generate_state(1, np.uint32)[0])
         expected = torch.rand(5000, generator=torch.Generator().manual_seed(word), dtype=torch.float64)
@@ -275,8 +275,12 @@ def test_arguments_are_checked_before_the_first_code(changes: dict[str, Any], me
 
 
 def test_estimate_is_a_plausible_time() -> None:
-    seconds = estimate_code_seconds(tiny_model("wavenet"), num_lanes=2, start_code=START_CODE, budget_seconds=0.05)
+    seconds, together = estimate_code_seconds(tiny_model("wavenet"), num_lanes=2, budget_seconds=0.05, stepper="eager")
     assert 1e-6 < seconds < 1
+    assert together is None
+    seconds, together = estimate_code_seconds(tiny_model("compressive_transformer"), num_lanes=2, budget_seconds=0.05)
+    assert 1e-6 < seconds < 1
+    assert together in (1, 2)
 
 
 def measured(codes: np.ndarray, waveform: np.ndarray, nll: float = 2.0) -> dict[str, Any]:

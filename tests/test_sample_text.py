@@ -46,7 +46,8 @@ def test_sample_writes_texts_and_sidecars(
     assert sample(run, *common, "--length", 30, "--verify", "--out", tmp_path / "out") in OK
     unit = codec.unit
     printed = capsys.readouterr().out
-    assert f"for 60 {unit}s (2 x 30)\n60 {unit}s in " in printed
+    assert f"for 60 {unit}s (2 x 30); stepper: compiled" in printed
+    assert f"\n60 {unit}s in " in printed
     assert "real time" not in printed
     model, start = load_run_model(run).model, codec.encode(TEXT[:100])[:11]
     for lane in range(2):
@@ -85,7 +86,7 @@ def test_text_goes_to_stdout_as_it_is_sampled(
         name = "stdout"
 
     for name in ("byte", "word"):
-        monkeypatch.setattr("ct_audio.sampling.sample_set._STREAM_EVERY_SECONDS", 0.0)
+        monkeypatch.setattr("ct_audio.sampling.sample_set._BLOCK_SECONDS", 0.0)
         pipe = Pipe()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stdout := io.TextIOWrapper(pipe))

@@ -79,6 +79,12 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable codes only")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest codes of total probability P")
+    parser.add_argument(
+        "--stepper",
+        choices=("auto", "compiled", "eager"),
+        default="auto",
+        help="compiled: machine code, for float32 on the CPU; auto: that where the model offers it",
+    )
     parser.add_argument("--prime", type=Path, metavar="FILE", help="recording or text that all samples continue")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--prime-seconds", type=float, metavar="S", help="only the first seconds of --prime")
@@ -160,6 +166,7 @@ def _requests(arguments: argparse.Namespace, codec: Any) -> list[tuple[Path | No
         "prime": prime,
         "prime_name": prime_name,
         "include_prime": arguments.include_prime,
+        "stepper": arguments.stepper,
     }
     if arguments.temperatures is None:
         return [(arguments.out, Request(temperature=arguments.temperature, **settings))]

@@ -10,7 +10,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ct_audio.models.compressive.attention import ATTENTION_BACKENDS
 from ct_audio.models.interface import clip_gradients
 from ct_audio.models.state import detach_memory
 from ct_audio.runs.config import RunConfig, load_config
-from ct_audio.sampling.sampler import Sampler
+from ct_audio.sampling.sampler import Sampler, Stepper
 from ct_audio.training.schedules import make_optimizer
 
 Case = Callable[[], int]
@@ -120,16 +119,34 @@ def attention_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: 
         yield cases
 
 
-def sample_cases(configs: dict[str, RunConfig], num_lanes: int, num_rounds: int) -> Iterator[dict[str, Case]]:
-    """Sampling over the first codes of a stream, and over as many after all memory is full."""
+def sample_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
+    """Each stepper over the first codes of a stream, over as many after all memory is full, and many windows later;
+    the compiled one with other numbers of lanes, and with a lane for each of two threads."""
     for name, config in configs.items():
         model = build_model(config)
         late = model.temporal_range + config.data.chunk_length  # all memory is full
-        prime = _random_codes(num_lanes, late, model.vocab_size)
-        yield {
-            f"{name}, first codes": _sampling(model, num_lanes, None, num_rounds),
-            f"{name}, after {late:,} codes": _sampling(model, num_lanes, prime, num_rounds),
-        }
+        later = late + 50 * max(model.window_length, 128)
+        cases = {}
+        for stepper in _steppers(model):
+            label = f"{name}, {stepper}"
+            cases[f"{label}, first codes"] = _sampling(model, num_lanes, None, stepper)
+            prime = _random_codes(num_lanes, late, model.vocab_size)
+            cases[f"{label}, after {late:,} codes"] = _sampling(model, num_lanes, prime, stepper)
+        if "compiled" in _steppers(model):
+            label, prime = f"{name}, compiled", _random_codes(num_lanes, later, model.vocab_size)
+            cases[f"{label}, after {later:,} codes"] = _sampling(model, num_lanes, prime, "compiled")
+            for lanes, together in ((4, 1), (4, 4), (16, 1), (16, 8)):
+                prime = _random_codes(lanes, late, model.vocab_size)
+                how = f"{lanes} lanes, {'one after another' if together == 1 else f'{together} side by side'}"
+                cases[f"{label}, {how}"] = _sampling(model, lanes, prime, "compiled", together=together)
+            prime = _random_codes(2, late, model.vocab_size)
+            cases[f"{label}, 2 lanes in 2 threads"] = _sampling(model, 2, prime, "compiled", threads=2)
+        yield cases
+
+
+def _steppers(model: SequenceModel) -> tuple[Stepper, ...]:
+    sampler = Sampler(model, num_lanes=1, seed=0, start_code=0)
+    return ("eager", "compiled") if sampler.stepper == "compiled" else ("eager",)
 
 
 def _training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None = None) -> Case:
@@ -158,16 +175,34 @@ def _training_step(config: RunConfig, num_lanes: int, *, piece_length: int | Non
     return step
 
 
-def _sampling(model: SequenceModel, num_lanes: int, prime: Int[Tensor, "B P"] | None, num_rounds: int) -> Case:
+def _sampling(
+    model: SequenceModel,
+    num_lanes: int,
+    prime: Int[Tensor, "B P"] | None,
+    stepper: Stepper,
+    *,
+    together: int | None = None,
+    threads: int | None = None,
+) -> Case:
     """From the beginning every time, or going on with one stream whose prime is computed in the first call."""
+    num_codes = SAMPLED_CODES if stepper == "eager" else 8 * SAMPLED_CODES
 
     def sampler() -> Sampler:
-        return Sampler(model, num_lanes=num_lanes, seed=0, start_code=0, prime=prime)
+        made = Sampler(model, num_lanes=num_lanes, seed=0, start_code=0, prime=prime, stepper=stepper)
+        made.lanes_together = together
+        return made
+
+    def drain(sampler: Sampler) -> int:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        count = sum(codes.numel() for codes, _ in sampler.blocks(num_codes))
+        torch.set_num_threads(before)
+        return count
 
     if prime is None:  # each call starts anew, so that it is always the first codes
-        return lambda: num_lanes * len(list(sampler().run(SAMPLED_CODES)))
-    stream = sampler().run(SAMPLED_CODES * (num_rounds + 1))
-    return lambda: num_lanes * len(list(islice(stream, SAMPLED_CODES)))
+        return lambda: drain(sampler())
+    stream = sampler()
+    return lambda: drain(stream)
 
 
 def _random_codes(num_lanes: int, length: int, vocab_size: int) -> Int[Tensor, "B T"]:

@@ -4,15 +4,14 @@ The weights are made again every few samples from a window of past samples alone
 windowed autocorrelation. Its reflection coefficients are below 1 and so all poles of the predictor lie inside the unit
 circle: a generative model that follows its own output cannot start to oscillate by itself. What is left over has a
 scale that follows the size of the last residuals, with a floor tied to the width of the mu-law cell that is predicted.
-All of it is float64 on the CPU: a loop over time, compiled by numba when it is first used; lanes run in threads.
+All of it is float64 on the CPU: a loop over time in machine code (`kernels.follow`); lanes run in threads.
 Shape letters: B lanes, T codes of a chunk, P order, L samples of the window, V codes of the vocabulary.
 """
 
-import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,6 +99,13 @@ class AutocorrelationPredictor:
         falling = np.cos(0.5 * np.pi * (position - RISING_SHARE) / (1 - RISING_SHARE)) ** 2
         self._window = np.where(position < RISING_SHARE, rising, falling)
 
+    def compiled(self) -> Any:
+        """What the kernels need: a `kernels.Predictor`."""
+        settings = self.settings
+        numbers = [settings.hop_length, settings.scale_decay, settings.floor_cells, FIRST_RESIDUAL]
+        numbers += [WHITE_NOISE_CORRECTION, BANDWIDTH_EXPANSION, 0.0]
+        return _kernels().Predictor(self._waveform, self._window, np.array(numbers))
+
     def zero_memory(self, num_lanes: int, device: torch.device) -> AutocorrelationMemory:
         """Memory of streams that have not begun."""
 
@@ -129,10 +135,10 @@ class AutocorrelationPredictor:
         starts = torch.zeros(codes.shape, dtype=torch.bool) if document_starts is None else document_starts.cpu()
         features = torch.empty(*codes.shape, 2, dtype=torch.float64)
         arrays = [tensor.numpy() for tensor in (codes.cpu().contiguous(), starts.contiguous(), *own, features)]
-        options = (settings.hop_length, settings.scale_decay, settings.floor_cells)
+        predictor, kernel = self.compiled(), _kernels().follow
 
         def run(lane: int) -> None:
-            _loop()(lane, self._waveform, self._window, options, *arrays)
+            kernel(lane, predictor, *arrays)
 
         num_threads = min(len(codes), torch.get_num_threads()) if codes.shape[1] > 1 else 1
         if num_threads == 1:
@@ -144,86 +150,13 @@ class AutocorrelationPredictor:
         return features.to(device), AutocorrelationMemory(*(tensor.to(device) for tensor in own))
 
 
+def _kernels() -> Any:
+    from ct_audio.models import kernels  # imports numba, half a second
+
+    return kernels
+
+
 def cell_width(sample: Float[Tensor, "*N"], vocab_size: int) -> Float[Tensor, "*N"]:
     """Width of the mu-law cells around a sample in [-1, 1]: the slope of the expanding curve, times a code."""
     mu = vocab_size - 1
     return 2 * math.log1p(mu) / mu * (sample.abs() + 1 / mu)
-
-
-@functools.cache
-@no_type_check  # numba compiles the bare functions
-def _loop():
-    """The loop over time of one lane in machine code: without fast-math, so that sums keep their order."""
-    from numba import njit  # half a second, and compiling some more; nothing is written to disk
-
-    @njit(nogil=True)
-    def levinson(autocorrelation, weights, before):
-        error = autocorrelation[0]
-        for i in range(len(weights)):
-            reflection = autocorrelation[i + 1]
-            for j in range(i):
-                reflection -= weights[j] * autocorrelation[i - j]
-            reflection /= error
-            for j in range(i):
-                before[j] = weights[j]
-            for j in range(i):
-                weights[j] = before[j] - reflection * before[i - 1 - j]
-            weights[i] = reflection
-            error *= 1.0 - reflection * reflection
-
-    @njit(nogil=True)
-    def renew(past, window, weights, segment, autocorrelation, before):
-        for i in range(len(window)):
-            segment[i] = past[i] * window[i]
-        for lag in range(len(autocorrelation)):
-            total = 0.0
-            for i in range(lag, len(window)):
-                total += segment[i] * segment[i - lag]
-            autocorrelation[lag] = total
-        autocorrelation[0] = autocorrelation[0] * (1.0 + WHITE_NOISE_CORRECTION) + 1e-9
-        levinson(autocorrelation, weights, before)
-        factor = 1.0
-        for i in range(len(weights)):
-            factor *= BANDWIDTH_EXPANSION
-            weights[i] *= factor
-
-    @njit(nogil=True)
-    def predict(weights, samples, end):
-        total = 0.0
-        for i in range(len(weights)):
-            total += weights[i] * samples[end - 1 - i]
-        return 1.0 if total > 1.0 else (-1.0 if total < -1.0 else total)  # NaN stays NaN
-
-    @njit(nogil=True)
-    def follow(lane, waveform, window, options, codes, starts, history, weights, residuals, counts, features):
-        hop, decay, floor_cells = options
-        length, order, num_codes = len(window), weights.shape[1], codes.shape[1]
-        mu = len(waveform) - 1.0
-        own, count, residual = weights[lane], counts[lane], residuals[lane]
-        samples = np.empty(length + num_codes)
-        segment, autocorrelation, before = np.empty(length), np.empty(order + 1), np.empty(order)
-        for i in range(length):
-            samples[i] = history[lane, i]
-        for t in range(num_codes):
-            now = length + t
-            if starts[lane, t] or count == 0:
-                for i in range(t, now):
-                    samples[i] = 0.0
-                for i in range(order):
-                    own[i] = 0.0
-                residual, count = FIRST_RESIDUAL, 0
-            samples[now] = waveform[codes[lane, t]]
-            error = abs(samples[now] - predict(own, samples, now))
-            residual = decay * residual + (1.0 - decay) * error
-            count += 1
-            if count % hop == 0:
-                renew(samples[t + 1 : now + 1], window, own, segment, autocorrelation, before)
-            prediction = predict(own, samples, now + 1)
-            floor = floor_cells * (2.0 * math.log1p(mu) / mu) * (abs(prediction) + 1.0 / mu)
-            features[lane, t, 0] = prediction
-            features[lane, t, 1] = max(residual / (2.0 * math.log(2.0)), floor)
-        for i in range(length):
-            history[lane, i] = samples[num_codes + i]
-        counts[lane], residuals[lane] = count, residual
-
-    return follow

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ct_audio.models.interface import FrontEnd, Head, ModelOutput, SequenceModel, Stack
+from ct_audio.models.interface import BlockSampler, FrontEnd, Head, ModelOutput, SequenceModel, Stack
 from ct_audio.models.state import map_memory
 
 
@@ -65,6 +65,9 @@ class ComposedModel(SequenceModel):
         lengths = {"memory_length": memory_length, "compressed_memory_length": compressed_memory_length}
         return ModelMemory(self.front_end.zero_memory(num_lanes), self.stack.zero_memory(num_lanes, **lengths))
 
+    def full_memory(self, num_lanes: int) -> ModelMemory:
+        return ModelMemory(self.front_end.zero_memory(num_lanes), self.stack.full_memory(num_lanes))
+
     def forward(
         self, codes: Int[Tensor, "B T"], memory: ModelMemory, *, document_starts: Bool[Tensor, "B T"] | None = None
     ) -> ModelOutput:
@@ -89,6 +92,11 @@ class ComposedModel(SequenceModel):
 
     def clone_state(self, state: ModelState) -> ModelState:
         return ModelState(map_memory(torch.clone, state.front_end), self.stack.clone_state(state.stack))
+
+    def block_sampler(self) -> BlockSampler:
+        from ct_audio.models.compiled import CompiledModel  # imports numba
+
+        return CompiledModel(self.front_end, self.stack, self.head, ModelState)
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = {name: part for name, part in self.stack.gradient_groups().items() if name != "model"}

@@ -23,7 +23,7 @@ MAX_LOGITS = 2**27
 
 _FAR = 1e4
 """Edge of the outermost cells, which are open."""
-_FLOOR_CELLS = 0.1
+FLOOR_CELLS = 0.1
 """Least width of a component, in widths of the cell that the prediction lies in: narrower ones freeze a sample."""
 
 
@@ -141,7 +141,7 @@ class LogisticMixture(RowHead):
         """Log-weights, means and widths [N, K], in float32 or wider."""
         prediction, scale = at_least_float32(rows[:, -2:, None]).unbind(1)
         weights, shift, ratio = at_least_float32(self.projection(rows[:, :-2])).chunk(3, dim=-1)
-        floor = _FLOOR_CELLS * cell_width(prediction, self.vocab_size)
+        floor = FLOOR_CELLS * cell_width(prediction, self.vocab_size)
         width = torch.maximum(scale * ratio.clamp(-6, 6).exp(), floor)
         return torch.log_softmax(weights, dim=-1), prediction + shift * scale, width
 

@@ -26,13 +26,13 @@ The contract in prose
 
 import abc
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Float64, Int, Integer
 from torch import Tensor, nn
 
 from ct_audio.common.errors import UserError
@@ -118,6 +118,32 @@ class StackOutput(NamedTuple):
     auxiliary_losses: dict[str, Float[Tensor, ""]]
 
 
+class CompiledStack(abc.ABC):
+    """A stack's weights as they are now, packed for its kernel, and its step state as arrays, the lane first.
+
+    Attributes:
+        weights: a NamedTuple of numpy arrays.
+        sample: the kernel, see `kernels.sample_wavenet`.
+        lanes_together: how many lanes a thread steps side by side; more come one after another, block by block.
+    """
+
+    weights: Any
+    sample: Callable[..., None]
+    lanes_together: int
+
+    @abc.abstractmethod
+    def num_lanes(self, state: Any) -> int:
+        """Of a step state."""
+
+    @abc.abstractmethod
+    def from_state(self, state: Any) -> Any:
+        """Arrays of their own for a step state of the stack."""
+
+    @abc.abstractmethod
+    def to_state(self, state: Any) -> Any:
+        """A step state for the stack, equal up to rounding."""
+
+
 class StatefulModule(nn.Module, abc.ABC):
     """What stacks and models have in common: a memory, and parameters that somebody trains.
 
@@ -151,6 +177,10 @@ class StatefulModule(nn.Module, abc.ABC):
         Lengths default to the configuration's; evaluation may pass others. Without such a memory, a length that is
         passed raises `UserError`.
         """
+
+    def full_memory(self, num_lanes: int) -> Any:
+        """Zeros that count as a memory that a long stream has filled: for measurements of speed."""
+        return self.zero_memory(num_lanes)
 
     @abc.abstractmethod
     def clone_state(self, state: Any) -> Any:
@@ -206,6 +236,14 @@ class Stack(StatefulModule):
             document_starts: lanes for which nothing before has any influence from this row on; None for none.
         """
 
+    def compiled(self) -> CompiledStack:
+        """This stack as it is now, in float32 on the CPU, for stepping in machine code.
+
+        Raises:
+            UserError: it offers no such thing.
+        """
+        raise UserError(f"compiled stepping knows no stack {type(self).__name__}; use the eager stepper")
+
 
 class Head(nn.Module, abc.ABC):
     """Features in, probabilities of the next code out: always in float32 or wider, under autocast too."""
@@ -217,6 +255,43 @@ class Head(nn.Module, abc.ABC):
     @abc.abstractmethod
     def log_probabilities(self, features: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """As a model's."""
+
+
+class BlockSampler(abc.ABC):
+    """Steps of a model in machine code, draws included, with the weights as they were when it was made."""
+
+    @abc.abstractmethod
+    def begin(self, state: Any) -> Any:
+        """State for `sample_block` from one for `step`, at any place of a window: tensors, the lane first."""
+
+    @abc.abstractmethod
+    def end(self, state: Any) -> Any:
+        """A state for `step`, equal up to rounding."""
+
+    @abc.abstractmethod
+    def sample_block(
+        self,
+        codes: Int[Tensor, "B"],
+        state: Any,
+        uniforms: Float64[Tensor, "B N"],
+        *,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        num_threads: int = 1,
+        lanes_together: int | None = None,
+    ) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"], Any]:
+        """Sample N more codes a lane; consumes `state`.
+
+        Args:
+            codes: the last code of each lane.
+            uniforms: in [0, 1), a number for each draw.
+            temperature, top_k, top_p: as in `Sampler`.
+            num_threads: at least 1, a share of the lanes each; the bits do not depend on it, nor on `lanes_together`.
+            lanes_together: lanes that a thread steps side by side, None for the best.
+        Returns:
+            codes, their log-probabilities in nats at temperature 1 before top-k and top-p, and the next state.
+        """
 
 
 class SequenceModel(StatefulModule):
@@ -248,6 +323,14 @@ class SequenceModel(StatefulModule):
     @abc.abstractmethod
     def step(self, codes: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
         """Features after one more code a lane, and the next state. Consumes `state`."""
+
+    def block_sampler(self) -> BlockSampler:
+        """What samples many codes a call in machine code; float32 on the CPU only.
+
+        Raises:
+            UserError: the model offers no such thing; it says why.
+        """
+        raise UserError(f"compiled stepping knows no model {type(self).__name__}; use the eager stepper")
 
     def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
         """Compute what a model without trained parameters keeps in buffers from the training split, as one stream."""

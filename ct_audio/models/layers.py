@@ -1,12 +1,13 @@
 """Parts of stacks and heads: linear maps, one of them read twice, the feed-forward block, ages of documents.
 
-Shape letters: B lanes, T rows, D width, O outputs.
+Shape letters: B lanes, T rows, D width, O outputs, N batch, S rows with keys, H heads, E head width.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -59,6 +60,20 @@ def linear(in_features: int, out_features: int, *, bias: bool = False, gain: flo
 def frozen_layer_norm(norm: nn.LayerNorm, rows: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
     """The norm's values, with no gradient to its parameters."""
     return F.layer_norm(rows, norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps)
+
+
+def keys_and_values(
+    both: Float[Tensor, "N S D2"], num_heads: int, head_width: int
+) -> tuple[Float[Tensor, "N H S E"], Float[Tensor, "N H S E"]]:
+    """Keys and values of every head, from them side by side; where there are fewer of them, heads in a row share one.
+
+    Source: of shared keys and values, Ainslie et al. 2023, arXiv 2305.13245 (grouped-query attention).
+    """
+    keys, values = rearrange(both, "n s (two g e) -> two n g s e", two=2, e=head_width)
+    if keys.shape[1] < num_heads:
+        num_sharing = num_heads // keys.shape[1]
+        return keys.repeat_interleave(num_sharing, dim=1), values.repeat_interleave(num_sharing, dim=1)
+    return keys, values
 
 
 class FeedForward(nn.Module):

@@ -9,8 +9,9 @@ Q rows of all queues (the sum of the dilations).
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ct_audio.common.errors import UserError
 from ct_audio.models.composition import ComposedModel
-from ct_audio.models.interface import Stack, StackOutput, refuse_lengths
+from ct_audio.models.interface import CompiledStack, Stack, StackOutput, refuse_lengths
 from ct_audio.models.layers import document_age
 from ct_audio.models.parts import PartsConfig, make_front_end, make_head
 
@@ -248,6 +249,9 @@ class WaveNetStack(Stack):
         """An independent copy of a step state."""
         return self._step_state(state.rings.clone(), state.count.clone())
 
+    def compiled(self) -> CompiledStack:
+        return CompiledWaveNetStack(self)
+
     def _step_state(self, rings: Float[Tensor, "Q B C"], count: Int[Tensor, ""]) -> StepState:
         dilations = torch.tensor(self.dilations, device=rings.device)
         shape = (len(self.dilations), *rings.shape[1:])
@@ -272,6 +276,45 @@ class WaveNetStack(Stack):
                 f"wavenet: expected queues of shapes {expected[0]}, ..., {expected[-1]}, got {got}; "
                 f"pass zero_memory({num_lanes}) or the memory of the chunk before"
             )
+
+
+class CompiledWaveNetStack(CompiledStack):
+    """A `WaveNetStack` as it is now, for the kernels."""
+
+    lanes_together = 8
+
+    @torch.no_grad()
+    def __init__(self, stack: WaveNetStack) -> None:
+        from ct_audio.models import kernels  # imports numba
+        from ct_audio.models.compiled import packed
+
+        self._module, self.sample = stack, kernels.sample_wavenet
+        past, now = (rearrange(w, "l half out c -> l c (half out)") for w in (stack.past_weight, stack.now_weight))
+        residual = torch.cat([stack.residual_weight, torch.zeros_like(stack.now_weight[:1, 0])])
+        dilations = np.array(stack.dilations, np.int64)
+        self.weights = kernels.WaveNetWeights(
+            gate=packed(torch.cat([past, now], dim=1)),
+            gate_bias=packed(stack.gate_bias.flatten(1)),
+            out=packed(torch.cat([residual.mT, stack.skip_weight.mT], dim=2)),
+            skip_bias=packed(stack.skip_bias),
+            hidden=packed(stack.hidden.weight.T),
+            hidden_bias=packed(stack.hidden.bias),
+            offsets=dilations.cumsum() - dilations,
+            dilations=dilations,
+        )
+        self._state = kernels.WaveNetState
+
+    def num_lanes(self, state: StepState) -> int:
+        return state.rings.shape[1]
+
+    def from_state(self, state: StepState) -> Any:
+        rings = torch.cat(state.memory.queues, dim=1)
+        return self._state(rings.clone().numpy(), np.zeros(len(rings), np.int64))
+
+    def to_state(self, state: Any) -> StepState:
+        rings = torch.from_numpy(state.rings).split(list(self._module.dilations), dim=1)
+        queues = tuple(ring.roll(-(int(state.count[0]) % ring.shape[1]), 1) for ring in rings)
+        return self._module.begin_steps(WaveNetMemory(queues), rings[0][:, :0])
 
 
 class WaveNet(ComposedModel):

@@ -56,6 +56,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "model.num_layers": (1, 1000),
     "model.width": (1, _MAX_WIDTH),
     "model.num_heads": (1, _MAX_WIDTH),
+    "model.num_kv_heads": (0, _MAX_WIDTH),
     "model.feedforward_width": (1, _MAX_WIDTH),
     "model.position_width": (2, _MAX_WIDTH),
     "model.dropout": (0.0, 1.0),

@@ -41,6 +41,7 @@ def write_samples(
         sidecar = samples.settings() | measures | {"lane": lane, "warnings": faults}
         if isinstance(names := samples.request.prime_name, tuple):
             sidecar["prime"] = names[lane]
+        sidecar["codes_per_second"] = samples.codes_per_second
         if verify_difference is not None:
             sidecar["verify_max_abs_difference"] = verify_difference if math.isfinite(verify_difference) else None
         path = "stdout"

@@ -28,11 +28,11 @@ from ct_audio.sampling.resume import (
     require_same_settings,
     save_sampling,
 )
-from ct_audio.sampling.sampler import Sampler, verify_steps
+from ct_audio.sampling.sampler import Sampler, Stepper, verify_steps
 
 SAVE_EVERY_SECONDS = 60.0
 _SAVING_SHARE = 0.1  # of the time at most goes into saving, however large a state is
-_STREAM_EVERY_SECONDS = 0.05
+_BLOCK_SECONDS = 0.05  # wall time between two looks at signals, and two pieces of a stream
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Request:
         prime: [P] codes that all lanes continue, or [B, P], what each lane continues.
         prime_name: for the sidecars: its file's name, or the name of each lane's prime.
         include_prime: the wav files begin with the prime.
+        stepper: "auto" goes on with the stepper that a sampling began with.
     """
 
     num_codes: int
@@ -55,6 +56,7 @@ class Request:
     prime: Integer[np.ndarray, "P"] | Integer[np.ndarray, "B P"] | None = None
     prime_name: str | tuple[str, ...] | None = None
     include_prime: bool = False
+    stepper: Stepper = "auto"
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -117,19 +119,46 @@ class SampleSet:
         if request.prime is not None:
             prime = torch.from_numpy(request.prime.astype(np.int64)).to(device)
             self._prime = prime if prime.ndim == 2 else repeat(prime, "p -> b p", b=request.num_lanes)
-        self._sampler = Sampler(run.model, start_code=codec.start_code, prime=self._prime, **request.drawing)
+        saved = load_sampling(directory) if directory is not None and resume else None
+        stepper = request.stepper
+        if saved is not None:
+            saved.settings.setdefault("stepper", "eager")  # states from before there was another
+            stepper = saved.settings["stepper"] if stepper == "auto" else stepper
+        place = {"start_code": codec.start_code, "prime": self._prime}
+        self._sampler = Sampler(run.model, stepper=stepper, **place, **request.drawing)
         self._codes: list[Tensor] = []  # each [B, T]
         self._log_probabilities: list[Tensor] = []
-        self._num_saved = self.num_resumed = self.stopped_by = 0
+        self._seconds, self._num_saved, self.num_resumed, self.stopped_by = 0.0, 0, 0, 0
         if directory is not None and not resume:
             require_no_unfinished(directory)  # also where there is no such directory yet
-        elif directory is not None:
-            self._resume(directory)
+        elif directory is not None and saved is None:
+            print(f"{directory} holds no sampling to go on with: it begins at the beginning")
+        elif directory is not None and saved is not None:
+            self._resume(directory, saved)
 
     @property
     def num_codes(self) -> int:
         """Codes of each lane so far."""
         return self._sampler.num_codes
+
+    @property
+    def stepper(self) -> Stepper:
+        """Which one samples, "compiled" or "eager"."""
+        return self._sampler.stepper
+
+    @property
+    def lanes_together(self) -> int | None:
+        """As the sampler's; it changes nothing but the speed."""
+        return self._sampler.lanes_together
+
+    @lanes_together.setter
+    def lanes_together(self, count: int | None) -> None:
+        self._sampler.lanes_together = count
+
+    @property
+    def codes_per_second(self) -> float | None:
+        """Codes of all lanes in a second of sampling (without saving and writing); None before there are any."""
+        return self.num_codes * self.request.num_lanes / self._seconds if self._seconds else None
 
     @property
     def num_left(self) -> int:
@@ -162,28 +191,29 @@ class SampleSet:
             save_every_seconds: wall time between two saves (longer where saving itself takes long).
             label: of the progress bar.
         """
-        pairs: list[tuple[Tensor, Tensor]] = []
-        saved = streamed = time.perf_counter()
-        pause = save_every_seconds
-        steps = self._sampler.run(self.num_left)
-        for pair in Progress(steps, total=self.num_left, desc=label, unit="code"):
-            pairs.append(pair)
-            now = time.perf_counter()
-            if stream is not None and now - streamed >= _STREAM_EVERY_SECONDS:
-                self._take(pairs, stream)
-                streamed = now
-                if not stream.is_open:
+        saved, pause = time.perf_counter(), save_every_seconds
+        blocks = self._sampler.blocks(self.num_left, seconds=_BLOCK_SECONDS)
+        with Progress(total=self.num_left, desc=label, unit="code") as bar:
+            began = time.perf_counter()
+            for codes, log_probabilities in blocks:
+                self._codes.append(codes)
+                self._log_probabilities.append(log_probabilities)
+                self._seconds += time.perf_counter() - began
+                bar.update(codes.shape[1])
+                if stream is not None:
+                    stream.write(self.codec.decode(codes[0].cpu().numpy()))
+                    if not stream.is_open:
+                        break
+                now = time.perf_counter()
+                if now - saved >= pause and self.directory is not None:
+                    self._save(self.directory)
+                    saved = time.perf_counter()
+                    pause = max(save_every_seconds, (saved - now) / _SAVING_SHARE)
+                if signals:
+                    self.stopped_by = signals[0]
                     break
-            if now - saved >= pause and self.directory is not None:
-                self._take(pairs, stream)
-                self._save(self.directory)
-                saved = time.perf_counter()
-                pause = max(save_every_seconds, (saved - now) / _SAVING_SHARE)
-            if signals:
-                self.stopped_by = signals[0]
-                break
-        steps.close()
-        self._take(pairs, stream)
+                began = time.perf_counter()
+        blocks.close()
         if self.directory is not None:
             self._save(self.directory)
 
@@ -219,6 +249,7 @@ class SampleSet:
             "prime": request.prime_name,
             "prime_included": request.include_prime,
             "device": run.model.device.type,
+            "stepper": self.stepper,
             "version": _version(),
             **request.drawing,
             **(of_audio if rate else {"prime_units": prime_length}),
@@ -229,18 +260,15 @@ class SampleSet:
         settings = self.settings()
         del settings["prime_included"], settings["version"], settings["prime"]  # its codes decide, not its name
         raw = b"" if self.request.prime is None else self.request.prime.astype("<i4").tobytes()
+        compiled = {"numba": version("numba")}  # lanes do not meet: threads change nothing
         return settings | {
             "weights": self.run.state["files"]["model.safetensors"]["sha256"],
             "prime_codes": hashlib.sha256(raw).hexdigest(),
-            "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            **(compiled if self.stepper == "compiled" else {"threads": torch.get_num_threads()}),
         }
 
-    def _resume(self, directory: Path) -> None:
-        saved = load_sampling(directory)
-        if saved is None:
-            print(f"{directory} holds no sampling to go on with: it begins at the beginning")
-            return
+    def _resume(self, directory: Path, saved: SavedSampling) -> None:
         require_same_settings(directory, saved, self._resume_settings())
         num_codes = saved.codes.shape[1]
         if num_codes > self.request.num_codes:
@@ -249,7 +277,9 @@ class SampleSet:
                 "resume to; ask for at least as much"
             )
         device = self.run.model.device
-        self._sampler.restore(saved.leaves)
+        leaves = dict(saved.leaves)
+        self._seconds = leaves.pop("seconds", 0.0)
+        self._sampler.restore(leaves)
         self._codes, self._log_probabilities = [saved.codes.to(device)], [saved.log_probabilities.to(device)]
         self._num_saved = self.num_resumed = num_codes
 
@@ -257,19 +287,9 @@ class SampleSet:
         if self.num_codes == self._num_saved:
             return
         directory.mkdir(exist_ok=True)
-        settings, leaves = self._resume_settings(), self._sampler.leaves()
+        settings, leaves = self._resume_settings(), self._sampler.leaves() | {"seconds": self._seconds}
         save_sampling(directory, SavedSampling(settings, False, self.codes, self.log_probabilities, leaves))
         self._num_saved = self.num_codes
-
-    def _take(self, pairs: list[tuple[Tensor, Tensor]], stream: SampleStream | None) -> None:
-        """Move the newest codes to the ones of before, and to the stream."""
-        if not pairs:
-            return
-        self._codes.append(torch.stack([codes for codes, _ in pairs], dim=1))
-        self._log_probabilities.append(torch.stack([log_probability for _, log_probability in pairs], dim=1))
-        pairs.clear()
-        if stream is not None:
-            stream.write(self.codec.decode(self._codes[-1][0].cpu().numpy()))
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         if len(parts) != 1:

@@ -1,16 +1,19 @@
-"""Sampling: codes one by one from a model, with their log-probabilities.
+"""Sampling: codes from a model, with their log-probabilities.
 
-Shape letters: B lanes, P codes of a prime, T sampled codes, V codes of the vocabulary, G bytes of a generator's state,
-R uniform numbers drawn ahead.
+There are two steppers: `eager` calls the model's `step` and draws with torch, which every model, type and device can;
+`compiled` is a loop in machine code, draws included, which models offer in float32 on the CPU
+(`SequenceModel.block_sampler`), some ten times as fast.
 Lane k draws from a generator of its own, seeded from (seed, k): the first codes of a longer sample are the shorter
-sample, and for the same number of lanes, threads and device every bit is the same.
+sample. For the same stepper and machine every bit is the same; with `eager`, if the numbers of lanes and threads are.
+Shape letters: B lanes, P codes of a prime, T sampled codes, N codes of a block, V codes of the vocabulary, G bytes of a
+generator's state, R uniform numbers drawn ahead.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Generator
-from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +22,12 @@ from torch import Tensor
 
 from ct_audio.common.errors import UserError
 from ct_audio.models import SequenceModel
+from ct_audio.models.interface import BlockSampler
 from ct_audio.models.state import named_leaves, state_from_leaves
 
 _DRAWS_AHEAD = 4096  # uniform numbers a lane that are drawn at a time; draws do not depend on it
-_CHECK_EVERY = 64  # codes between two looks for NaN; each look waits for the device
+_MAX_BLOCK = 4096  # codes of a block, however fast they come
+Stepper = Literal["auto", "compiled", "eager"]
 _PIECE_LENGTH = 4096  # codes of a prime, or of a re-scored sample, that one forward takes at most
 
 
@@ -39,10 +44,13 @@ class Sampler:
         top_k: draw from this many most probable codes only, in [1, V].
         top_p: then, of these, from the fewest whose share of the probability reaches this, in (0, 1].
         prime: codes that come first, computed in parallel; the sample goes on after them.
+        stepper: "compiled", "eager", or "auto": compiled where the model offers it.
     Attributes:
         num_codes: codes sampled so far in each lane.
+        stepper: which one it is.
+        lanes_together: lanes that a thread of the compiled stepper steps side by side; None: as the model thinks best.
     Raises:
-        UserError: an argument is out of its range.
+        UserError: an argument is out of its range, or "compiled" is asked for and not offered.
     Source: top-p is nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
     """
 
@@ -57,6 +65,7 @@ class Sampler:
         top_k: int | None = None,
         top_p: float | None = None,
         prime: Int[Tensor, "B P"] | None = None,
+        stepper: Stepper = "auto",
     ) -> None:
         vocab_size = model.vocab_size
         if num_lanes < 1:
@@ -75,38 +84,88 @@ class Sampler:
         self._uniforms = _LaneUniforms(seed, num_lanes, self._inputs.device)
         self._codes: Tensor = self._inputs[:, -1]
         self._state: Any = None
-        self._has_begun = False  # True once the prime has been run and the state is one for `step`
+        self._has_begun = False  # True once the prime has been run and the state is one for the stepper
+        self._compiled = None if stepper == "eager" else _block_sampler(model, is_asked_for=stepper == "compiled")
+        self.stepper: Stepper = "eager" if self._compiled is None else "compiled"
         self.num_lanes, self.num_codes = num_lanes, 0
+        self.lanes_together: int | None = None
 
     def run(self, num_codes: int) -> Generator[tuple[Int[Tensor, "B"], Float[Tensor, "B"]], None, None]:
+        """As `blocks`, code by code: what has been sampled is never ahead of what has been returned."""
+
+        def one_by_one(blocks: Generator[tuple[Tensor, Tensor], None, None]) -> Generator[Any, None, None]:
+            with contextlib.closing(blocks):
+                for codes, log_probabilities in blocks:
+                    yield codes[:, 0], log_probabilities[:, 0]
+
+        return one_by_one(self.blocks(num_codes, seconds=0.0))
+
+    def blocks(
+        self, num_codes: int, *, seconds: float = 0.05
+    ) -> Generator[tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]], None, None]:
         """Sample so many more codes.
 
+        Args:
+            seconds: wall time that a block takes, about; 0: blocks of one code.
         Returns:
-            iterator of the codes [B] and of their log-probabilities [B] in nats, at temperature 1 before top-k and
+            iterator of blocks of codes and of their log-probabilities in nats, at temperature 1 before top-k and
             top-p. The model is in evaluation mode until the iterator is exhausted or closed.
         Raises:
-            UserError: the model says NaN (seen with a delay of up to 64 codes).
+            UserError: the model says NaN.
         """
         if num_codes < 0:
             raise UserError(f"expected no negative number of codes, got {num_codes}")
-        return self._run(self.num_codes + num_codes)
+        return self._blocks(self.num_codes + num_codes, seconds)
 
-    def _run(self, stop: int) -> Generator[tuple[Tensor, Tensor], None, None]:
-        model = self._model
-        with model.evaluation_mode():
+    def _blocks(self, stop: int, seconds: float) -> Generator[tuple[Tensor, Tensor], None, None]:
+        length = 1
+        with self._model.evaluation_mode():
             if not self._has_begun:
-                self._state, self._has_begun = _run_prime(model, self._inputs[:, :-1]), True
+                self._begin()
             while self.num_codes < stop:
+                length, began = min(length, stop - self.num_codes), time.perf_counter()
                 with torch.inference_mode():  # left before each yield: it must not leak to the caller
-                    features, self._state = model.step(self._codes, self._state)
-                    log_probabilities = model.log_probabilities(features)
-                    codes = draw_codes(log_probabilities, self._uniforms.next(), **self._settings)
-                    chosen = log_probabilities.gather(-1, codes[:, None])[:, 0]
-                    if self.num_codes % _CHECK_EVERY == 0 or self.num_codes == stop - 1:
-                        _require_finite(chosen, self.num_codes)
-                self._codes = codes
-                self.num_codes += 1
+                    uniforms = self._uniforms.next(length)
+                    codes, chosen = self._step(uniforms) if self._compiled is None else self._sample_block(uniforms)
+                    _require_finite(chosen, self.num_codes)
+                self._codes = codes[:, -1]
+                self.num_codes += length
+                growth = min(4.0, seconds / max(time.perf_counter() - began, 1e-6))
+                length = max(1, min(_MAX_BLOCK, int(length * growth)))
                 yield codes, chosen
+
+    def begin_full(self) -> None:
+        """Begin with a memory that is full of nothing, in the middle of a window: for measurements of speed."""
+        model, num_lanes = self._model, self.num_lanes
+        codes = self._inputs[:, -1:].expand(num_lanes, model.window_length // 2)
+        with model.evaluation_mode(), torch.inference_mode():
+            self._place(model.begin_steps(model.full_memory(num_lanes), codes))
+
+    def _begin(self) -> None:
+        self._place(_run_prime(self._model, self._inputs[:, :-1]))
+
+    def _place(self, state: Any) -> None:
+        self._state = state if self._compiled is None else self._compiled.begin(state)
+        self._has_begun = True
+
+    def _step(self, uniforms: Float64[Tensor, "B N"]) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:
+        """A block by the model's own steps."""
+        last, codes, chosen = self._codes, [], []
+        for column in uniforms.unbind(1):
+            features, self._state = self._model.step(last, self._state)
+            log_probabilities = self._model.log_probabilities(features)
+            last = draw_codes(log_probabilities, column, **self._settings)
+            codes.append(last)
+            chosen.append(log_probabilities.gather(-1, last[:, None])[:, 0])
+        return torch.stack(codes, dim=1), torch.stack(chosen, dim=1)
+
+    def _sample_block(self, uniforms: Float64[Tensor, "B N"]) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:
+        assert self._compiled is not None
+        how = {"num_threads": torch.get_num_threads(), "lanes_together": self.lanes_together}
+        codes, chosen, self._state = self._compiled.sample_block(
+            self._codes, self._state, uniforms, **self._settings, **how
+        )
+        return codes, chosen
 
     def leaves(self) -> dict[str, Any]:
         """All that the next code depends on: tensors (of this sampler, not copies) and plain values by name."""
@@ -126,6 +185,7 @@ class Sampler:
         device = self._inputs.device
         placed = {name: leaf.to(device) if isinstance(leaf, Tensor) else leaf for name, leaf in leaves.items()}
         like = self._model.begin_steps(self._model.zero_memory(self.num_lanes), self._inputs[:, :0])
+        like = like if self._compiled is None else self._compiled.begin(like)
         step = {name.removeprefix("step").removeprefix("/"): placed[name] for name in placed.keys() - own}
         self._state, self._has_begun = state_from_leaves(like, step), True
         self._uniforms.restore(leaves["generators"], leaves["uniforms"])
@@ -163,25 +223,44 @@ def verify_steps(
 
 
 def estimate_code_seconds(
-    model: SequenceModel, *, num_lanes: int, start_code: int, max_codes: int = 10_000, budget_seconds: float = 1.0
-) -> float:
-    """Wall time in seconds of one code of each lane, measured on a throw-away sample.
+    model: SequenceModel,
+    *,
+    num_lanes: int,
+    max_codes: int = 10_000,
+    budget_seconds: float = 1.0,
+    stepper: Stepper = "auto",
+) -> tuple[float, int | None]:
+    """Wall time in seconds of one code of each lane, as it is once memory is full, measured on a throw-away sample.
 
     Args:
-        max_codes: at least 1; codes of the throw-away sample at most, not counting two to warm up.
-        budget_seconds: it is broken off after this time.
+        max_codes: at least 1; codes of the throw-away sample at most, not counting those to warm up.
+        budget_seconds: it is broken off after this time, about.
+    Returns:
+        the time, and how many lanes a thread best steps side by side (None with the eager stepper).
     """
-    iterator = Sampler(model, num_lanes=num_lanes, seed=0, start_code=start_code).run(max_codes + 2)
-    for codes, _ in islice(iterator, 2):  # first calls are slower
-        codes.tolist()
-    began, count = time.perf_counter(), 0
-    for codes, _ in iterator:
-        count += 1
+    sampler = Sampler(model, num_lanes=num_lanes, seed=0, start_code=0, stepper=stepper)
+    sampler.begin_full()
+    list(sampler.blocks(2, seconds=0.0))  # first calls are slower: the kernels are compiled, or read from disk
+    if sampler.stepper == "eager":
+        return _code_seconds(sampler, max_codes, budget_seconds), None
+    share = -(-num_lanes // torch.get_num_threads())
+    counts = [count for count in (1, 2, 4, 8, 16) if count < share] + [min(share, 32)]
+    found = {}
+    for sampler.lanes_together in counts:
+        found[sampler.lanes_together] = _code_seconds(sampler, max_codes, budget_seconds / (len(counts) + 1))
+    sampler.lanes_together = min(found, key=lambda count: found[count])
+    return _code_seconds(sampler, max_codes, budget_seconds / (len(counts) + 1)), sampler.lanes_together
+
+
+def _code_seconds(sampler: Sampler, max_codes: int, budget_seconds: float) -> float:
+    began, num_before = time.perf_counter(), sampler.num_codes
+    blocks = sampler.blocks(max_codes, seconds=budget_seconds / 4)
+    for codes, _ in blocks:
         codes.tolist()  # waits for the device
         if time.perf_counter() - began > budget_seconds:
             break
-    iterator.close()
-    return (time.perf_counter() - began) / count
+    blocks.close()
+    return (time.perf_counter() - began) / (sampler.num_codes - num_before)
 
 
 @torch.inference_mode()
@@ -237,13 +316,14 @@ class _LaneUniforms:
         self._device, self._used = device, 0
         self._ahead = torch.empty(num_lanes, 0, dtype=torch.float64)
 
-    def next(self) -> Tensor:
-        """The next number of each lane, [B]."""
-        if self._used == self._ahead.shape[1]:
+    def next(self, num: int) -> Float64[Tensor, "B N"]:
+        """The next numbers of each lane."""
+        while self._ahead.shape[1] - self._used < num:
             rows = [torch.rand(_DRAWS_AHEAD, generator=g, dtype=torch.float64) for g in self._generators]
-            self._ahead, self._used = torch.stack(rows).to(self._device), 0
-        self._used += 1
-        return self._ahead[:, self._used - 1]
+            left = self._ahead[:, self._used :]
+            self._ahead, self._used = torch.cat([left, torch.stack(rows).to(self._device)], dim=1), 0
+        self._used += num
+        return self._ahead[:, self._used - num : self._used]
 
     def tensors(self) -> tuple[UInt8[Tensor, "B G"], Float64[Tensor, "B R"]]:
         """The generators' states, and the numbers that were drawn ahead and not used yet."""
@@ -275,9 +355,20 @@ def _piece_length(model: SequenceModel) -> int:
     return max(1, _PIECE_LENGTH // model.window_length) * model.window_length
 
 
-def _require_finite(log_probabilities: Tensor, index: int) -> None:
-    broken = (~torch.isfinite(log_probabilities)).nonzero().flatten().tolist()
-    if broken:
-        where = f"at code {index} of lane {broken[0]}"
+def _block_sampler(model: SequenceModel, *, is_asked_for: bool) -> BlockSampler | None:
+    """The compiled stepper of a model, None where it offers none, unless it is asked for."""
+    try:
+        return model.block_sampler()
+    except UserError:
+        if is_asked_for:
+            raise
+        return None
+
+
+def _require_finite(log_probabilities: Float[Tensor, "B N"], num_before: int) -> None:
+    is_broken = ~torch.isfinite(log_probabilities)
+    if is_broken.any():
+        index, lane = (int(place) for place in is_broken.T.nonzero()[0])  # the first in time
+        where = f"at code {num_before + index} of lane {lane}"
         advice = "its parameters are damaged or diverged: use another checkpoint"
         raise UserError(f"the model's log-probabilities are not finite {where}; {advice}")

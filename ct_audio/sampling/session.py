@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from ct_audio.sampling.temperature_report import require_comparable, write_repor
 
 VERIFY_LIMIT = 1e-3
 """Nats; float32 steps and float32 forward passes of a sound implementation differ by about 1e-5."""
+
+_PATIENCE_SECONDS = 2.0
+_COMPILING = "compiling the stepper: about half a minute, once on this machine"
 
 
 class Outcome(NamedTuple):
@@ -72,15 +76,27 @@ def sample_sets(
 
 
 def _print_estimate(sets: list[SampleSet]) -> None:
+    """Say how long it will take and which stepper does it; the sets take the number of lanes that was found best."""
     num_codes = sum(one.num_left for one in sets)
     if not num_codes:
         return
     first, num_lanes = sets[0], sets[0].request.num_lanes
-    code_seconds = estimate_code_seconds(
-        first.run.model, num_lanes=num_lanes, start_code=first.codec.start_code, max_codes=16 + num_codes // 50
-    )
+    told = threading.Timer(_PATIENCE_SECONDS, lambda: print(_COMPILING, file=sys.stderr, flush=True))
+    told.daemon = True
+    if first.stepper == "compiled":
+        told.start()
+    try:
+        max_codes = max(16 + num_codes // 50, 256 if first.stepper == "compiled" else 0)
+        code_seconds, lanes_together = estimate_code_seconds(
+            first.run.model, num_lanes=num_lanes, max_codes=max_codes, stepper=first.stepper
+        )
+    finally:
+        told.cancel()
+    for one in sets:
+        one.lanes_together = lanes_together
+    how = first.stepper if lanes_together in (None, 1) else f"{first.stepper}, {lanes_together} lanes side by side"
     total = f"{num_codes * num_lanes} {first.codec.unit}s ({num_lanes} x {num_codes})"
-    print(f"about {code_seconds * num_codes:.0f} s for {total}", flush=True)
+    print(f"about {code_seconds * num_codes:.0f} s for {total}; stepper: {how}", flush=True)
 
 
 def _sample(

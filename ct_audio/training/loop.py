@@ -344,15 +344,17 @@ def _sample(session: Session) -> None:
 
 def _sample_alone(session: Session, rate: int) -> None:
     progress, codec, settings = session.progress, session.corpus.codec, session.config.train
-    num_codes, codes = max(1, round(settings.sample_seconds * rate)), []
+    num_codes, parts = max(1, round(settings.sample_seconds * rate)), []
     sampler = Sampler(session.model, num_lanes=1, seed=settings.seed, start_code=codec.start_code)
-    steps = sampler.run(num_codes)
-    for code, _ in Progress(steps, total=num_codes, desc=f"sampling {num_codes / rate:.2g} s of audio", unit="code"):
-        codes.append(int(code))
-        if session.signals:
-            steps.close()
-            return
-    waveform = codec.decode(np.array(codes, dtype=np.uint8))
+    blocks = sampler.blocks(num_codes)
+    with Progress(total=num_codes, desc=f"sampling {num_codes / rate:.2g} s of audio", unit="code") as bar:
+        for codes, _ in blocks:
+            parts.append(codes[0].numpy(force=True))
+            bar.update(codes.shape[1])
+            if session.signals:
+                blocks.close()
+                return
+    waveform = codec.decode(np.concatenate(parts).astype(np.uint8))
     directory = session.config.run_dir / "samples"
     directory.mkdir(exist_ok=True)
     write_wav(directory / f"step_{progress.step:08d}_0.wav", waveform, rate)

@@ -15,6 +15,7 @@ class StackConfig:
 
     Attributes:
         num_layers, width, num_heads, feedforward_width: as in any transformer; head width is width / num_heads.
+        num_kv_heads: heads of keys and values, each shared by as many heads in a row; 0 for as many as `num_heads`.
         position_width: P, width of the sinusoidal table (the paper's is `width`), even.
         dropout: of each sublayer's output and inside the feed-forward block (in a model also of the embedding).
         window_length: n_s. memory_length: n_m. compressed_memory_length: n_cm; 0 gives Transformer-XL.
@@ -43,6 +44,7 @@ class StackConfig:
     num_layers: int = 20
     width: int = 384
     num_heads: int = 6
+    num_kv_heads: int = 0
     feedforward_width: int = 1024
     position_width: int = 64
     dropout: float = 0.0
@@ -72,6 +74,11 @@ class StackConfig:
                 raise UserError(f"model.{name}: expected at least 0, got {getattr(self, name)}")
         if self.width % self.num_heads:
             raise UserError(f"model.width = {self.width} is not divisible by model.num_heads = {self.num_heads}")
+        if self.num_kv_heads < 0 or (self.num_kv_heads and self.num_heads % self.num_kv_heads):
+            raise UserError(
+                f"model.num_kv_heads: expected 0 or a divisor of model.num_heads = {self.num_heads}, got "
+                f"{self.num_kv_heads}"
+            )
         if self.position_width < 2 or self.position_width % 2:
             raise UserError(f"model.position_width: expected an even number above 0, got {self.position_width}")
         if not 0 <= self.dropout < 1:
@@ -104,6 +111,11 @@ class StackConfig:
             if self.keeps_memory(layer):
                 check_whole_groups(self.compressed_memory_length, rate, window=self.window_length)
                 check_whole_groups(self.compressed_memory_length, rate, memory=self.memory_length)
+
+    @property
+    def key_width(self) -> int:
+        """Of the keys of all heads together, and of the values."""
+        return self.width // self.num_heads * (self.num_kv_heads or self.num_heads)
 
     @property
     def compression_rates(self) -> tuple[int, ...]:

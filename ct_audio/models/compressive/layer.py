@@ -33,7 +33,7 @@ from ct_audio.models.compressive.windows import (
     rows_to_compress,
     windows_of_memory,
 )
-from ct_audio.models.layers import FeedForward, frozen_layer_norm, linear, shared_linear
+from ct_audio.models.layers import FeedForward, frozen_layer_norm, keys_and_values, linear, shared_linear
 
 
 class LayerOutput(NamedTuple):
@@ -64,7 +64,7 @@ class CompressiveLayer(nn.Module):
         width, heads, head_width = config.width, config.num_heads, config.width // config.num_heads
         gain = (2 * config.num_layers) ** -0.5 if config.norm_position == "pre" else 1.0
         self.query = linear(width, width)
-        self.key_value = linear(width, 2 * width)
+        self.key_value = linear(width, 2 * config.key_width)
         self.position = nn.Parameter(
             torch.randn(heads, head_width, config.position_width) * config.position_width**-0.5
         )
@@ -182,7 +182,7 @@ class CompressiveLayer(nn.Module):
         return self.attention_norm(rows) if self.config.norm_position == "pre" else rows
 
     def _project(self, rows: Tensor, memory: LayerMemory) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries [B, T, D]; keys and values [B, ..., 2 D] for the own window, for later windows, of the memory."""
+        """Queries [B, T, D]; keys and values [B, ..., E2] for the own window, for later windows, of the memory."""
         read = self.read(rows)
         own, later = shared_linear(read, self.read(rows.detach()), self.key_value.weight)
         return self.query(read), own, later, self.key_value(self.read(memory.memory.detach()))
@@ -203,7 +203,8 @@ class CompressiveLayer(nn.Module):
         """Both queries, keys and values of each window, by heads and in one dtype."""
         windows = rearrange(query, "b (w t) d -> (b w) t d", t=view.geometry.window_length)
         content_query, position_query = self._two_queries(windows)
-        keys, values = rearrange(keys_values, "n s (two h e) -> two n h s e", two=2, h=self.config.num_heads)
+        heads, head_width = content_query.shape[1], content_query.shape[-1]
+        keys, values = keys_and_values(keys_values, heads, head_width)
         return content_query.to(keys.dtype), position_query.to(keys.dtype), keys, values
 
     @torch.no_grad()

@@ -205,7 +205,9 @@ def project(
     size = config.width // config.num_heads
     own = slice(head * size, (head + 1) * size)
     keys, values = parameters["key_value.weight"].chunk(2)
-    return parameters["query.weight"][own] @ row, [keys[own] @ r for r in seen], [values[own] @ r for r in seen]
+    shared = head * len(keys) // config.width * size  # of heads in a row, where there are fewer keys and values
+    both = slice(shared, shared + size)
+    return parameters["query.weight"][own] @ row, [keys[both] @ r for r in seen], [values[both] @ r for r in seen]
 
 
 def span_share(config: StackConfig, span: Tensor, num_seen: int, here: int) -> Tensor:

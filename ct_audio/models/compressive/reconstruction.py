@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ct_audio.models.compressive.attention import additive_mask, content_attention
 from ct_audio.models.compressive.windows import View, old_rows_valid
+from ct_audio.models.layers import keys_and_values
 
 
 def reconstruct(
@@ -26,19 +27,16 @@ def reconstruct(
 
     Args:
         query: projected queries.
-        old, new: keys and values, side by side [D2 = 2 D], of the old memory and of its compression.
+        old, new: keys and values, side by side, of the old memory and of its compression.
         old_mask, new_mask: additive; None where all rows are valid.
     Returns:
         attention over `new`, whose gradient reaches `new` and nothing else, and over `old`, without a gradient.
     Source: Algorithm 2: attn(h, new_cm) and attn(h, old_mem), without positions.
     """
 
-    def heads(rows: Tensor) -> Tensor:
-        return rearrange(rows, "n r (s h e) -> s n h r e", h=num_heads, e=query.shape[2] // num_heads)
-
-    (queries,) = heads(query.detach())
-    new_keys, new_values = heads(new)
-    old_keys, old_values = heads(old.detach())
+    queries, head_width = rearrange(query.detach(), "n t (h e) -> n h t e", h=num_heads), query.shape[2] // num_heads
+    new_keys, new_values = keys_and_values(new, num_heads, head_width)
+    old_keys, old_values = keys_and_values(old.detach(), num_heads, head_width)
     with torch.no_grad():
         wanted = content_attention(queries, old_keys, old_values, old_mask)
     return content_attention(queries, new_keys, new_values, new_mask), wanted

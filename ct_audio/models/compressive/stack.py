@@ -5,7 +5,7 @@ Shape letters: B lanes, T rows of a chunk, R rows of an unfinished window, D wid
 """
 
 import itertools
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,31 +17,11 @@ from ct_audio.models.compressive.config import StackConfig, check_whole_groups
 from ct_audio.models.compressive.convolution import CausalConvolution
 from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import Memory, join_layers, layer_memory, push
-from ct_audio.models.compressive.stepping import LayerCache, hide_earlier_rows, new_cache, refill_cache, step_layer
+from ct_audio.models.compressive.stepping import StackState, hide_earlier_rows, new_cache, refill_cache, step_layer
 from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
-from ct_audio.models.interface import Stack, StackOutput
+from ct_audio.models.interface import CompiledStack, Stack, StackOutput
 from ct_audio.models.layers import document_age
 from ct_audio.models.state import map_memory
-
-
-class StackState(NamedTuple):
-    """State between two calls of `step`; it holds the weights as they were at `begin_steps`.
-
-    Attributes:
-        memory: as of the last whole window.
-        caches: of each layer.
-        rotation: cosines and sines [window length, P] of the positions of a window.
-        position: rows of the unfinished window that have been consumed.
-        starts: [B, window length], where a stream began anew in the unfinished window; None for nowhere.
-        queues: of the convolutions, as of the last row; none where there are no convolutions.
-    """
-
-    memory: Memory
-    caches: tuple[LayerCache, ...]
-    rotation: tuple[Tensor, Tensor]
-    position: int
-    starts: Bool[Tensor, "B T"] | None = None
-    queues: tuple[Tensor, ...] = ()
 
 
 class CompressiveStack(Stack):
@@ -98,6 +78,14 @@ class CompressiveStack(Stack):
         queue_lengths = [self._convolution(index).queue_length for index in range(len(self.convolutions))]
         queues = tuple(weight.new_zeros(num_lanes, length, config.width) for length in queue_lengths)
         return Memory(zeros(rows), zeros(compressed), counts(), counts(), queues)
+
+    def full_memory(self, num_lanes: int) -> Memory:
+        memory = self.zero_memory(num_lanes)
+
+        def full(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(torch.full((num_lanes,), part.shape[1], device=part.device) for part in parts)
+
+        return memory._replace(memory_valid=full(memory.memory), compressed_memory_valid=full(memory.compressed_memory))
 
     def forward(
         self, rows: Float[Tensor, "B T D"], memory: Memory, *, document_starts: Bool[Tensor, "B T"] | None = None
@@ -185,6 +173,11 @@ class CompressiveStack(Stack):
             rows = step_layer(self._layer(index), rows, cache, position, rotation)
         state = state._replace(position=position + 1, queues=tuple(queues))
         return self.final_norm(rows), state if state.position < self.config.window_length else self._next_window(state)
+
+    def compiled(self) -> CompiledStack:
+        from ct_audio.models.compressive.compiled import CompiledCompressiveStack  # imports numba
+
+        return CompiledCompressiveStack(self)
 
     def clone_state(self, state: StackState) -> StackState:
         """An independent copy."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ct_audio.models.compressive.attention import attend_one, quarter_turn, sinusoids
 from ct_audio.models.compressive.layer import CompressiveLayer
-from ct_audio.models.compressive.memory import LayerMemory
+from ct_audio.models.compressive.memory import LayerMemory, Memory
 from ct_audio.models.compressive.windows import key_positions, make_view
+from ct_audio.models.layers import keys_and_values
 
 
 class LayerCache(NamedTuple):
@@ -42,6 +43,26 @@ class LayerCache(NamedTuple):
     mask: Float[Tensor, "B 1 1 S"] | None
     usage: Float[Tensor, "B MT"] | None
     share: Float[Tensor, "H 1 S"] | None
+
+
+class StackState(NamedTuple):
+    """State between two calls of `step`; it holds the weights as they were at `begin_steps`.
+
+    Attributes:
+        memory: as of the last whole window.
+        caches: of each layer.
+        rotation: cosines and sines [window length, P] of the positions of a window.
+        position: rows of the unfinished window that have been consumed.
+        starts: [B, window length], where a stream began anew in the unfinished window; None for nowhere.
+        queues: of the convolutions, as of the last row; none where there are no convolutions.
+    """
+
+    memory: Memory
+    caches: tuple[LayerCache, ...]
+    rotation: tuple[Tensor, Tensor]
+    position: int
+    starts: Bool[Tensor, "B T"] | None = None
+    queues: tuple[Tensor, ...] = ()
 
 
 def new_cache(
@@ -79,7 +100,7 @@ def refill_cache(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory
     """
     rows = torch.cat([memory.compressed_memory, memory.memory, cache.inputs], dim=1)
     both = layer.key_value(layer.read(rows))
-    keys, values = rearrange(both, "b s (two h e) -> two b h s e", two=2, h=layer.config.num_heads)
+    keys, values = keys_and_values(both, layer.config.num_heads, cache.values.shape[-1])
     cache.wide_keys[..., : keys.shape[-1]] = keys
     cache.values.copy_(values)
     window_length = cache.inputs.shape[1]
@@ -112,9 +133,9 @@ def step_layer(
     """
     heads, width, extra = layer.config.num_heads, layer.config.width, layer.config.num_heads * len(rotation[0])
     projected = F.linear(layer.read(rows), cache.weight, cache.bias)
-    content, straight, turned, key, value = (
-        part.unflatten(1, (heads, -1)) for part in projected.split([width, extra, extra, width, width], dim=1)
-    )
+    *queries, both = projected.split([width, extra, extra, 2 * layer.config.key_width], dim=1)
+    content, straight, turned = (query.unflatten(1, (heads, -1)) for query in queries)
+    key, value = (part[:, :, 0] for part in keys_and_values(both[:, None], heads, width // heads))
     wide_query = torch.cat([content, torch.addcmul(straight * rotation[0], turned, rotation[1])], dim=-1)
     index = cache.values.shape[2] - layer.config.window_length + position
     cache.wide_keys[:, :, index, : key.shape[-1]] = key
