@@ -251,7 +251,7 @@ def playground(run: LoadedRun, codec: Codec, *, title: str) -> tuple[Any, dict[s
         message.change(None, [message], None, js="(text) => window.ctAudioPlay(text)")
         stop.click(None, None, None, cancels=[event], js="() => window.ctAudioStop()")
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from a network
-    return app, {"js": _SCRIPT, "theme": theme}
+    return app, {"js": _SCRIPT, "theme": theme, "ssr_mode": False, "footer_links": []}
 
 
 def _wish(prime: str | None, prime_seconds: Any, seconds: Any, temperature: Any, k: Any, p: Any, seed: Any) -> Wish:
