@@ -15,6 +15,7 @@ assert VERSION
 AV = ["av>=14,<19"]  # webm, m4a and what else phones record
 WANDB = ["wandb>=0.19,<1"]  # train.logger: wandb
 AGENT = ["gymnasium>=1.1,<2"]  # ct-audio agent
+PLAY = ["gradio>=6,<7", "sounddevice>=0.5,<1"]  # ct-audio play
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]  # make docs
 TEST = [
     "pytest>=9,<10",
@@ -37,7 +38,7 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["ct_audio", "ct_audio.*"]), "ct_audio.recipes"],
     package_dir={"ct_audio.recipes": "recipes"},
-    package_data={"ct_audio": ["py.typed", "data/*.csv"], "ct_audio.recipes": ["**/*"]},
+    package_data={"ct_audio": ["py.typed", "data/*.csv", "apps/*.html"], "ct_audio.recipes": ["**/*"]},
     exclude_package_data={"ct_audio.recipes": ["**/__pycache__/*"]},
     entry_points={"console_scripts": ["ct-audio = ct_audio.commands.program:main"]},
     python_requires=">=3.11,<3.14",
@@ -64,7 +65,7 @@ setup(
         "shtab>=1.7,<2",  # completion in shells
         "espeakng-loader==0.2.4",  # recipes/espeak: speech (GPL-3.0, only run, never linked); another version differs
     ],
-    extras_require={"av": AV, "wandb": WANDB, "agent": AGENT, "docs": DOCS, "test": TEST, "dev": DEV},
+    extras_require={"av": AV, "wandb": WANDB, "agent": AGENT, "play": PLAY, "docs": DOCS, "test": TEST, "dev": DEV},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: Console",

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +16,8 @@ import torch
 from tiny import TINY_MODELS
 
 from ct_audio.commands.command_line import run_tool
+from ct_audio.common.files import write_json
+from ct_audio.data.audio_files import write_wav
 from ct_audio.data.codecs import Codec, MuLaw
 from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.models import build_model
@@ -76,6 +79,40 @@ def write_corpus(path: Path, codec: Codec, documents: Iterable[tuple[str, Any]])
         writer.add_document(split, f"document_{number}", codec.encode(content))
     writer.finish()
     return path
+
+
+def write_sample(
+    directory: Path, waveform: np.ndarray, lane: int = 0, *, prime_length: int = 0, **changes: Any
+) -> Path:
+    """A sample with its sidecar, as ct-audio sample writes them; returns the wav."""
+    directory.mkdir(parents=True, exist_ok=True)
+    wav = directory / f"sample_{lane}.wav"
+    write_wav(wav, MuLaw().decode(MuLaw().encode(waveform)), RATE)
+    sidecar = {
+        "name": "model",
+        "step": 7,
+        "lane": lane,
+        "codec": MuLaw().to_json(),
+        "sample_rate_hz": RATE,
+        "prime_seconds": prime_length / RATE,
+        "prime_included": bool(prime_length),
+        "prime": "prime.wav" if prime_length else None,
+        "nll_nats": 2.25,
+        "rms_dbfs": -30.0,
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
+        "seed": 0,
+        "warnings": [],
+    }
+    write_json(wav.with_suffix(".json"), sidecar | changes)
+    return wav
+
+
+def page_data(page: Path) -> dict[str, Any]:
+    """What a listening page was made from."""
+    (found,) = re.findall('<script type="application/json" id="data">(.*?)</script>', page.read_text(encoding="utf-8"))
+    return json.loads(found)
 
 
 def noise_corpus(path: Path) -> Path:

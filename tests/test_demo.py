@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import Output, Patch, options_of
+from handmade_runs import Output, Patch, options_of, page_data
 from recordings import ROOT
 
 from ct_audio.commands import demo
@@ -210,23 +210,21 @@ def test_results_stand_best_first(tmp_path: Path) -> None:
 
 
 def test_the_page_plays_what_there_is(places: demo.Places) -> None:
-    for name, warnings in (("one_unconditional", []), ("wavenet", ["stuck & <quiet>"])):
-        folder = places.samples(name)
-        folder.mkdir(parents=True)
-        (folder / "sample_0.wav").write_bytes(b"x")
-        (folder / "sample_0.json").write_text(
-            json.dumps({"nll_nats": 2.25, "rms_dbfs": -30.0, "warnings": warnings}), encoding="utf-8"
-        )
+    write_wav(places.pretrained / "one/clip.wav", speech_like(300, 3), RATE)
+    for seed, name in enumerate(("one_unconditional", "one_continuation", "wavenet")):
+        write_sample(places.samples(name), speech_like(400, seed), prime_length=300 if "cont" in name else 0)
     (places.out / "table.csv").write_text(TABLE)
-    text = demo.write_page(places).read_text(encoding="utf-8")
-    players = re.findall(r"<h3>(.*?)</h3><audio controls src=\"(.*?)\">", text)
-    assert players == [
-        ("one, unconditional", "samples/one_unconditional/sample_0.wav"),
-        ("wavenet after about a minute of training", "samples/wavenet/sample_0.wav"),
+    data = page_data(demo.write_page(places))
+    assert [(clip["source"], clip["kind"], clip["prime_length"]) for clip in data["clips"]] == [
+        ("recording", "continuation", 300),
+        ("one, shipped", "unconditional", 0),
+        ("one, shipped", "continuation", 300),
+        ("wavenet, trained here", "unconditional", 0),
     ]
-    assert "stuck &amp; &lt;quiet&gt;" in text
-    assert "<td>&lt;a&gt;<td>5<td>1<td>3.0000<td>2.9877<td>0.4000" in text
-    assert re.findall(r"<img src=\"?([^ \">]+)", text)[0] == "samples/one_unconditional/sample_0.png"
+    assert data["tables"][0]["cells"][1:] == [
+        ["b", "0", "-", "3.1000", "2.5000", "-"],
+        ["<a>", "5", "1", "3.0000", "2.9877", "0.4000"],
+    ]
 
 
 def test_ignored_interruptions_end_the_demo_and_nohup_holds():
@@ -259,10 +257,9 @@ def test_the_whole_demo_small_interrupted_and_twice(tmp_path: Path) -> None:
     assert first.returncode == 130
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"Open {os.path.relpath(tmp_path / 'out/index.html')}" in done.stdout
-    page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
-    for name in re.findall(r'(?:src|href)="([^"]+)"', page):
-        assert (tmp_path / "out" / name).is_file(), name
-    assert page.count("<audio") >= 3
+    data = page_data(tmp_path / "out/index.html")
+    assert {clip["source"] for clip in data["clips"]} >= {f"{model}, trained here" for model in demo.MODELS}
+    assert {run["label"] for run in data["curves"]["axes"]["steps"]["runs"]} >= {"espeak_demo_wavenet"}
     table = (tmp_path / "out/table.md").read_text()
     assert all(f"| espeak_demo_{name} |" in table for name in (*demo.MODELS, *demo.BASELINES))
     sidecar = json.loads((tmp_path / "out/samples/wavenet/sample_0.json").read_text())

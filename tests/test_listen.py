@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handmade_runs import Output, Patch, Tool, make_run, refusal, text_run, tool, untrained_run, write_corpus
+from handmade_runs import Output, Patch, Tool, make_run, page_data, refusal, text_run, tool, untrained_run, write_corpus
 from test_sample_report import CODEC, RATE, speech_like
 
 from ct_audio.common.errors import UserError
@@ -97,7 +97,10 @@ def test_two_models_are_sampled_judged_drawn_and_not_sampled_again(
     words = (*runs, *WORDS, "--num", 3, "--num-primed", 2, "--count", 2, "--temperatures", "1,0.5", "--out", out)
     assert listen(*words) == 0
     table = (out / "report.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out.endswith(table)
+    assert capsys.readouterr().out.endswith(f"{table}open {out / 'index.html'} in a browser to listen\n")
+    clips = page_data(out / "index.html")["clips"]
+    assert {clip["source"] for clip in clips} == {"recording", *(run.name for run in runs)}
+    assert len([clip for clip in clips if clip["is_recording"] and clip["prime_length"] == 400]) == 2
     report = read_json(out / "report.json")
     kinds = ("free_1", "free_0.5", "primed_1", "primed_0.5", "free_1_count", "primed_1_count")
     names = [run.name for run in runs]

@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import open_browser, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.summary.writer import event_file_writer
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.figures import spectrogram_figure
-from ct_audio.runs.metrics import MetricsWriter, memory_use_mib, read_metrics
+from ct_audio.runs.metrics import LAYOUT, MetricsWriter, memory_use_mib, read_metrics, tensorboard_page
 
 
 @pytest.fixture(autouse=True)
@@ -283,3 +285,54 @@ def test_a_full_disk_is_reported_once_by_the_next_call(
             writer.close()
     assert threading.excepthook is hook
     assert len(reported) == (0 if begins_full else 1)
+
+
+def test_the_layout_is_one_chart_of_all_runs(tmp_path: Path):
+    write_steps(tmp_path, range(1, 3))
+    writer = MetricsWriter(tmp_path, step=2)
+    writer.layout()
+    writer.close()
+    found = events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout = Layout.FromString(found)
+    assert [category.title for category in layout.category] == list(LAYOUT)
+    first = layout.category[0].chart[0]
+    assert list(first.multiline.tag) == ["nll/valid_nats", "nll/train_nats"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_in_a_browser_the_printed_address_pins_the_validation_nll_without_smoothing(tmp_path: Path):
+    for name in ("a", "b"):
+        writer = MetricsWriter(tmp_path / name)
+        writer.layout()
+        for step in range(1, 9):
+            values = {"nll/train_nats": 3.0 / step, "nll/valid_nats": 3.1 / step, "nll/train_bits": 4.0}
+            writer.scalars(values, step=step, wall_seconds=1.0)
+        writer.close()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "0"]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server,
+        open_browser() as browser,
+    ):
+        try:
+            assert server.stdout is not None
+            url = next(match[0] for line in server.stdout if (match := re.search(r"http://\S+/", line)))
+            wait_for(lambda: shown_runs(url) == ["a", "b"], "runs", seconds=120)
+            browser.open(tensorboard_page(int(url.rstrip("/").rpartition(":")[2])))
+            cards = "[...document.querySelectorAll('metrics-pinned-view card-view')].map((each) => each.innerText)"
+            (card,) = browser.wait(f"{cards}.length && {cards}.some((each) => each.includes('valid_nats')) && {cards}")
+            assert "nll/valid_nats" in card
+            assert (
+                browser.script("return document.querySelector('settings-view .scalars-smoothing input').value") == "0"
+            )
+            with urllib.request.urlopen(f"{url}data/plugin/custom_scalars/layout", timeout=30) as answer:
+                categories = json.load(answer)["category"]
+            assert [len(each["chart"]) for each in categories] == [len(charts) for charts in LAYOUT.values()]
+        finally:
+            server.terminate()
+
+
+def shown_runs(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}data/runs", timeout=30) as answer:
+        return sorted(json.load(answer))

@@ -82,6 +82,13 @@ WITHOUT_RUN = {
         (f"--check {OUT}", "--out: not with --check, which writes nothing"),
         ("--check --licence cc0-1.0 --data x", "--licence, --data: not with --check"),
     ],
+    "play": [
+        ("RUN --seconds 3 --top-k 5", "--seconds, --top-k: only with --speaker"),
+        ("RUN --speaker --port 1", "--port: not with --speaker"),
+        ("RUN --speaker --prime-seconds 1", "--prime-seconds: only with --prime"),
+        ("RUN --port 70000", "--port: expected 0 to 65535, got 70000"),
+    ],
+    "page": [("a --out x.html --split test", "--split: only with --corpus")],
     "compare": [(f"a {OUT} --splits valid valid", "--splits: ['valid', 'valid'] has a value twice")],
     "kill_test": [
         ("--kills 0", "--kills: expected at least 1, got 0"),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny_runs import checkpoint_state, checkpoint_tensors, tiny_run, write_corpus
 
 from ct_audio.commands.command_line import run_tool
@@ -31,7 +32,7 @@ from ct_audio.runs.open_run import load_run_model
 from ct_audio.training import loop as train_module
 from ct_audio.training.loop import NonFiniteLossError, train
 from ct_audio.training.schedules import learning_rate
-from ct_audio.training.session import ChunkLoss
+from ct_audio.training.session import COMPARED_KEYS, ChunkLoss
 
 QUIET: dict[str, Any] = {"train__valid_every_steps": 0}
 
@@ -91,6 +92,13 @@ def test_the_loop_is_the_loop_by_hand(tmp_path: Path, model: str, num_micro_batc
     assert largest_difference(weights(config), train_by_hand(config, rates, updates)) < 1e-12
 
 
+def assert_table_of_runs_is_short(content: bytes) -> None:
+    """TensorBoard's columns: what one compares, and the numbers of parameters."""
+    columns = HParamsPluginData.FromString(content).session_start_info.hparams.keys()
+    assert {"model.name", "model.width", "optim.peak_learning_rate", "parameters.model"} <= columns
+    assert columns <= COMPARED_KEYS | {"parameters.model", "parameters.compression"}
+
+
 def test_curves_have_the_tags_that_all_models_share(tmp_path: Path):
     tags = {}
     for model in ("compressive_transformer", "wavenet"):
@@ -101,8 +109,10 @@ def test_curves_have_the_tags_that_all_models_share(tmp_path: Path):
         assert [event.step for event in found.Scalars("nll/train_nats")] == [1, 2, 3, 4, 5, 6]
         assert [event.step for event in found.Scalars("nll/valid_nats")] == [3, 6]
         assert [event.step for event in found.Scalars("nll/valid_full_nats")] == [6]
-        assert found.Tags()["audio"] == ["sample/0"]
-        assert found.Tags()["images"] == ["sample_spectrogram/0"]
+        assert found.Tags()["audio"] == ["sample/reference", "sample/0"]
+        assert found.Tags()["images"] == ["sample_spectrogram/reference", "sample_spectrogram/0"]
+        assert "custom_scalars__config__" in found.Tags()["tensors"]
+        assert_table_of_runs_is_short(found.summary_metadata["_hparams_/session_start_info"].plugin_data.content)
         assert [path.name for path in (config.run_dir / "samples").iterdir()] == ["step_00000006_0.wav"]
         assert (config.run_dir / "config.yaml").exists()
     extra = {"attention_reconstruction/layer_00", "gradient_norm/compression"}

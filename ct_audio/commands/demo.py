@@ -8,7 +8,6 @@ that it was run with. At the end there is one page to open, OUT/index.html.
 
 import csv
 import hashlib
-import html
 import json
 import os
 import shlex
@@ -17,9 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ct_audio.commands.command_line import build_parser
 from ct_audio.common.errors import UserError
@@ -342,65 +340,59 @@ def results(table: Path) -> list[str]:
 
 
 def write_page(places: Places) -> Path:
-    """OUT/index.html: players and spectrograms of all samples, the table, the curves; everything beside it."""
-    out = PROJECT / places.out
-    shipped = [folder.name for folder in places.shipped()]
-    kinds = ("unconditional", "continuation")
-    heard = [(f"{name}, {kind}", places.samples(f"{name}_{kind}")) for name in shipped for kind in kinds]
-    own = [(f"{model.replace('_', ' ')} after about a minute of training", places.samples(model)) for model in MODELS]
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>ct_audio demo</title><style>"
-        "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ccc}"
-        "td:first-child{text-align:left}.warning{color:#b00}</style><h1>ct_audio demo</h1>"
-    ]
-    if shipped:
-        parts.append("<h2>Shipped models</h2><p>A continuation begins with the clip that the model came with.</p>")
-        parts += [_player(title, PROJECT / folder, out) for title, folder in heard]
-    parts.append("<h2>Trained here, from scratch</h2>" + _table(_rows(out / "table.csv")))
-    parts.append(
-        '<p><a href="table.md">The whole table and how it was measured</a></p><img src="curves.png" alt=curves>'
+    """OUT/index.html: the samples of all models on a listening page, with the table and the curves; all in one file."""
+    from ct_audio.apps.listening_page import (
+        CONTINUATION,
+        Clip,
+        Table,
+        read_clips,
+        recording,
+        recordings_beside,
+        write_page,
     )
-    parts += [_player(title, PROJECT / folder, out) for title, folder in own]
-    example = PROJECT / places.data / "example.wav"
-    parts.append(f"<h2>The synthetic speech</h2>{_audio(example, out)}")
-    parts.append(f"<p>All curves: <code>tensorboard --logdir {html.escape(str(places.runs))}</code>")
-    write_file(out / "index.html", "\n".join(parts).encode())
+    from ct_audio.data.codecs import MuLaw, read_codes
+    from ct_audio.data.corpus import open_corpus
+    from ct_audio.evaluation.curves import known_curves
+    from ct_audio.runs.metrics import tensorboard_page
+
+    out, shipped, recordings = PROJECT / places.out, [], []
+    for folder in places.shipped():
+        for kind in ("unconditional", "continuation"):
+            samples = PROJECT / places.samples(f"{folder.name}_{kind}")
+            shipped += read_clips(samples, source=f"{folder.name}, shipped") if samples.is_dir() else []
+        if not recordings and (clip := folder / "clip.wav").is_file():
+            codes = read_codes(clip, MuLaw())
+            beside = Clip("", "", CONTINUATION, 0, codes, len(codes))
+            recordings.append(recording(codes, beside, {"file": "what the shipped models continue"}))
+    own = []
+    for model in MODELS:
+        samples = PROJECT / places.samples(model)
+        own += read_clips(samples, source=f"{model}, trained here") if samples.is_dir() else []
+    if (PROJECT / places.data / "corpus.json").is_file():
+        speech = recordings_beside(own, open_corpus(PROJECT / places.data).split(SPLITS[0]))
+        recordings += [replace(clip, source="synthetic speech") for clip in speech]
+    rows = _rows(out / "table.csv")
+    names = {places.run(name).name: PROJECT / places.run(name) for name in (*MODELS, *BASELINES)}
+    title = f"NLL on the first {SCORED_SECONDS} s of each split, the difference from the best linear predictor"
+    note = "NLL in nats per sample. How it was measured: table.md. "
+    note += f"TensorBoard: tensorboard --logdir {places.runs}, then open {tensorboard_page()}"
+    write_page(
+        out / "index.html",
+        title="ct_audio demo",
+        text="Shipped models, and models trained here from scratch, on synthetic speech, for about a minute each.",
+        clips=[*recordings, *shipped, *own],
+        curves=known_curves(dict(names)),
+        tables=[Table(title, _cells(rows), note)],
+    )
     return out / "index.html"
 
 
-def _table(rows: list[dict[str, str]]) -> str:
-    columns = [
-        "run",
-        "parameters",
-        "steps",
-        *(f"{split} (nats)" for split in SPLITS),
-        f"{SPLITS[-1]} difference (nats)",
-    ]
-    lines = ["".join(f"<th>{html.escape(column)}" for column in columns)]
-    lines += ["".join(f"<td>{html.escape(_cell(row[column]))}" for column in columns) for row in rows]
-    caption = (
-        f"NLL per sample on the first {SCORED_SECONDS} s of each split; difference from the best linear predictor."
-    )
-    return f"<p>{caption}</p><table><tr>" + "<tr>".join(lines) + "</table>"
+def _cells(rows: list[dict[str, str]]) -> list[list[str]]:
+    """The columns that the page shows."""
+    columns = ["run", "parameters", "steps", *(f"{split} (nats)" for split in SPLITS)]
+    columns.append(f"{SPLITS[-1]} difference (nats)")
+    return [columns, *([_cell(row[column]) for column in columns] for row in rows)]
 
 
 def _cell(text: str) -> str:
     return f"{float(text):.4f}" if "." in text else text or "-"
-
-
-def _player(title: str, folder: Path, out: Path) -> str:
-    """A sample with its title, what is said against it, and its picture; nothing where it was not made."""
-    wav = folder / "sample_0.wav"
-    if not wav.is_file():
-        return ""
-    sidecar: dict[str, Any] = json.loads(wav.with_suffix(".json").read_text(encoding="utf-8"))
-    about = f"{sidecar['nll_nats']:.3f} nats per sample, RMS {sidecar['rms_dbfs']:.1f} dBFS"
-    warnings = "".join(f"<p class=warning>{html.escape(fault)}</p>" for fault in sidecar["warnings"])
-    picture = html.escape(os.path.relpath(wav.with_suffix(".png"), out))
-    image = f'<img src="{picture}" alt="waveform and spectrogram">'
-    return f"<h3>{html.escape(title)}</h3>{_audio(wav, out)}<p>{about}</p>{warnings}{image}"
-
-
-def _audio(wav: Path, out: Path) -> str:
-    return f'<audio controls src="{html.escape(os.path.relpath(wav, out))}"></audio>'

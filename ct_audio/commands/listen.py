@@ -41,14 +41,37 @@ def main() -> int:
         stopped_by = listen(
             candidates, corpus, plan, arguments.out, signals=signals, save_every_seconds=arguments.save_every
         )
+        if not stopped_by:
+            _write_page(candidates, corpus.split(plan.split), arguments.out)
     return 128 + stopped_by if stopped_by else 0
+
+
+def _write_page(candidates: list[Any], split: Any, out: Path) -> None:
+    from ct_audio.apps.listening_page import listened, write_page
+    from ct_audio.evaluation.curves import known_curves
+
+    names = [candidate.name for candidate in candidates]
+    clips, table = listened(out, names, split)
+    curves = known_curves({candidate.name: candidate.run.run_dir for candidate in candidates})
+    rate = candidates[0].codec.sample_rate_hz
+    write_page(
+        out / "index.html",
+        title=", ".join(names),
+        text="The reference is what the models were trained to sound like: recordings they have not heard.",
+        clips=clips,
+        curves=curves,
+        tables=[table],
+        sample_rate_hz=rate,
+    )
+    print(f"open {out / 'index.html'} in a browser to listen")
 
 
 def _parse() -> argparse.Namespace:
     parser = build_parser(
         "Make samples of one or several models, unconditional ones and continuations of recordings, and judge them "
         "beside recordings: warnings, level, voicing, pitch and Frechet distance in report.md and report.json, "
-        "spectrograms.png, and with several --temperatures temperatures.png. The same command goes on after an "
+        "spectrograms.png, and with several --temperatures temperatures.png; index.html is a page to listen on, with a "
+        "blind test. The same command goes on after an "
         "interruption. The exit status is 0 whatever the samples are like."
     )
     parser.add_argument(

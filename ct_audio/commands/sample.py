@@ -49,9 +49,41 @@ def main() -> int:
             verify=arguments.verify,
             plots=arguments.plots,
         )
+        if arguments.page and not outcome.stopped_by:
+            _write_page(arguments, run, codec, requests[0][1])
     if outcome.stopped_by:
         return 128 + outcome.stopped_by
     return STATUS_FAULTY_SAMPLE * outcome.is_faulty if outcome.is_verified else STATUS_VERIFICATION_FAILED
+
+
+def _write_page(arguments: argparse.Namespace, run: Any, codec: Any, request: Any) -> None:
+    """DIR/index.html: the samples beside what the prime went on with, and beside recordings where the corpus is."""
+    from ct_audio.apps.listening_page import CONTINUATION, Clip, read_clips, recording, recordings_beside, write_page
+    from ct_audio.data.codecs import read_codes
+    from ct_audio.evaluation.curves import known_curves
+    from ct_audio.runs.open_run import run_corpus
+
+    clips, recordings = read_clips(arguments.out), []
+    if arguments.prime is not None:
+        first = 0 if request.include_prime else request.prime_length
+        codes = read_codes(arguments.prime, codec)[first : request.prime_length + request.num_codes]
+        beside = Clip("", "", CONTINUATION, 0, codes, request.prime_length - first)
+        recordings = [recording(codes, beside, {"file": arguments.prime.name})] if len(codes) else []
+    try:
+        recordings += recordings_beside(clips, run_corpus(run, arguments.corpus).split("valid"))
+    except UserError as error:
+        if arguments.corpus is not None:
+            raise
+        print(f"no recordings of the corpus on the page: {error}", file=sys.stderr)
+    page = arguments.out / "index.html"
+    write_page(
+        page,
+        title=run.config.name,
+        clips=recordings + clips,
+        curves=known_curves({run.config.name: run.run_dir}),
+        sample_rate_hz=codec.sample_rate_hz,
+    )
+    print(f"open {page} in a browser to listen")
 
 
 def _parse() -> argparse.Namespace:
@@ -92,7 +124,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--include-prime", action="store_true", help="let the files begin with the prime")
     parser.add_argument("--verify", action="store_true", help="prove that stepping equals the forward pass")
     parser.add_argument("--plots", action="store_true", help="also write waveform and spectrogram as PNG")
-    parser.add_argument("--corpus", metavar="DIR", help="where the run's corpus is now (for --temperatures)")
+    parser.add_argument("--page", action="store_true", help="also write DIR/index.html, a page to listen on")
+    parser.add_argument(
+        "--corpus", metavar="DIR", help="where the run's corpus is now (for --temperatures, and recordings on --page)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="for sample_0.wav (.txt), sample_0.json, ...")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the samples in DIR, unfinished ones or to a greater length"
@@ -108,9 +143,10 @@ def _parse() -> argparse.Namespace:
     arguments = parse(parser)
     if arguments.out is None and not arguments.stdout:
         raise UserError("expected --out (or --stdout): where the samples go")
-    needs_out = ("--resume", "--save-every", "--plots", "--temperatures")
+    needs_out = ("--resume", "--save-every", "--plots", "--temperatures", "--page")
     refuse(arguments, *needs_out, unless=arguments.out is not None, why="only with --out")
-    refuse(arguments, "--corpus", unless=arguments.temperatures is not None, why="only with --temperatures")
+    uses_corpus = arguments.temperatures is not None or arguments.page
+    refuse(arguments, "--corpus", unless=uses_corpus, why="only with --temperatures or --page")
     of_prime = ("--prime-seconds", "--prime-length", "--include-prime")
     refuse(arguments, *of_prime, unless=arguments.prime is not None, why="only with --prime, an audio or text file")
     is_drawn = any(arguments.temperatures or [arguments.temperature])
@@ -140,7 +176,7 @@ def _require_codec_fits(arguments: argparse.Namespace, codec: Any, *, to_termina
     is_audio = codec.sample_rate_hz is not None
     if is_audio and to_terminal:
         raise UserError("--stdout: raw audio is no text; pipe it, as in | aplay -f S16_LE -r 24000")
-    of_audio = ("--seconds", "--prime-seconds", "--plots", "--temperatures", "--corpus")
+    of_audio = ("--seconds", "--prime-seconds", "--plots", "--temperatures", "--corpus", "--page")
     why = f"for audio, this is a model of {codec.unit}s; see --length and --prime-length"
     refuse(arguments, *of_audio, unless=is_audio, why=why)
 

@@ -146,7 +146,13 @@ def result_rows(runs: dict[str, Run]) -> list[dict[str, Any]]:
 
 
 def comparison_text(rows: list[dict[str, Any]], runs: dict[str, Run]) -> str:
-    """The rows, the interval in one column with the difference, and below them protocol and method."""
+    """The table, and below it protocol and method."""
+    notes = "".join(f"- {note}\n" for note in comparison_notes(runs))
+    return f"{markdown_table(comparison_cells(rows, runs))}\n\n{notes}"
+
+
+def comparison_cells(rows: list[dict[str, Any]], runs: dict[str, Run]) -> list[list[str]]:
+    """Titles, then the rows, the interval in one column with the difference."""
     table = []
     for row in rows:
         cells = {key: _cell(value) for key, value in row.items()}
@@ -156,11 +162,11 @@ def comparison_text(rows: list[dict[str, Any]], runs: dict[str, Run]) -> str:
             cells[f"{split} difference (nats)"] = "" if difference is None else f"{difference:+.4f}{interval}"
             del cells[f"{split} low"], cells[f"{split} high"]
         table.append(cells)
-    notes = "".join(f"- {note}\n" for note in _notes(runs))
-    return f"{markdown_table([list(table[0]), *(list(cells.values()) for cells in table)])}\n\n{notes}"
+    return [list(table[0]), *(list(cells.values()) for cells in table)]
 
 
-def _notes(runs: dict[str, Run]) -> list[str]:
+def comparison_notes(runs: dict[str, Run]) -> list[str]:
+    """Protocols, memory lengths and method, a sentence each."""
     first_label, first = next(iter(runs.items()))
     notes = []
     for split, evaluation in first.evaluations.items():

@@ -1,5 +1,6 @@
 """NLL curves of runs in one picture: over steps, audio seen, wall time and core-seconds of training."""
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -74,6 +75,16 @@ def read_curves(run_dir: Path) -> Curves:
     return Curves(nll, [line[tag] for line in lines if tag in line])
 
 
+def known_curves(run_dirs: dict[str, Path | None]) -> dict[str, Curves]:
+    """Curves of those runs that have any, by label."""
+    known = {}
+    for label, run_dir in run_dirs.items():
+        with contextlib.suppress(UserError):
+            if run_dir is not None:
+                known[label] = read_curves(run_dir)
+    return known
+
+
 def _num_cores(run_dir: Path) -> int | None:
     """Threads of all processes of a training on CPUs; None where they are not known."""
     try:
@@ -96,7 +107,7 @@ def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | froze
     figure = Figure(figsize=(5 * max(2, len(axes)), 5.6), layout="constrained")
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
-        unit, divisor = _unit(axis, max(curves.last(axis) or 0.0 for curves in runs.values()))
+        unit, divisor = curve_unit(axis, max(curves.last(axis) or 0.0 for curves in runs.values()))
         drawn = [
             _draw_run(panel, curves.nll[axis], divisor, index=index, label=label, is_level=label in levels)
             for index, (label, curves) in enumerate(runs.items())
@@ -145,8 +156,8 @@ def _draw_run(
     return line, label
 
 
-def _unit(axis: str, longest: float) -> tuple[str, float]:
-    """What stands behind the label of an axis, and what its values are divided by."""
+def curve_unit(axis: str, longest: float) -> tuple[str, float]:
+    """What stands behind the label of an axis, its unit, and what its values are divided by."""
     if axis == "steps":
         return "", 1.0
     name, seconds = next(unit for unit in _UNITS if longest >= 2 * unit[1] or unit[1] == 1)

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,22 @@ from torch.utils.tensorboard.summary import hparams
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import write_file
 from ct_audio.runs.weights_and_biases import WandbLogger
+
+LAYOUT = {
+    "NLL": {
+        "nats per code, train and valid": ["Multiline", ["nll/valid_nats", "nll/train_nats"]],
+        "nats per code, valid": ["Multiline", ["nll/valid_nats"]],
+        "bits per code, train and valid": ["Multiline", ["nll/valid_bits", "nll/train_bits"]],
+    },
+    "speed": {"codes per second": ["Multiline", ["throughput/codes_per_second"]]},
+}
+"""Of the page Custom Scalars: charts of all runs; the first category is open."""
+
+
+def tensorboard_page(port: int = 6006) -> str:
+    """Address of TensorBoard's page with the validation NLL of all runs pinned on top, not smoothed."""
+    cards = json.dumps([{"plugin": "scalars", "tag": "nll/valid_nats"}], separators=(",", ":"))
+    return f"http://localhost:{port}/?pinnedCards={urllib.parse.quote(cards, safe='')}&smoothing=0#timeseries"
 
 
 class MetricsWriter:
@@ -104,6 +121,11 @@ class MetricsWriter:
         """Log a text, shown as it is (TensorBoard reads Markdown: indented by four, it is a code block)."""
         if self._writer is not None:
             self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def layout(self) -> None:
+        """Log LAYOUT; TensorBoard joins those of all runs."""
+        if self._writer is not None:
+            self._writer.add_custom_scalars(LAYOUT)
 
     def hyperparameters(self, values: dict[str, Any], metric_tags: list[str]) -> None:
         """Log the row of TensorBoard's table of runs: plain values by key, and the tags of the scalars beside them."""

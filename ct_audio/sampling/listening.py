@@ -329,8 +329,8 @@ def best_temperatures(rows: list[dict[str, Any]]) -> dict[str, float]:
     return best
 
 
-def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The table, and below it how to read it."""
+def report_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table of rows, of which the first is that of recordings; its own first row holds the titles."""
     titles = ["", "samples", "with warnings", *FAULTS, "rare codes/s", *(title for title, _ in MEASURES.values())]
     recordings = rows[0]
     low, high = recordings["pitch_low_hz"], recordings["pitch_high_hz"]
@@ -345,6 +345,12 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             if key == "pitch_median_hz" and row.get(key) and low and not low <= row[key] <= high:
                 line[-1] += " (outside)"
         cells.append(line)
+    return cells
+
+
+def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The table, and below it how to read it."""
+    cells = report_cells(rows)
     best = ", ".join(f"{name} {temperature:g}" for name, temperature in about["best_temperatures"].items())
     prime = f", continuations of {about['prime_seconds']:g} s of recordings" if about["prime_seconds"] else ""
     return (

@@ -5,17 +5,20 @@ Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
 
 import contextlib
 import dataclasses
+import shlex
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.figures import spectrogram_figure
 from ct_audio.common.files import hold_alone, write_file
 from ct_audio.data.codecs import write_codec_files
 from ct_audio.data.corpus import Corpus, open_corpus
@@ -24,12 +27,20 @@ from ct_audio.models import SequenceModel, build_model
 from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
 from ct_audio.runs.config import DataConfig, RunConfig, TrainConfig, config_to_yaml, load_config
 from ct_audio.runs.device import choose_device
-from ct_audio.runs.metrics import MetricsWriter, read_metrics
+from ct_audio.runs.metrics import MetricsWriter, read_metrics, tensorboard_page
 from ct_audio.runs.same_run import flat_config, require_same_run
 from ct_audio.runs.weights_and_biases import WandbLogger
 from ct_audio.training.checkpoint import load_checkpoint, split_memory
 from ct_audio.training.parallel import World, data_parallel, on_first_rank
 from ct_audio.training.schedules import completes_update, make_optimizer, update_steps
+
+COMPARED_KEYS = frozenset(
+    [f"model.{key}" for key in ("name", "front_end", "head", "num_layers", "width", "window_length", "memory_length")]
+    + [f"model.compress{key}" for key in ("ed_memory_length", "ion_rate", "ion_function", "ion_loss")]
+    + ["data.num_lanes", "data.chunk_length", "optim.peak_learning_rate", "train.seed"]
+)
+"""Columns of TensorBoard's table of runs, with the numbers of parameters; the whole configuration is a text there."""
+COMPARED_TAGS = ["nll/valid_nats", "nll/train_nats", "throughput/codes_per_second"]
 
 
 class ChunkLoss(nn.Module):
@@ -301,11 +312,26 @@ def _announce(session: Session) -> None:
             f"on; a longer run needs a longer decay, as optim.decay_steps={steps - optim.warmup_steps}",
         )
     session.metrics.text("config", config_to_yaml(config), step=session.progress.step)
+    say(session, f"curves: tensorboard --logdir {shlex.quote(config.runs_dir)}\n  then open {tensorboard_page()}")
     if not session.resumed:
-        session.metrics.hyperparameters(
-            flat_config(config) | {f"parameters.{group}": count for group, count in counts.items()},
-            ["nll/valid_nats", "nll/valid_bits", "nll/train_nats"],
-        )
+        compared = {key: value for key, value in flat_config(config).items() if key in COMPARED_KEYS}
+        compared |= {f"parameters.{group}": count for group, count in counts.items()}
+        session.metrics.hyperparameters(compared, COMPARED_TAGS)
+        session.metrics.layout()
+        _log_reference(session)
+
+
+def _log_reference(session: Session) -> None:
+    """To TensorBoard, beside the samples to come: a recording as long as they are, from the middle of the split."""
+    codec, settings = session.corpus.codec, session.config.train
+    rate, split = codec.sample_rate_hz, session.corpus.splits.get("valid")
+    if rate is None or split is None or not settings.sample_every_steps or not session.world.is_first:
+        return
+    length = min(max(1, round(settings.sample_seconds * rate)), split.num_codes)
+    begin = (split.num_codes - length) // 2
+    waveform = codec.decode(np.asarray(split.codes[begin : begin + length]))
+    session.metrics.audio("sample/reference", waveform, step=0, sample_rate_hz=rate)
+    session.metrics.figure("sample_spectrogram/reference", spectrogram_figure(waveform, rate), step=0)
 
 
 def say(session: Session, text: str) -> None:

@@ -1,0 +1,12 @@
+"""Put samples that are there on one page to listen on."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ct_audio.commands.command_line import run_tool
+from ct_audio.commands.page import main
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
