@@ -223,7 +223,7 @@ def test_an_episode_can_be_watched(tmp_path: Path) -> None:
 def test_the_attention_of_an_episode_reaches_as_far_as_the_memory() -> None:
     """Of a stack with uniform attention: 4 keys of own window, 4 of memory, 4 groups of 2, before row 16 fewer."""
     config = make_config().model
-    stack = CompressiveStack(config)
+    stack: Any = CompressiveStack(config)
     with torch.no_grad():
         for parameter in (stack.layers[0].query.weight, stack.layers[0].position):
             parameter.zero_()

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -39,7 +40,7 @@ def record(path: Path, waveform: np.ndarray, *, options: dict[str, str] | None =
     layout = {1: "mono", 2: "stereo"}[waveform.shape[1]]
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format=container_format, options=options or {}) as container:
-        stream = container.add_stream(codec, rate=RATE, layout=layout, options={"b": "96000"})
+        stream: Any = container.add_stream(codec, rate=RATE, layout=layout, options={"b": "96000"})
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform.T), format="fltp", layout=layout)
         frame.sample_rate = RATE
         for packet in [*stream.encode(frame), *stream.encode(None)]:
@@ -102,7 +103,7 @@ def test_damage_is_an_error(suffix: str, tmp_path: Path) -> None:
 def test_a_film_without_sound_is_an_error_and_one_with_sound_is_not(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
+        stream: Any = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
         frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
         for packet in [*stream.encode(frame), *stream.encode(None)]:

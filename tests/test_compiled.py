@@ -184,7 +184,7 @@ def test_float32_on_the_cpu_is_needed() -> None:
 
 @pytest.mark.parametrize("name", ["compressive_transformer", "wavenet_waveform"])
 def test_nan_is_reported(name: str) -> None:
-    model = tiny_model(name)
+    model: Any = tiny_model(name)
     with torch.no_grad():
         model.stack.get_parameter(next(name for name, _ in model.stack.named_parameters())).fill_(math.nan)
     sampler = Sampler(model, num_lanes=2, seed=0, start_code=0, top_k=5, stepper="compiled")

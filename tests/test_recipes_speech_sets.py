@@ -88,7 +88,8 @@ def serve(patch: Patch, recipe: str, archives: Path) -> list[str]:
             return
         subset = Path(url).name.partition(".")[0]
         part = f"{folder}/{subset}" if (copy / folder / subset).is_dir() else folder
-        with tarfile.open(target, "w:" + url.rpartition(".")[2]) as archive:
+        mode: Any = "w:" + url.rpartition(".")[2]
+        with tarfile.open(target, mode) as archive:
             archive.add(copy / part, part)
 
     patch.setattr(module, "download_url_to_file", give)

@@ -48,7 +48,7 @@ def read_av_blocks(path: Path) -> Iterator[tuple[Float[np.ndarray, "N C"], int]]
                 if not container.streams.audio:
                     raise ValueError("there is no audio in it")
                 yield from _decode(container)
-        except av.error.FFmpegError as error:
+        except av.FFmpegError as error:
             raise ValueError(f"damaged, or of another format: {error.strerror or error}") from error
 
 

@@ -73,7 +73,7 @@ class CompiledModel(BlockSampler):
         said = torch.zeros(num_lanes, 2, dtype=torch.float64)
         if self._predicts:
             followed, said = front_end
-        own = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (*followed, said))
+        own: Any = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (*followed, said))
         arrays = self._stack.from_state(stack)
         return CompiledState(kernels.PredictorState(*own), type(arrays)(*map(torch.from_numpy, arrays)))
 

@@ -32,7 +32,7 @@ class WandbLogger:
 
     def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError(
                 f"train.logger = wandb: {error}; run: python -m pip install wandb, or write train.logger=none"
@@ -54,13 +54,13 @@ class WandbLogger:
 
     def audio(self, tag: str, waveform: Float[np.ndarray, "N"], *, step: int, sample_rate_hz: int) -> None:
         """Log a sound in [-1, 1]."""
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run.log({tag: wandb.Audio(waveform, sample_rate=sample_rate_hz), "step": step})
 
     def figure(self, tag: str, figure: Figure, *, step: int) -> None:
         """Log a matplotlib figure."""
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run.log({tag: wandb.Image(figure), "step": step})
 

@@ -179,7 +179,10 @@ class CompiledCompressiveStack(CompiledStack):
         found: list[list[Any]] = []
         for layer in layers:
             module: Any = layer.compression
-            name = self._module.config.compression_function if module is not None else ""
+            if module is None:
+                found.append([])
+                continue
+            name = self._module.config.compression_function
             found.append([module.project] if name == "conv" else list(module.levels) if name == "dilated_conv" else [])
         width = self._module.config.width
         num_levels = max(map(len, found)) or 1
