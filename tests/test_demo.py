@@ -19,6 +19,7 @@ from recordings import ROOT
 
 from ct_audio.commands import demo
 from ct_audio.commands.command_line import run_tool
+from ct_audio.data.audio_files import write_wav
 from ct_audio.runs.config import load_config
 
 PLACES = demo.Places(Path("data/espeak"), Path("runs"), Path("reports/demo"), Path("recipes/kathleen/pretrained"))

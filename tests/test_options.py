@@ -83,7 +83,6 @@ WITHOUT_RUN = {
         ("--check --licence cc0-1.0 --data x", "--licence, --data: not with --check"),
     ],
     "play": [
-        ("RUN --seconds 3 --top-k 5", "--seconds, --top-k: only with --speaker"),
         ("RUN --speaker --port 1", "--port: not with --speaker"),
         ("RUN --speaker --prime-seconds 1", "--prime-seconds: only with --prime"),
         ("RUN --port 70000", "--port: expected 0 to 65535, got 70000"),

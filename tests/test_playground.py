@@ -62,12 +62,12 @@ def test_nll_is_that_of_each_second() -> None:
 @pytest.mark.parametrize("speed", [0.1, 0.5, 0.9, 1.0, 3.0])
 def test_playing_begins_when_it_never_has_to_wait(speed: float) -> None:
     """Sampled at a constant speed: when playing starts, each later sample is there before its turn."""
-    total = 5 * RATE
+    rate, total = 200, 1000
     made = np.arange(1, total + 1)
-    start = next(n for n in made if Piece(np.zeros(0), int(n), total, speed * RATE).may_play(RATE))
+    start = next(n for n in made if Piece(np.zeros(0), int(n), total, speed * rate).may_play(rate))
     played = np.minimum(total, (made - start) / speed)  # samples that have been played when so many are made
     assert (played[start:] <= made[start:]).all()
-    assert start < total * max(0.05, 1.2 * (1 - speed))
+    assert start <= 1.2 * max(0.0, 1 - speed) * total + 0.25 * rate
 
 
 def test_messages_repeat_what_a_page_may_have_missed(run: LoadedRun) -> None:
@@ -85,7 +85,7 @@ def test_messages_repeat_what_a_page_may_have_missed(run: LoadedRun) -> None:
 
 def test_controls_at_their_ends_are_no_limits() -> None:
     assert _wish(None, 1, 5, 1, 0, 1, None) == Wish()
-    assert _wish("a.wav", 2, 3, 0.5, 7, 0.9, 4) == Wish(3, 0.5, 7, 0.9, 4, Path("a.wav"), 2)
+    assert _wish("a.wav", 2, 3, 0.5, 7, 0.9, 4) == Wish(3.0, 0.5, 7, 0.9, 4, Path("a.wav"), 2.0)
 
 
 def test_what_cannot_be_played_is_refused(
@@ -147,6 +147,7 @@ def test_the_speaker_gets_all_of_it(run_dir: Path, monkeypatch: Patch, capsys: O
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio, the extra play")
 def test_in_a_browser_sound_is_played_while_it_is_sampled(run_dir: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/play.py"), str(run_dir), "--port", "0", "--threads", "1"]
+    command += ["--seconds", "0.4"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, open_browser() as browser:
         try:
             assert server.stdout is not None
@@ -155,9 +156,9 @@ def test_in_a_browser_sound_is_played_while_it_is_sampled(run_dir: Path, tmp_pat
             browser.wait("document.querySelector('#sample') && window.ctAudioPlay", seconds=120)
             browser.click("#sample")
             browser.wait("window.ctAudio.next > 0", seconds=200)
-            browser.wait("window.ctAudio.received == 5 * 24000", seconds=400)
+            browser.wait("window.ctAudio.received == 0.4 * 24000", seconds=400)
             progress = browser.wait("document.querySelector('#progress').innerText")
-            assert re.search(r"5\.00 of 5 s, .* x real time; NLL .* second: (\d\.\d+ ?){5}", progress)
+            assert re.search(r"0\.40 of 0\.4 s, .* x real time; NLL .* second: \d\.\d+", progress)
             browser.wait("document.querySelector('#whole audio, #whole .waveform-container, #whole canvas')")
             browser.screenshot(tmp_path / "playground.png")
             severe = [line for line in browser.complaints() if "favicon" not in line and "ERR_" not in line]

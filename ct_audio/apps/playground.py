@@ -205,8 +205,8 @@ _SCRIPT = """
 """
 
 
-def playground(run: LoadedRun, codec: Codec, *, title: str) -> tuple[Any, dict[str, Any]]:
-    """The page: an app of gradio, and what its `launch` is to be given.
+def playground(run: LoadedRun, codec: Codec, wish: Wish, *, title: str) -> tuple[Any, dict[str, Any]]:
+    """The page, which begins with a wish: an app of gradio, and what its `launch` is to be given.
 
     Raises:
         UserError: gradio is not installed, or the model is one of text.
@@ -229,14 +229,23 @@ def playground(run: LoadedRun, codec: Codec, *, title: str) -> tuple[Any, dict[s
         gradio.Markdown(f"## {title}\nStep {run.step:,}, {rate} Hz, on {run.model.device.type}.")
         with gradio.Row():
             with gradio.Column():
-                prime = gradio.Audio(label="prime: record or upload", sources=["microphone", "upload"], type="filepath")
+                prime = gradio.Audio(
+                    None if wish.prime is None else str(wish.prime),
+                    label="prime: record or upload",
+                    sources=["microphone", "upload"],
+                    type="filepath",
+                )
                 numbers = [
-                    gradio.Slider(0.1, 10, 1, step=0.1, label="seconds of the prime that are continued"),
-                    gradio.Slider(0.1, 30, 5, step=0.1, label="seconds to sample"),
-                    gradio.Slider(0, 1.5, 1, step=0.01, label="temperature", info="0: the most probable code"),
-                    gradio.Slider(0, codec.vocab_size, 0, step=1, label="top-k", info="0: all codes"),
-                    gradio.Slider(0.01, 1, 1, step=0.01, label="top-p", info="1: all codes"),
-                    gradio.Number(0, precision=0, minimum=0, label="seed"),
+                    gradio.Slider(
+                        0.1, 10, wish.prime_seconds, step=0.1, label="seconds of the prime that are continued"
+                    ),
+                    gradio.Slider(0.1, 30, wish.seconds, step=0.1, label="seconds to sample"),
+                    gradio.Slider(
+                        0, 1.5, wish.temperature, step=0.01, label="temperature", info="0: the most probable code"
+                    ),
+                    gradio.Slider(0, codec.vocab_size, wish.top_k or 0, step=1, label="top-k", info="0: all codes"),
+                    gradio.Slider(0.01, 1, wish.top_p or 1, step=0.01, label="top-p", info="1: all codes"),
+                    gradio.Number(wish.seed, precision=0, minimum=0, label="seed"),
                 ]
                 with gradio.Row():
                     start = gradio.Button("Sample", variant="primary", elem_id="sample")

@@ -5,14 +5,13 @@ from pathlib import Path
 from ct_audio.commands.command_line import add_run_options, build_parser, open_run, parse, refuse
 from ct_audio.common.errors import UserError
 
-_ONLY_SPEAKER = "only with --speaker; in a browser the page asks for it"
-
 
 def main() -> int:
     """Parse, serve or play until it is ended, and return the exit status."""
     parser = build_parser(
         "Play with a model in a browser: record or upload a prime, choose length, temperature, top-k, top-p and seed; "
-        "sound is played while it is sampled, with speed and NLL. With --speaker one sample goes to the sound card. "
+        "sound is played while it is sampled, with speed and NLL; the options are what the page begins with. With "
+        "--speaker one sample goes to the sound card. "
         "Needs the extra play (python -m pip install 'ct_audio[play]')."
     )
     add_run_options(parser)
@@ -27,8 +26,6 @@ def main() -> int:
     parser.add_argument("--prime", type=Path, metavar="FILE", help="recording that the sample continues")
     parser.add_argument("--prime-seconds", type=float, default=1.0, metavar="S", help="only the first seconds of it")
     arguments = parse(parser)
-    drawing = ("--seconds", "--temperature", "--top-k", "--top-p", "--seed", "--prime", "--prime-seconds")
-    refuse(arguments, *drawing, unless=arguments.speaker, why=_ONLY_SPEAKER)
     refuse(arguments, "--host", "--port", unless=not arguments.speaker, why="not with --speaker, which serves nothing")
     refuse(arguments, "--prime-seconds", unless=arguments.prime is not None, why="only with --prime")
     if not 0 <= arguments.port < 2**16:
@@ -38,11 +35,12 @@ def main() -> int:
 
     run = open_run(arguments)
     codec = run_codec(run)
+    drawn = {name: getattr(arguments, name) for name in ("seconds", "temperature", "top_k", "top_p", "seed")}
+    wish = Wish(**drawn, prime=arguments.prime, prime_seconds=arguments.prime_seconds)
     if arguments.speaker:
-        drawn = {name: getattr(arguments, name) for name in ("seconds", "temperature", "top_k", "top_p", "seed")}
-        play_to_speaker(run, codec, Wish(**drawn, prime=arguments.prime, prime_seconds=arguments.prime_seconds))
+        play_to_speaker(run, codec, wish)
         return 0
-    app, options = playground(run, codec, title=run.config.name)
+    app, options = playground(run, codec, wish, title=run.config.name)
     port = arguments.port or None
     _, url, _ = app.launch(
         server_name=arguments.host, server_port=port, quiet=True, prevent_thread_lock=True, **options
