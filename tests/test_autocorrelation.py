@@ -163,7 +163,7 @@ def test_the_mixture_is_the_mass_of_its_cells() -> None:
                 width = max(scale * math.exp(ratio), floor)
                 edges = [(edge[code] - prediction - shift * scale) / width for edge in (lower, upper)]
                 mass += share * (logistic(edges[1]) - logistic(edges[0]))
-            expected = math.log((1 - 1e-4) * mass + 1e-4 / 32)
+            expected = math.log((1 - head.uniform_share) * mass + head.uniform_share / 32)
             assert found[code].item() == pytest.approx(expected, abs=1e-6)
 
 

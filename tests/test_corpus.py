@@ -219,5 +219,5 @@ def test_damaged_files_are_one_error(tmp_path):
 
 
 def test_no_corpus_at_all(tmp_path):
-    with pytest.raises(UserError, match=r"tools/prepare\.py"):
+    with pytest.raises(UserError, match="make one with ct-audio prepare"):
         open_corpus(tmp_path / "none")

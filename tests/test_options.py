@@ -137,7 +137,7 @@ EXCLUSIVE = {
     "sample": ["--temperature 1 --temperatures 1,2", "--seconds 1 --length 2", "--prime-seconds 1 --prime-length 2"],
     "score": ["--bin-seconds 1 --bin-units 2"],
 }
-NOTHING_TO_REFUSE = {"analyse", "demo", "describe", "doctor", "train"}
+NOTHING_TO_REFUSE = {"agent", "agent_sweep", "analyse", "demo", "describe", "doctor", "train"}
 """Every option of these does something whatever the others are."""
 
 
