@@ -560,9 +560,7 @@ def test_the_tool_ends_with_one_line_and_a_status(
     assert "did you mean num_steps" in errors
     status, output, errors = run(str(path), "train.num_steps=2", "train.log_every_steps=2")
     assert (status, errors) == (0, "")
-    assert (
-        output.count("\n") == 5
-    )  # the run, its words, TensorBoard twice, one log line: no bar in a pipe
+    assert output.count("\n") == 5  # the run, its words, TensorBoard twice, one log line: no bar in a pipe
     assert "step 2/2  nll " in output
 
 
