@@ -153,7 +153,7 @@ def test_in_a_browser_sound_is_played_while_it_is_sampled(run_dir: Path, tmp_pat
             assert server.stdout is not None
             url = next(match[0] for line in server.stdout if (match := re.search(r"http://\S+", line)))
             browser.open(url)
-            browser.wait("document.querySelector('#sample') && window.ctAudioPlay", seconds=120)
+            browser.wait("document.querySelector('#sample') && !!window.ctAudioPlay", seconds=120)
             browser.click("#sample")
             browser.wait("window.ctAudio.next > 0", seconds=200)
             browser.wait("window.ctAudio.received == 0.4 * 24000", seconds=400)

@@ -171,8 +171,8 @@ def in_words(piece: Piece, rate: int) -> str:
 
 # ---- the browser
 
-_SCRIPT = """
-() => {
+_HEAD = """<script>
+{
   const player = { id: null, context: null, pieces: [], received: 0, next: 0 };
   window.ctAudio = player;
   window.ctAudioPlay = (text) => {
@@ -202,7 +202,7 @@ _SCRIPT = """
   };
   window.ctAudioStop = () => { player.context?.close(); player.context = null; player.id = null; };
 }
-"""
+</script>"""
 
 
 def playground(run: LoadedRun, codec: Codec, wish: Wish, *, title: str) -> tuple[Any, dict[str, Any]]:
@@ -260,7 +260,7 @@ def playground(run: LoadedRun, codec: Codec, wish: Wish, *, title: str) -> tuple
         message.change(None, [message], None, js="(text) => window.ctAudioPlay(text)")
         stop.click(None, None, None, cancels=[event], js="() => window.ctAudioStop()")
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # no fonts from a network
-    return app, {"js": _SCRIPT, "theme": theme, "ssr_mode": False, "footer_links": []}
+    return app, {"head": _HEAD, "theme": theme, "ssr_mode": False, "footer_links": []}
 
 
 def _wish(prime: str | None, prime_seconds: Any, seconds: Any, temperature: Any, k: Any, p: Any, seed: Any) -> Wish:
