@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade_runs import Output, Patch, options_of, page_data
+from handmade_runs import RATE, Output, Patch, options_of, page_data, speech_like, write_sample
 from recordings import ROOT
 
 from ct_audio.commands import demo
