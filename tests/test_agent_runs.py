@@ -225,7 +225,8 @@ def test_the_attention_of_an_episode_reaches_as_far_as_the_memory() -> None:
     config = make_config().model
     stack: Any = CompressiveStack(config)
     with torch.no_grad():
-        for parameter in (stack.layers[0].query.weight, stack.layers[0].position):
+        layer: Any = stack.layers[0]
+        for parameter in (layer.query.weight, layer.position):
             parameter.zero_()
     found = episode_attention(stack, torch.randn(18, config.width))
     assert np.allclose(found.weights[0, 17], [0, 0, 0, 0, *[1 / 20] * 8, *[1 / 10] * 6])

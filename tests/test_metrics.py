@@ -304,6 +304,7 @@ def test_the_layout_is_one_chart_of_all_runs(tmp_path: Path):
 @pytest.mark.timeout(900)
 def test_in_a_browser_the_printed_address_pins_the_validation_nll_without_smoothing(tmp_path: Path):
     for name in ("a", "b"):
+        (tmp_path / name).mkdir()
         writer = MetricsWriter(tmp_path / name)
         writer.layout()
         for step in range(1, 9):
