@@ -63,7 +63,7 @@ def run_sweep(
     """
     plan: list[tuple[str, int, AgentConfig]] = []
     for file in files:
-        own = load_agent_config(file, overrides)
+        own = load_agent_config(file, list(overrides))
         if own.environment.name != "object_matching":
             raise UserError(f"{file}: a sweep is over object matching, got environment.name = {own.environment.name}")
         for delay in delays or [own.environment.delay]:
