@@ -102,11 +102,11 @@ def _pieces(sampler: Sampler, codec: Codec, rate: int, total: int, piece_seconds
     codes: list[torch.Tensor] = []
     logs: list[torch.Tensor] = []
     nll, num_taken = np.zeros(math.ceil(total / rate)), 0
-    steps = sampler.run(total)
-    for code, log_probability in steps:
-        codes.append(code)
-        logs.append(log_probability)
-        made, now = num_taken + len(codes), time.perf_counter()
+    made = 0
+    for block, log_probabilities in sampler.blocks(total):
+        codes.append(block[0])
+        logs.append(log_probabilities[0])
+        made, now = made + block.shape[1], time.perf_counter()
         if now - last < piece_seconds and made < total:
             continue
         values = -torch.cat(logs).double().cpu().numpy()
