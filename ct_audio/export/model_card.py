@@ -184,7 +184,7 @@ def _training_rows(plain: dict[str, Any]) -> list[list[Any]]:
     else:
         rows.append(["codes", f"{training['num_codes']:,}"])
     if training["core_seconds"] is not None:
-        rows.append(["work", f"{training['core_seconds']:,.0f} core-seconds (CPU)"])
+        rows.append(["work", f"{training['core_seconds']:,.0f} core-seconds (CPU, wall time x threads)"])
     elif training["training_seconds"] is not None:
         rows.append(["time", f"{training['training_seconds']:,.0f} s on {training['num_processes']} processes"])
     if training["num_codes"]:

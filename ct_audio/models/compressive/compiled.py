@@ -196,7 +196,7 @@ class CompiledCompressiveStack(CompiledStack):
         return weight, bias
 
     def _num_groups(self, geometry: Geometry) -> int:
-        """Groups of rows that f_c takes at a time: as many as divide the window's groups and cost at most a step."""
+        """Groups of rows that f_c takes at a time: as many as divide the window's groups, `_MAX_GROUPS` at most."""
         num_all = self._window // geometry.compression_rate if geometry.compressed_memory_length else 1
         return max(number for number in range(1, _MAX_GROUPS + 1) if num_all % number == 0)
 
