@@ -12,6 +12,7 @@ from handmade_runs import Patch
 from tiny_runs import assert_same_checkpoint, checkpoint_state, checkpoint_tensors, tiny_run
 
 from ct_audio.commands import optimisation
+from ct_audio.commands import train as train_command
 from ct_audio.common.errors import UserError
 from ct_audio.experiments import update_frequency
 from ct_audio.runs.config import RunConfig, config_to_yaml
@@ -68,6 +69,25 @@ def test_what_cannot_be_written_leaves_no_run(source: RunConfig, tmp_path: Path,
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["source"]
 
 
+def test_a_branch_by_the_command(source: RunConfig, tmp_path: Path, monkeypatch: Patch) -> None:
+    longer = branch(tmp_path, "longer", optim__peak_learning_rate=1e-4)
+    base = tmp_path / "longer.yaml"
+    base.write_text(config_to_yaml(longer), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["train", str(base), "--branch", str(source.run_dir)])
+    assert train_command.main() == 0
+    assert checkpoint_state(longer)["step"] == 8
+    assert checkpoint_state(source)["step"] == 4
+    before = weights(longer)
+    assert train_command.main() == 0  # it is complete: nothing happens
+    assert weights(longer) == before
+    monkeypatch.setattr("sys.argv", ["train", str(base), "name=source", "--branch", str(source.run_dir)])
+    with pytest.raises(UserError, match=r"there is no branch\.json .*choose another name"):
+        train_command.main()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--branch: not under torchrun"):
+        train_command.main()
+
+
 def test_where_a_branch_began_is_recorded_and_checked(source: RunConfig, tmp_path: Path) -> None:
     config, state = branch(tmp_path, "other"), checkpoint_state(source)
     assert not require_branch_point(config.run_dir, source="source", step=4)
@@ -77,7 +97,9 @@ def test_where_a_branch_began_is_recorded_and_checked(source: RunConfig, tmp_pat
     assert found == {"format": "ct_audio branch", "format_version": 1} | point
     assert require_branch_point(config.run_dir, **point)
     assert require_branch_point(config.run_dir, source="source", step=4)
-    where = "expected a branch of source at step 6, got one of source at step 4 .*; choose another --out, or delete"
+    where = (
+        "expected a branch of source at step 6, got one of source at step 4 .*; choose another name or --out, or delete"
+    )
     with pytest.raises(UserError, match=where):
         require_branch_point(config.run_dir, source="source", step=6)
     with pytest.raises(UserError, match=r"expected a branch of base at step 4, got one of source at step 4"):
@@ -89,7 +111,9 @@ def test_where_a_branch_began_is_recorded_and_checked(source: RunConfig, tmp_pat
         (None, "there is no branch.json that says where it began"),
     ):
         record.unlink() if content is None else record.write_text(content)
-        with pytest.raises(UserError, match=rf"expected a branch of source at step 4.*{message}.*choose another --out"):
+        with pytest.raises(
+            UserError, match=rf"expected a branch of source at step 4.*{message}.*choose another name or --out"
+        ):
             branch_run(source.run_dir, config)
 
 
@@ -149,7 +173,9 @@ def test_branches_of_another_point_are_refused_before_anything_is_trained(
     trained: list[RunConfig] = []
     monkeypatch.setattr("ct_audio.experiments.update_frequency.train", trained.append)
     found = r"got one of base at step 2" if is_branch else r"there is no branch\.json .*it is no branch"
-    with pytest.raises(UserError, match=rf"kept: expected a branch of base at step 4, .*{found}.*choose another --out"):
+    with pytest.raises(
+        UserError, match=rf"kept: expected a branch of base at step 4, .*{found}.*choose another name or --out"
+    ):
         optimise(tmp_path, monkeypatch, "--branches", "rate_0")
     assert not trained
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before

@@ -1,6 +1,10 @@
 """Train a model from a run's YAML; the same command again resumes it. Also under torchrun."""
 
+import os
+from pathlib import Path
+
 from ct_audio.commands.command_line import build_parser
+from ct_audio.common.errors import UserError
 
 
 def main() -> int:
@@ -12,8 +16,20 @@ def main() -> int:
     )
     parser.add_argument("config", help="YAML of the run, or a recipe's, as kathleen/wavenet_small")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="keys to change, as train.num_steps=1000")
+    parser.add_argument(
+        "--branch",
+        type=Path,
+        metavar="RUN",
+        help="begin at the last checkpoint of this run, with another name and schedule; RUN stays as it is",
+    )
     arguments = parser.parse_args()
+    if arguments.branch and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--branch: not under torchrun; branch in one process with train.num_steps as it is in RUN")
     from ct_audio.runs.config import load_config
+    from ct_audio.training.branch import branch_run
     from ct_audio.training.loop import train
 
-    return train(load_config(arguments.config, arguments.overrides))
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.branch:
+        branch_run(arguments.branch, config)
+    return train(config)

@@ -74,7 +74,7 @@ def require_branch_point(run_dir: Path, *, source: str, step: int, weights_sha25
     """
     if find_checkpoint(run_dir, "last") is None:
         return False
-    advice = f"choose another --out, or delete {run_dir} and the other branches beside it, and run the command again"
+    advice = f"choose another name or --out, or delete {run_dir} and its other branches, and run the command again"
     expected: dict[str, Any] = {"source": source, "step": step}
     if weights_sha256 is not None:
         expected["weights_sha256"] = weights_sha256
