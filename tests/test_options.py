@@ -77,6 +77,13 @@ WITHOUT_RUN = {
         (f"{ROOT}/recipes/pg19 {OUT} -- --download-connections 16", "--download-connections: only with -- --download"),
     ],
     "bench": [("a.yaml --what train train", "--what: ['train', 'train'] has a value twice")],
+    "scaling": [
+        (f"BASE {OUT} --steps 0", "--steps: expected at least 1, got 0"),
+        (f"BASE {OUT} --sample-seconds 1 1", "--sample-seconds: expected numbers above 0 and below 1e6, each once"),
+        (f"BASE {OUT} --corpus-hours 0", "--corpus-hours: expected numbers above 0 and below 1e6, each once"),
+        (f"BASE {OUT} --vary model.width=8", "--vary: expected KEY=A,B,... with two numbers above 0 or more"),
+        (f"BASE {OUT} --vary model.breadth=8,16", "override 'model.breadth=8': unknown key model.breadth"),
+    ],
     "export": [
         ("", "expected --out (or --check): the folder to write"),
         (f"--check {OUT}", "--out: not with --check, which writes nothing"),

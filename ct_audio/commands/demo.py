@@ -60,8 +60,9 @@ class Places:
         return self.out / "samples" / name
 
     def shipped(self) -> list[Path]:
-        """Folders of the shipped models."""
-        return sorted(path.parent for path in (PROJECT / self.pretrained).glob("*/config.json"))
+        """Folders of the shipped models; MODELS first: their kernels differ, so none is compiled twice side by side."""
+        folders = [path.parent for path in (PROJECT / self.pretrained).glob("*/config.json")]
+        return sorted(folders, key=lambda folder: (folder.name not in MODELS, folder.name))
 
 
 @dataclass(frozen=True)

@@ -97,15 +97,15 @@ def compare(what: str, cases: dict[str, Case], num_rounds: int) -> list[dict[str
 
 def train_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
     """A training step of each recipe: forward, backward, clipping, Adam."""
-    yield {name: _training_step(config, num_lanes) for name, config in configs.items()}
+    yield {name: training_step(config, num_lanes) for name, config in configs.items()}
 
 
 def chunk_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
     """The windows of a chunk in one forward pass, layer by layer, against one forward pass a window."""
     for name, config in filter(lambda item: APPLIES["chunk"](item[1]), configs.items()):
         yield {
-            f"{name}, window after window": _training_step(config, num_lanes, piece_length=config.model.window_length),
-            f"{name}, chunk at once": _training_step(config, num_lanes),
+            f"{name}, window after window": training_step(config, num_lanes, piece_length=config.model.window_length),
+            f"{name}, chunk at once": training_step(config, num_lanes),
         }
 
 
@@ -115,7 +115,7 @@ def attention_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: 
         cases = {}
         for backend in sorted(ATTENTION_BACKENDS, reverse=True):
             model = dataclasses.replace(config.model, attention_backend=backend)
-            cases[f"{name}, {backend}"] = _training_step(dataclasses.replace(config, model=model), num_lanes)
+            cases[f"{name}, {backend}"] = training_step(dataclasses.replace(config, model=model), num_lanes)
         yield cases
 
 
@@ -149,7 +149,7 @@ def _steppers(model: SequenceModel) -> tuple[Stepper, ...]:
     return ("eager", "compiled") if sampler.stepper == "compiled" else ("eager",)
 
 
-def _training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None = None) -> Case:
+def training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None = None) -> Case:
     """A step on random codes with memory carried from call to call; `piece_length` codes a forward pass at a time."""
     torch.manual_seed(0)
     length = config.data.chunk_length

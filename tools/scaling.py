@@ -1,0 +1,12 @@
+"""Measure how time and memory grow with sizes, lengths and corpora."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ct_audio.commands.command_line import run_tool
+from ct_audio.commands.scaling import main
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
