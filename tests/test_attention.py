@@ -121,7 +121,7 @@ def test_the_flash_kernel_runs(dtype: torch.dtype, name: str) -> None:
 def test_long_window_in_blocks_equals_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("lanes_with_invalid_rows", torch.float64, seed=4)
     whole = ATTENTION_BACKENDS["fused"](**case)
-    monkeypatch.setattr("ct_audio.models.compressive.attention.QUERY_BLOCK_LENGTH", 3)
+    monkeypatch.setattr("ct_audio.models.compressive.attention.CPU_QUERY_BLOCK_LENGTH", 3)
     assert (ATTENTION_BACKENDS["fused"](**case) - whole).abs().max() <= 1e-12
 
 

@@ -42,6 +42,7 @@ def configurations(draw: Any) -> dict[str, Any]:
         "num_heads": one_of(1, 2),
         "num_kv_heads": one_of(0, 1),
         "feedforward_width": one_of(4, 10),
+        "positions": one_of("relative", "rotary"),
         "position_width": one_of(2, 4),
         "window_length": one_of(4, 8),
         "memory_length": one_of(0, 4, 8, 12),

@@ -54,6 +54,8 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "compressive_transformer_zero": _TRANSFORMER | {"compression_rate": 4, "straddling_groups": "zero"},
     "compressive_transformer_convolution": _TRANSFORMER | {"convolution_length": 11, "norm_position": "pre"},
     "compressive_transformer_shared_keys": _TRANSFORMER | {"num_heads": 4, "num_kv_heads": 2},
+    "compressive_transformer_rotary": _TRANSFORMER
+    | {"positions": "rotary", "compressed_positions": "temporal", "num_kv_heads": 1, "norm_position": "pre"},
     "compressive_transformer_most_used": _TRANSFORMER | {"compression_function": "most_used"},
     "compressive_transformer_adaptive_span": _TRANSFORMER
     | {"adaptive_span": True, "adaptive_span_ramp": 6, "adaptive_span_loss": 0.1, "attention_backend": "reference"},

@@ -4,6 +4,7 @@ Shape letters: N batch of windows, H heads, T queries, S keys, E head width, P p
 
 score(i, j) = [(q_i + u) . k_j  +  (q_i + v) . W_R s(i - j)] / sqrt(E), where s is a sinusoidal table of width P. A
 backend gets both query terms, `content_query = q + u` and `position_query = W_R^T (q + v)`, and real positions i and j.
+With rotary positions the score is Rot_i q . Rot_j k / sqrt(E): queries and keys come turned, and P is 0.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
-QUERY_BLOCK_LENGTH = 768  # queries a call of the kernel; windows of the paper's length are one block
+QUERY_BLOCK_LENGTH = 768
+"""Queries a call of the kernel: windows of the paper's length are one block."""
+CPU_QUERY_BLOCK_LENGTH = 256
+"""The same on a CPU, whose calls cost little: fewer keys of the window are read only to be masked."""
 
 
 def sinusoids(positions: Float[Tensor, "*S"], width: int) -> Float[Tensor, "*S P"]:
@@ -30,7 +34,8 @@ def sinusoids(positions: Float[Tensor, "*S"], width: int) -> Float[Tensor, "*S P
 
 
 def rotate(vectors: Float[Tensor, "*N T P"], positions: Float[Tensor, "T"]) -> Float[Tensor, "*N T P"]:
-    """Rot_i y for each row i: rotate(y, i) . s(-j) == y . s(i - j), by the addition theorems."""
+    """Rot_i y for each row i; by the addition theorems rotate(y, i) . s(-j) == y . s(i - j), and
+    rotate(y, i) . rotate(z, j) == rotate(y, i - j) . z."""
     cosine, sine = (table.to(vectors.dtype) for table in rotation_table(positions, vectors.shape[-1]))
     return vectors * cosine + quarter_turn(vectors) * sine
 
@@ -71,17 +76,20 @@ def fused_attention(
     that it can see. Arguments as in `reference_attention`.
     """
     head_width, (num_windows, num_heads) = keys.shape[-1], keys.shape[:2]
-    position_keys = sinusoids(-key_positions, position_query.shape[-1]).to(keys.dtype)
-    position_keys = repeat(position_keys, "s p -> n h s p", n=num_windows, h=num_heads)
-    wide_query = torch.cat([content_query, rotate(position_query, query_positions)], dim=-1)
-    wide_keys = torch.cat([keys, position_keys], dim=-1)
-    # As wide as the queries, or the CPU's flash kernel silently gives way to one that makes all T x S weights.
-    wide_values = F.pad(values, (0, position_query.shape[-1]))
+    wide_query, wide_keys, wide_values = content_query, keys, values
+    if position_query.shape[-1]:
+        position_keys = sinusoids(-key_positions, position_query.shape[-1]).to(keys.dtype)
+        position_keys = repeat(position_keys, "s p -> n h s p", n=num_windows, h=num_heads)
+        wide_query = torch.cat([content_query, rotate(position_query, query_positions)], dim=-1)
+        wide_keys = torch.cat([keys, position_keys], dim=-1)
+        # As wide as the queries, or the CPU's flash kernel silently gives way to one that makes all T x S weights.
+        wide_values = F.pad(values, (0, position_query.shape[-1]))
     mask = mask.to(keys.dtype)
     num_queries, num_earlier = wide_query.shape[2], keys.shape[2] - wide_query.shape[2]
     outputs = []
-    for begin in range(0, num_queries, QUERY_BLOCK_LENGTH):
-        end = min(begin + QUERY_BLOCK_LENGTH, num_queries)
+    length = CPU_QUERY_BLOCK_LENGTH if keys.device.type == "cpu" else QUERY_BLOCK_LENGTH
+    for begin in range(0, num_queries, length):
+        end = min(begin + length, num_queries)
         visible = num_earlier + end  # later keys of the window are seen by no query of this block
         output = F.scaled_dot_product_attention(
             wide_query[:, :, begin:end],

@@ -36,6 +36,8 @@ class CompiledCompressiveStack(CompiledStack):
     def __init__(self, stack: Any) -> None:
         config = stack.config
         compresses = any(layer.compression is not None or layer.chooses_most_used for layer in stack.layers)
+        if config.positions == "rotary":
+            raise UserError("compiled stepping knows no rotary positions; use the eager stepper")
         if config.adaptive_span or (compresses and config.compression_function not in _KINDS):
             what = "adaptive spans" if config.adaptive_span else f"compression {config.compression_function}"
             raise UserError(f"compiled stepping knows no {what}; use the eager stepper")

@@ -16,7 +16,9 @@ class StackConfig:
     Attributes:
         num_layers, width, num_heads, feedforward_width: as in any transformer; head width is width / num_heads.
         num_kv_heads: heads of keys and values, each shared by as many heads in a row; 0 for as many as `num_heads`.
-        position_width: P, width of the sinusoidal table (the paper's is `width`), even.
+        positions: "relative" as in the paper (Transformer-XL's), or "rotary" (Su et al. 2021, arXiv 2104.09864):
+            queries and keys turned by their positions, without parameters; faster, not the paper's.
+        position_width: P, width of the sinusoidal table (the paper's is `width`), even; of no concern to "rotary".
         dropout: of each sublayer's output and inside the feed-forward block (in a model also of the embedding).
         window_length: n_s. memory_length: n_m. compressed_memory_length: n_cm; 0 gives Transformer-XL.
         compression_rate: c, one number or a list with one a layer.
@@ -46,6 +48,7 @@ class StackConfig:
     num_heads: int = 6
     num_kv_heads: int = 0
     feedforward_width: int = 1024
+    positions: Literal["relative", "rotary"] = "relative"
     position_width: int = 64
     dropout: float = 0.0
     window_length: int = 768
@@ -79,6 +82,11 @@ class StackConfig:
                 f"model.num_kv_heads: expected 0 or a divisor of model.num_heads = {self.num_heads}, got "
                 f"{self.num_kv_heads}"
             )
+        if self.positions == "rotary" and self.width // self.num_heads % 2:
+            raise UserError(
+                f"model.positions = rotary: expected an even head width, got model.width / model.num_heads = "
+                f"{self.width // self.num_heads}"
+            )
         if self.position_width < 2 or self.position_width % 2:
             raise UserError(f"model.position_width: expected an even number above 0, got {self.position_width}")
         if not 0 <= self.dropout < 1:
@@ -111,6 +119,11 @@ class StackConfig:
             if self.keeps_memory(layer):
                 check_whole_groups(self.compressed_memory_length, rate, window=self.window_length)
                 check_whole_groups(self.compressed_memory_length, rate, memory=self.memory_length)
+
+    @property
+    def rotation_width(self) -> int:
+        """Width of what is turned by a position: of the position query, or with rotary positions of a head."""
+        return self.width // self.num_heads if self.positions == "rotary" else self.position_width
 
     @property
     def key_width(self) -> int:

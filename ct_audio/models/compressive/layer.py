@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ct_audio.models.compressive.attention import (
     ATTENTION_BACKENDS,
     attention_weights,
+    rotate,
 )
 from ct_audio.models.compressive.compression import COMPRESSION_FUNCTIONS, Decoder, autoencoding_loss, choose_most_used
 from ct_audio.models.compressive.config import StackConfig
@@ -65,11 +66,12 @@ class CompressiveLayer(nn.Module):
         gain = (2 * config.num_layers) ** -0.5 if config.norm_position == "pre" else 1.0
         self.query = linear(width, width)
         self.key_value = linear(width, 2 * config.key_width)
-        self.position = nn.Parameter(
-            torch.randn(heads, head_width, config.position_width) * config.position_width**-0.5
-        )
-        self.content_bias = nn.Parameter(torch.zeros(heads, head_width))  # u
-        self.position_bias = nn.Parameter(torch.zeros(heads, head_width))  # v
+        self.is_rotary = config.positions == "rotary"
+        if not self.is_rotary:
+            position = torch.randn(heads, head_width, config.position_width)
+            self.position = nn.Parameter(position * config.position_width**-0.5)
+            self.content_bias = nn.Parameter(torch.zeros(heads, head_width))  # u
+            self.position_bias = nn.Parameter(torch.zeros(heads, head_width))  # v
         self.output = linear(width, width, gain=gain)
         self.attention_norm = nn.LayerNorm(width)
         self.feedforward = FeedForward(
@@ -187,9 +189,11 @@ class CompressiveLayer(nn.Module):
         own, later = shared_linear(read, self.read(rows.detach()), self.key_value.weight)
         return self.query(read), own, later, self.key_value(self.read(memory.memory.detach()))
 
-    def _two_queries(self, query: Float[Tensor, "N T D"]) -> tuple[Tensor, Tensor]:
-        """q + u [N, H, T, E] and W_R^T (q + v) [N, H, T, P]."""
+    def _two_queries(self, query: Float[Tensor, "N T D"], positions: Float[Tensor, "T"]) -> tuple[Tensor, Tensor]:
+        """q + u [N, H, T, E] and W_R^T (q + v) [N, H, T, P]; with rotary positions Rot_i q, and P = 0."""
         query = rearrange(query, "n t (h e) -> n h t e", h=self.config.num_heads)
+        if self.is_rotary:
+            return rotate(query, positions), query[..., :0]
         for_position = query + self.position_bias[:, None]
         return query + self.content_bias[:, None], einsum(for_position, self.position, "n h t e, h e p -> n h t p")
 
@@ -202,9 +206,11 @@ class CompressiveLayer(nn.Module):
     def _heads(self, query: Tensor, keys_values: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Both queries, keys and values of each window, by heads and in one dtype."""
         windows = rearrange(query, "b (w t) d -> (b w) t d", t=view.geometry.window_length)
-        content_query, position_query = self._two_queries(windows)
+        content_query, position_query = self._two_queries(windows, view.query_positions)
         heads, head_width = content_query.shape[1], content_query.shape[-1]
         keys, values = keys_and_values(keys_values, heads, head_width)
+        if self.is_rotary:
+            keys = rotate(keys, view.key_positions)
         return content_query.to(keys.dtype), position_query.to(keys.dtype), keys, values
 
     @torch.no_grad()

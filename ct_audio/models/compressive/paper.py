@@ -175,14 +175,18 @@ def relative_attention(
     """Attention of one row over all that it sees, by content and by distance (Transformer-XL, section 3.3).
 
     score = [(q + u) . k + (q + v) . W_R s(here - position)] / sqrt(head width), s the table of sines and cosines
+    With rotary positions: see `rotary_score`.
     """
     heads = []
     for head in range(config.num_heads):
         query, keys, values = project(config, parameters, head, row, seen)
-        for_content = query + parameters["content_bias"][head]
-        for_position = query + parameters["position_bias"][head]
         scores = []
         for key, position in zip(keys, positions, strict=True):
+            if config.positions == "rotary":
+                scores.append(rotary_score(query, key, here - position))
+                continue
+            for_content = query + parameters["content_bias"][head]
+            for_position = query + parameters["position_bias"][head]
             table = sinusoid(here - position, config.position_width)
             by_position = for_position @ (parameters["position"][head] @ table.to(row.dtype))
             scores.append((for_content @ key + by_position) / math.sqrt(len(query)))
@@ -193,6 +197,21 @@ def relative_attention(
         all_weights.append(weights)
         heads.append(weighted_sum(weights, values))
     return parameters["output.weight"] @ torch.cat(heads)
+
+
+def rotary_score(query: Tensor, key: Tensor, distance: float) -> Tensor:
+    """Each pair of features as a complex number, turned by an angle that grows with the distance (Su et al. 2021).
+
+    score = sum over pairs of Re(query conj(key) exp(i distance frequency)) / sqrt(head width)
+    """
+    num_pairs = len(query) // 2
+    score = torch.zeros((), dtype=query.dtype)
+    for pair in range(num_pairs):
+        angle = distance * 10_000.0 ** (-pair / num_pairs)
+        (q_real, q_imaginary), (k_real, k_imaginary) = query[pair::num_pairs], key[pair::num_pairs]
+        score = score + math.cos(angle) * (q_real * k_real + q_imaginary * k_imaginary)
+        score = score - math.sin(angle) * (q_imaginary * k_real - q_real * k_imaginary)
+    return score / math.sqrt(len(query))
 
 
 def project(

@@ -143,7 +143,7 @@ class CompressiveStack(Stack):
             for index, window in enumerate(inputs)
         )
         positions = torch.arange(length, dtype=inputs[0].dtype, device=rows.device)
-        rotation = rotation_table(positions, self.config.position_width)
+        rotation = rotation_table(positions, self.config.rotation_width)
         state = StackState(memory, caches, rotation, consumed, queues=map_memory(torch.clone, queues))
         if document_starts is not None:
             for position in range(consumed):

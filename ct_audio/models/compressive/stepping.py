@@ -14,7 +14,7 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ct_audio.models.compressive.attention import attend_one, quarter_turn, sinusoids
+from ct_audio.models.compressive.attention import attend_one, quarter_turn, rotate, sinusoids
 from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import LayerMemory, Memory
 from ct_audio.models.compressive.windows import key_positions, make_view
@@ -25,9 +25,11 @@ class LayerCache(NamedTuple):
     """What a layer keeps between two steps.
 
     Attributes:
-        weight, bias: all products of a row in one: content query, position query straight and turned, key, value.
+        weight, bias: all products of a row in one: content query, position query straight and turned, key, value. With
+            rotary positions there is no content query, and the query takes the position query's place.
         inputs: [B, window length, D], raw inputs of the unfinished window.
-        wide_keys: [B, H, S, E + P], keys and position table of every visible row and of the window.
+        wide_keys: [B, H, S, E + P], keys and position table of every visible row and of the window; turned keys
+            [B, H, S, E] with rotary positions.
         values: [B, H, S, E].
         mask: additive, or None where all rows are valid.
         usage: [B, M + T], attention that each row of memory and window has got so far, summed over the window's
@@ -76,14 +78,19 @@ def new_cache(
     """
     heads, scale = layer.config.num_heads, (layer.config.width // layer.config.num_heads) ** -0.5
     query = rearrange(layer.query.weight, "(h e) d -> h e d", h=heads) * scale
-    straight = einsum(layer.position, query, "h e p, h e d -> h p d")
-    for_bias = einsum(layer.position, layer.position_bias * scale, "h e p, h e -> h p")
+    if layer.is_rotary:  # nothing but what is turned
+        query, straight, content_bias = query[:, :0], query, query.new_zeros(heads, 0)
+        for_bias = query.new_zeros(straight.shape[:2])
+    else:
+        straight, content_bias = einsum(layer.position, query, "h e p, h e d -> h p d"), layer.content_bias * scale
+        for_bias = einsum(layer.position, layer.position_bias * scale, "h e p, h e -> h p")
     turned, turned_bias = quarter_turn(straight.mT).mT, quarter_turn(for_bias)
     weight = torch.cat([*(part.flatten(0, 1) for part in (query, straight, turned)), layer.key_value.weight])
-    bias = torch.cat([(layer.content_bias * scale).flatten(), for_bias.flatten(), turned_bias.flatten()])
+    bias = torch.cat([content_bias.flatten(), for_bias.flatten(), turned_bias.flatten()])
     bias = F.pad(bias, (0, len(weight) - len(bias)))
     geometry = layer.geometry(memory, inputs.shape[1])
-    table = sinusoids(-key_positions(geometry, inputs), layer.config.position_width)
+    table_width = 0 if layer.is_rotary else layer.config.position_width
+    table = sinusoids(-key_positions(geometry, inputs), table_width)
     wide_keys = F.pad(table, (layer.config.width // heads, 0)).expand(len(inputs), heads, -1, -1).contiguous()
     values = wide_keys.new_empty(*wide_keys.shape[:3], layer.config.width // heads)
     cache = LayerCache(weight, bias, inputs.clone(), wide_keys, values, None, None, layer.share(geometry))
@@ -101,10 +108,12 @@ def refill_cache(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory
     rows = torch.cat([memory.compressed_memory, memory.memory, cache.inputs], dim=1)
     both = layer.key_value(layer.read(rows))
     keys, values = keys_and_values(both, layer.config.num_heads, cache.values.shape[-1])
-    cache.wide_keys[..., : keys.shape[-1]] = keys
-    cache.values.copy_(values)
     window_length = cache.inputs.shape[1]
     geometry = layer.geometry(memory, window_length)
+    if layer.is_rotary:
+        keys = rotate(keys, key_positions(geometry, keys))
+    cache.wide_keys[..., : keys.shape[-1]] = keys
+    cache.values.copy_(values)
     view = make_view(geometry, memory, window_length, None)
     num_rows = memory.memory.shape[1] + window_length
     usage = rows.new_zeros(len(rows), num_rows) if layer.chooses_most_used else None
@@ -133,10 +142,13 @@ def step_layer(
     """
     heads, width, extra = layer.config.num_heads, layer.config.width, layer.config.num_heads * len(rotation[0])
     projected = F.linear(layer.read(rows), cache.weight, cache.bias)
-    *queries, both = projected.split([width, extra, extra, 2 * layer.config.key_width], dim=1)
-    content, straight, turned = (query.unflatten(1, (heads, -1)) for query in queries)
+    by_content = 0 if layer.is_rotary else width
+    *queries, both = projected.split([by_content, extra, extra, 2 * layer.config.key_width], dim=1)
+    content, straight, turned = (query.unflatten(1, (heads, query.shape[1] // heads)) for query in queries)
     key, value = (part[:, :, 0] for part in keys_and_values(both[:, None], heads, width // heads))
     wide_query = torch.cat([content, torch.addcmul(straight * rotation[0], turned, rotation[1])], dim=-1)
+    if layer.is_rotary:
+        key = torch.addcmul(key * rotation[0], quarter_turn(key), rotation[1])
     index = cache.values.shape[2] - layer.config.window_length + position
     cache.wide_keys[:, :, index, : key.shape[-1]] = key
     cache.values[:, :, index] = value
