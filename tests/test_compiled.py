@@ -18,6 +18,7 @@ from ct_audio.models.heads import LogisticMixture
 from ct_audio.sampling.sampler import Sampler, draw_codes, verify_steps
 
 NOT_OFFERED = {
+    "compressive_transformer_rotary": "rotary positions",
     "compressive_transformer_gru": "compression gru",
     "compressive_transformer_most_used": "compression most_used",
     "compressive_transformer_adaptive_span": "adaptive spans",
