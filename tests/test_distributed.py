@@ -1,6 +1,7 @@
-"""Equality 6: two processes under torchrun are one process with both lanes; and what one rank has, all learn."""
+"""Equality 6: processes under torchrun are one process with all lanes, also on shards; what one rank has, all learn."""
 
 import datetime
+import json
 import os
 import subprocess
 import sys
@@ -43,9 +44,13 @@ def torchrun(config: RunConfig, script: Path = ROOT / "tools" / "train.py") -> s
     config.run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = config.run_dir.parent / f"{config.name}.yaml"
     path.write_text(config_to_yaml(config))
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500, env=environment)
+    return start(script, str(path))
+
+
+def start(script: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script), *words]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=900, env=environment)
 
 
 def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -55,9 +60,15 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
 
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
-def test_two_processes_are_one_with_all_lanes(tmp_path: Path):
-    """Four lanes in two micro-batches; updates every step, then every second one (without synchronisation between)."""
-    one, two = tiny_run(tmp_path, name="one", **CHANGES), tiny_run(tmp_path, name="two", **CHANGES)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_are_one_with_all_lanes(tmp_path: Path, parallel: str):
+    """Four lanes in two micro-batches; updates every step, then every second one (without synchronisation between).
+
+    Weights and moments also of shards, in checkpoints of the same form; validations and samples too.
+    """
+    changes = CHANGES | {"train__num_micro_batches": 2, "train__sample_every_steps": 9, "train__sample_seconds": 1e-3}
+    one = tiny_run(tmp_path, name="one", **changes)
+    two = tiny_run(tmp_path, name="two", **changes, train__parallel=parallel)
     assert train(one) == 0
     result = torchrun(two)
     assert result.returncode == 0, result.stderr
@@ -73,11 +84,28 @@ def test_two_processes_are_one_with_all_lanes(tmp_path: Path):
     )
     assert largest_difference(whole, {name: torch.cat([rank[name] for rank in ranks]) for name in whole}) < 1e-10
     assert checkpoint_state(one)["stream"] == checkpoint_state(two)["stream"]
+    assert (two.run_dir / "samples/step_00000009_0.wav").exists()
     tags = ["nll/train_nats", "nll/valid_nats", "gradient_norm/model", "attention_reconstruction/layer_00"]
     for tag in tags:
         curves = [[line[tag] for line in read_metrics(config.run_dir) if tag in line] for config in (one, two)]
         assert len(curves[0]) == 3
         assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+    whole_split = [read_metrics(config.run_dir)[-1]["nll/valid_full_nats"] for config in (one, two)]
+    assert whole_split[0] == pytest.approx(whole_split[1], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+def test_shards_of_every_model_are_one_process():
+    """Six steps of every compression function and loss, tied and adaptive tables, spans, WaveNet; layers run again."""
+    result = start(ROOT / "tests" / "sharded_steps.py")
+    assert result.returncode == 0, result.stderr
+    cases = json.loads(result.stdout)
+    assert len(cases) > 25
+    for case, differences in cases.items():
+        assert isinstance(differences, dict), f"{case}: {differences}"
+        assert max(differences.values()) < 1e-10, f"{case}: {differences}"
 
 
 @pytest.mark.slow
@@ -182,8 +210,8 @@ def test_alone_the_collectives_do_nothing():
 
 
 @pytest.mark.parametrize("is_cuda", [False, True])
-def test_only_the_group_of_the_cpu_waits_for_days(monkeypatch: pytest.MonkeyPatch, is_cuda: bool) -> None:
-    """Gradients on CUDA have a group of their own, with the timeout that torch has for it."""
+def test_only_one_group_waits_for_days(monkeypatch: pytest.MonkeyPatch, is_cuda: bool) -> None:
+    """Gradients on CUDA have a group of their own; the patient one is for work of rank 0 alone."""
     groups: list[Any] = []
     module, wrapped = torch.nn.Linear(1, 1), []
     monkeypatch.setattr(dist, "init_process_group", lambda *backend, **options: groups.append((backend, options)))
@@ -192,14 +220,15 @@ def test_only_the_group_of_the_cpu_waits_for_days(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         torch.nn.parallel, "DistributedDataParallel", lambda module, **options: wrapped.append(options) or module
     )
-    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", is_cuda)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: module)
     for name, value in (("WORLD_SIZE", 8), ("RANK", 1), ("LOCAL_RANK", 1)):
         monkeypatch.setenv(name, str(value))
     with distributed_world() as world:
         assert world == World(rank=1, world_size=8, local_rank=1)
-        assert data_parallel(module, world) is module
-    assert groups[0] == (("gloo",), {"timeout": datetime.timedelta(days=30)})
-    assert groups[1:] == ([((), {"backend": "nccl"})] if is_cuda else [])
+        assert data_parallel(module, world, device=torch.device("cuda" if is_cuda else "cpu")) is module
+    minutes, days = datetime.timedelta(minutes=15), datetime.timedelta(days=30)
+    assert groups[:2] == [(("gloo",), {"timeout": minutes}), ((), {"backend": "gloo", "timeout": days})]
+    assert groups[2:] == ([((), {"backend": "nccl", "timeout": minutes})] if is_cuda else [])
     assert wrapped == [{"broadcast_buffers": False, "process_group": "gradients" if is_cuda else None}]
 
 

@@ -19,6 +19,9 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
     "train.sample_every_steps",
     "train.sample_seconds",
     "train.logger",
+    "train.timeout_seconds",
+    "train.checkpoint_layers",
+    "train.parallel",  # but for the order of sums
     "actors.in_processes",  # of an agent: where actors run changes no number
 }
 

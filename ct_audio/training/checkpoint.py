@@ -37,7 +37,7 @@ from ct_audio.runs.checkpoint_files import (
     require_like,
 )
 from ct_audio.runs.config import config_to_yaml
-from ct_audio.training.parallel import World, all_gather, barrier
+from ct_audio.training.parallel import World, all_gather, barrier, on_first_rank, part_like, whole
 
 
 def save_checkpoint(
@@ -68,16 +68,21 @@ def save_checkpoint(
     root = run_dir / "checkpoints"
     name = f"step_{state['step']:08d}"
     beside = place = root / f"writing-{name}"
-    files = {f"memory-rank{world.rank}.safetensors": _lane_tensors(memories)}
+    files = {"model": lambda: model_tensors(model), "training": lambda: _optimizer_tensors(model, optimizer)}
     if world.is_first:
         for stale in root.glob("writing-*"):
             shutil.rmtree(stale)
         beside.mkdir(parents=True)
-        files["model.safetensors"] = model_tensors(model)
-        files["training.safetensors"] = _optimizer_tensors(model, optimizer)
-    barrier()
+    barrier(patient=True)
     try:
-        digests = {file: _write_tensors(beside / file, tensors) for file, tensors in files.items()}
+        own = f"memory-rank{world.rank}.safetensors"
+        digests = {own: _write_tensors(beside / own, _lane_tensors(memories))}
+        for file, tensors in files.items():
+            found = _gather(tensors(), world)
+            if world.is_first:
+                digests[f"{file}.safetensors"] = _write_tensors(beside / f"{file}.safetensors", found)
+            del found
+            barrier(patient=True)  # rank 0 writes
         digests = {file: digest for part in all_gather(digests) for file, digest in part.items()}
         if world.is_first:
             write_file(beside / "config.yaml", config_to_yaml(config).encode())
@@ -99,7 +104,7 @@ def save_checkpoint(
             shutil.rmtree(place, ignore_errors=True)  # it may be what fills the disk
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    barrier()
+    barrier(patient=True)
 
 
 def drop_previous(run_dir: Path) -> None:
@@ -161,13 +166,13 @@ def load_session(
     Returns:
         the nest, and state.json.
     """
-    state = read_state(checkpoint)
+    state = on_first_rank(lambda: read_state(checkpoint))
     if state["world_size"] != world.world_size:
         raise UserError(
             f"checkpoint {checkpoint} is of {state['world_size']} processes, this session has {world.world_size}; "
             "start as many as before"
         )
-    load_model(checkpoint, model)
+    load_model(checkpoint, model, part_like=part_like)
     _load_optimizer(checkpoint, model, optimizer)
     tensors = read_tensors(checkpoint / f"memory-rank{world.rank}.safetensors")
     prefix = "memory/"
@@ -219,10 +224,9 @@ def _load_optimizer(checkpoint: Path, model: StatefulModule, optimizer: torch.op
         for key in ("exp_avg", "exp_avg_sq"):
             require_like(path, f"{name}/{key}", parameter, found[f"{name}/{key}"])
         require_like(path, f"{name}/step", torch.zeros((), dtype=torch.float32), found[f"{name}/step"])
-        optimizer.state[parameter] = {
-            key: found[f"{name}/{key}"].to(parameter.device, copy=True)  # else the file stays mapped, and NFS keeps it
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        step = found[f"{name}/step"].to(parameter.device, copy=True)  # else the file stays mapped, and NFS keeps it
+        moments = {key: part_like(parameter, found[f"{name}/{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": step, **moments}
 
 
 def _lane_tensors(memories: list[Any]) -> dict[str, Tensor]:
@@ -239,6 +243,16 @@ def _set_rng_state(states: dict[str, UInt8[Tensor, "_"]]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole copies on the CPU, on rank 0; nothing elsewhere. A shard at a time crosses the network."""
+    copies = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if world.is_first:
+            copies[name] = tensor.cpu()
+    return copies
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

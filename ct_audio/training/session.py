@@ -5,16 +5,19 @@ Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
 
 import contextlib
 import dataclasses
+import functools
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
@@ -33,6 +36,8 @@ from ct_audio.runs.weights_and_biases import WandbLogger
 from ct_audio.training.checkpoint import load_checkpoint, split_memory
 from ct_audio.training.parallel import World, data_parallel, on_first_rank
 from ct_audio.training.schedules import completes_update, make_optimizer, update_steps
+
+T = TypeVar("T")
 
 COMPARED_KEYS = frozenset(
     [f"model.{key}" for key in ("name", "front_end", "head", "num_layers", "width", "window_length", "memory_length")]
@@ -64,6 +69,10 @@ class ChunkLoss(nn.Module):
             output = self.model(inputs, memory, document_starts=document_starts)
             nll = self.model.nll(output.features, targets)  # type: ignore[operator]
         return nll, output.memory, output.auxiliary_losses
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call a function that uses the model otherwise, see `parallel.run_sharded`."""
+        return function()
 
 
 @dataclass
@@ -174,9 +183,14 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     stream = _open_stream(config.data, corpus, world)
     num_lanes = config.data.num_lanes // world.world_size
     _check(config, corpus, num_lanes)
-    model, optimizer = _build(config, device, world)
-    memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
+    model = _build(config, world)
+    if config.train.checkpoint_layers:
+        checkpoint_layers(model)
     loss = ChunkLoss(model, device_type=device.type, precision=config.train.precision)
+    how: dict[str, Any] = {"device": device, "kind": config.train.parallel, "units": model.shard_units()}
+    loss = data_parallel(loss, world, **how)
+    optimizer = make_optimizer(model, config.optim) if model.has_parameters else None
+    memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
     progress = Progress()
     if checkpoint is not None:
         lanes = {"num_lanes": num_lanes, "num_micro_batches": config.train.num_micro_batches}
@@ -193,7 +207,7 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
         device=device,
         corpus=corpus,
         model=model,
-        loss=data_parallel(loss, world) if optimizer else loss,
+        loss=loss,
         optimizer=optimizer,
         stream=stream,
         memories=memories,
@@ -229,13 +243,28 @@ def _open_stream(data: DataConfig, corpus: Corpus, world: World) -> WindowStream
     )
 
 
-def _build(config: RunConfig, device: torch.device, world: World) -> tuple[SequenceModel, torch.optim.Adam | None]:
-    """The model, freshly initialised alike on every rank, and its optimizer, if it has anything to train."""
+def _build(config: RunConfig, world: World) -> SequenceModel:
+    """The model on the CPU, freshly initialised alike on every rank."""
     torch.manual_seed(config.train.seed)
     model = build_model(config)
-    model.to(device, torch.float64 if config.train.precision == "float64" else None)
+    model.to(torch.float64 if config.train.precision == "float64" else None)
     torch.manual_seed(config.train.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
-    return model, make_optimizer(model, config.optim) if model.has_parameters else None
+    return model
+
+
+def checkpoint_layers(model: SequenceModel) -> None:
+    """From here on backward passes run each layer again, of which only the inputs have been kept; no number changes.
+
+    Raises:
+        UserError: the model has no layers that are modules.
+    """
+    if not model.shard_units():
+        raise UserError(
+            f"train.checkpoint_layers: {model.config.name} has no layers that can be run again one by one; write "
+            "train.checkpoint_layers=false"
+        )
+    for layer in model.shard_units():
+        layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
 
 
 def _resume_stream(state: dict[str, Any], config: RunConfig, corpus: Corpus, stream: WindowStream) -> Progress:
