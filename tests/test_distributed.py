@@ -3,6 +3,8 @@
 import datetime
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import checkpoint_state, tiny_run
 
 from ct_audio.common.errors import UserError
 from ct_audio.runs.config import RunConfig, TrainConfig, config_to_yaml
 from ct_audio.runs.device import choose_device, set_up_device
 from ct_audio.runs.metrics import read_metrics
+from ct_audio.training.checkpoint import _deal_lanes
 from ct_audio.training.loop import train
 from ct_audio.training.parallel import (
     World,
@@ -39,12 +42,18 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def torchrun(config: RunConfig, script: Path = ROOT / "tools" / "train.py") -> subprocess.CompletedProcess[str]:
-    """Two processes of the training tool, or of another script that takes a YAML."""
+EARLIER = {4: 5.78607702255249, 5: 5.656888008117676}
+"""NLL of the steps that the version which wrote `golden_run` made next, on two processes."""
+
+
+def torchrun(
+    config: RunConfig, script: Path = ROOT / "tools" / "train.py", *, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """Processes of the training tool, or of another script that takes a YAML."""
     config.run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = config.run_dir.parent / f"{config.name}.yaml"
     path.write_text(config_to_yaml(config))
-    return start(script, str(path))
+    return start(script, str(path), processes=processes)
 
 
 def start(script: Path, *words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -184,6 +193,139 @@ def test_a_signal_to_one_rank_saves_on_both(tmp_path: Path):
     for file in ("model", "training", "memory-rank0", "memory-rank1"):
         left, right = (load_file(c.run_dir / f"checkpoints/last/{file}.safetensors") for c in (config, straight))
         assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+TROUBLE = """
+import os, signal, sys, time
+from ct_audio.commands.command_line import run_tool
+from ct_audio.runs.config import load_config
+from ct_audio.training.loop import train
+from ct_audio.training.session import ChunkLoss
+
+original, calls = ChunkLoss.forward, [0]
+
+def forward(self, *arguments):
+    calls[0] += 1
+    if os.environ["RANK"] == "1" and calls[0] == 5:
+        print("trouble at", time.time(), flush=True)
+        {trouble}
+    return original(self, *arguments)
+
+ChunkLoss.forward = forward
+status = run_tool(lambda: train(load_config(sys.argv[1])))
+print(f"rank {{os.environ['RANK']}} status {{status}} at", time.time(), flush=True)
+sys.exit(status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("trouble", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(10000)"])
+def test_a_rank_that_dies_or_hangs_ends_the_others(tmp_path: Path, trouble: str, parallel: str):
+    """Within a minute, with a message, and the same command resumes the run."""
+    script = tmp_path / "trouble.py"
+    script.write_text(TROUBLE.format(trouble=trouble))
+    config = tiny_run(tmp_path, **CHANGES, train__parallel=parallel, train__timeout_seconds=10.0)
+    result = torchrun(config, script)
+    assert result.returncode != 0
+    assert "rank 0: another process has ended, or has not answered in time" in result.stderr, result.stderr
+    began, ended = (
+        float(re.search(f"{words} at (\\S+)", result.stdout)[1])  # type: ignore[index]
+        for words in ("trouble", "rank 0 status 2")
+    )
+    assert ended - began < 60
+    result = torchrun(config)
+    assert result.returncode == 0, result.stderr
+    assert checkpoint_state(config)["step"] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_a_directory_that_is_not_shared_is_an_error(tmp_path: Path):
+    script = tmp_path / "apart.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, sys
+            from ct_audio.commands.command_line import run_tool
+            from ct_audio.runs.config import load_config
+            from ct_audio.training import session
+            from ct_audio.training.loop import train
+
+            session.SEEN_WITHIN_SECONDS = 1.0
+            config = load_config(sys.argv[1])
+            config = load_config(sys.argv[1], [f"runs_dir={config.runs_dir}/{os.environ['RANK']}"])
+            sys.exit(run_tool(lambda: train(config)))
+            """
+        )
+    )
+    config = tiny_run(tmp_path, **CHANGES)
+    result = torchrun(config, script)
+    assert result.returncode != 0
+    for words in (
+        "rank 1 on ",
+        f"cannot see the run's directory of rank 0, {config.runs_dir}/0/run",
+        "set runs_dir to",
+    ):
+        assert words in result.stderr
+    assert not list(tmp_path.rglob("train.token"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+def test_another_number_of_processes_goes_on(tmp_path: Path):
+    """Shards on two, whole models on three, one: the run of one process, up to rounding."""
+    changes: dict[str, Any] = CHANGES | {"data__num_lanes": 6, "train__valid_every_steps": 0}
+    straight = tiny_run(tmp_path, name="straight", **changes)
+    assert train(straight) == 0
+    for num_steps, processes, parallel in ((3, 2, "fsdp"), (5, 3, "ddp"), (7, 3, "fsdp"), (9, 1, "ddp")):
+        changes |= {"train__num_steps": num_steps, "train__parallel": parallel}
+        config = tiny_run(tmp_path, **changes)
+        if processes == 1:
+            assert train(config) == 0
+        else:
+            result = torchrun(config, processes=processes)
+            assert result.returncode == 0, result.stderr
+            assert ("3 processes in place of 2" in result.stdout) == (num_steps == 5)
+    for file in ("model", "training", "memory-rank0"):
+        left, right = (load_file(c.run_dir / f"checkpoints/last/{file}.safetensors") for c in (config, straight))
+        for tensors in (left, right):
+            tensors.pop("rng/cpu", None)
+        assert largest_difference(left, right) < 1e-10
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3), (3, 2), (6, 4), (1, 12)])
+def test_lanes_are_dealt_out_anew(tmp_path: Path, before: int, after: int):
+    """12 lanes; a rank reads its own, whichever files they are in, and no others."""
+    rows, counts = torch.randn(12, 3, 2), torch.arange(12)
+    for rank in range(before):
+        part = slice(rank * 12 // before, (rank + 1) * 12 // before)
+        tensors = {"memory/0": rows[part].clone(), "memory/1": counts[part].clone(), "rng/cpu": torch.get_rng_state()}
+        save_file(tensors, tmp_path / f"memory-rank{rank}.safetensors")
+    dealt = [
+        _deal_lanes(tmp_path, before, (rows[: 12 // after], counts[: 12 // after]), World(rank, after))
+        for rank in range(after)
+    ]
+    assert torch.equal(torch.cat([part["memory/0"] for part in dealt]), rows)
+    assert torch.equal(torch.cat([part["memory/1"] for part in dealt]), counts)
+    with pytest.raises(UserError, match="expected 15 lanes in"):
+        _deal_lanes(tmp_path, before, (rows[:5],), World(0, 3))
+
+
+def test_an_earlier_version_s_checkpoint_goes_on_with_another_number_of_processes(tmp_path: Path):
+    """`tests/golden_run` was written at step 3 by two processes, by the code before lanes could be dealt out anew."""
+    shutil.copytree(ROOT / "tests" / "golden_run", tmp_path / "earlier")
+    shape = {"num_layers": 1, "width": 8, "feedforward_width": 8}
+    changes: dict[str, Any] = {f"model__{key}": value for key, value in shape.items()}
+    changes |= {"train__precision": "float32", "train__num_steps": 5, "train__valid_every_steps": 0}
+    config = tiny_run(tmp_path, name="earlier", runs_dir=str(tmp_path), **changes)
+    assert train(config) == 0
+    found = {line["step"]: line["nll/train_nats"] for line in read_metrics(config.run_dir) if "nll/train_nats" in line}
+    assert {step: found[step] for step in (4, 5)} == pytest.approx(EARLIER, rel=1e-6)
 
 
 @pytest.mark.slow

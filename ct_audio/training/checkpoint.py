@@ -149,7 +149,7 @@ def load_checkpoint(
     Returns:
         the memories, one a micro-batch, and state.json.
     Raises:
-        UserError: the checkpoint is damaged, does not fit the model, or is of another number of processes.
+        UserError: the checkpoint is damaged, or does not fit the model or the number of processes.
     """
     like = model.zero_memory(num_lanes)
     memory, state = load_session(checkpoint, model=model, optimizer=optimizer, like=like, world=world)
@@ -161,31 +161,59 @@ def load_session(
 ) -> tuple[Any, dict[str, Any]]:
     """As `load_checkpoint`, with whatever nest of tensors was saved as a memory.
 
+    As many processes as before get back the states of their random generators, and go on bit for bit on a CPU. Another
+    number gets the lanes dealt out anew; their sums have another order, and their generators draw other numbers.
+
     Args:
-        like: a nest of its form.
+        like: a nest of its form, for this rank; the lane is first in every tensor where the number of ranks changes.
     Returns:
         the nest, and state.json.
     """
     state = on_first_rank(lambda: read_state(checkpoint))
-    if state["world_size"] != world.world_size:
-        raise UserError(
-            f"checkpoint {checkpoint} is of {state['world_size']} processes, this session has {world.world_size}; "
-            "start as many as before"
-        )
     load_model(checkpoint, model, part_like=part_like)
     _load_optimizer(checkpoint, model, optimizer)
-    tensors = read_tensors(checkpoint / f"memory-rank{world.rank}.safetensors")
-    prefix = "memory/"
-    lanes = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    memory = memory_from_tensors(like, lanes)
+    as_before = state["world_size"] == world.world_size
+    file = f"memory-rank{world.rank if as_before else 0}.safetensors"
+    tensors = read_tensors(checkpoint / file)
+    lanes = tensors if as_before else _deal_lanes(checkpoint, state["world_size"], like, world)
+    memory = memory_from_tensors(like, _below("memory/", lanes))
     try:
-        _set_rng_state({name.removeprefix("rng/"): t for name, t in tensors.items() if name.startswith("rng/")})
+        _set_rng_state(_below("rng/", tensors))
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"checkpoint {checkpoint}: memory-rank{world.rank}.safetensors: expected rng/cpu, a state of torch's "
-            f"random generator: {error}; use another checkpoint or start a new run"
+            f"checkpoint {checkpoint}: {file}: expected rng/cpu, a state of torch's random generator: {error}; "
+            "use another checkpoint or start a new run"
         ) from error
+    if not as_before:
+        torch.manual_seed(int(torch.randint(2**40, ())) + world.rank)
     return memory, state
+
+
+def _deal_lanes(checkpoint: Path, num_files: int, like: Any, world: World) -> dict[str, Tensor]:
+    """The memory of this rank's lanes, from files that hold all lanes one after another, equally many each."""
+    num_lanes = max((len(tensor) for _, tensor in named_tensors(like)), default=0)
+    per_file, left_over = divmod(num_lanes * world.world_size, num_files)
+    lanes = range(world.rank * num_lanes, (world.rank + 1) * num_lanes)
+    parts: dict[str, list[Tensor]] = {}
+    for index in range(num_files):
+        first, stop = (max(0, place - index * per_file) for place in (lanes.start, lanes.stop))
+        if first >= min(stop, per_file):
+            continue
+        path = checkpoint / f"memory-rank{index}.safetensors"
+        for name, tensor in read_tensors(path).items():
+            if name.startswith("memory/"):
+                if left_over or tensor.dim() == 0 or len(tensor) != per_file:
+                    raise UserError(
+                        f"{path}: {name}: expected {num_lanes * world.world_size} lanes in {num_files} files, got a "
+                        f"tensor {tuple(tensor.shape)}; use the lanes that the run was started with"
+                    )
+                parts.setdefault(name, []).append(tensor[first:stop])
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def split_memory(memory: Any, num_lanes: int, num_parts: int) -> list[Any]:

@@ -48,7 +48,7 @@ from ct_audio.training.parallel import (
     set_timeout,
 )
 from ct_audio.training.schedules import completes_update, learning_rate, set_learning_rate, update_steps
-from ct_audio.training.session import Session, enter_run, say, set_up
+from ct_audio.training.session import Session, enter_run, require_shared_directory, say, set_up
 
 
 class NonFiniteLossError(UserError):
@@ -74,6 +74,7 @@ def _train(config: RunConfig, world: World, stack: contextlib.ExitStack) -> int:
         if world.is_first:
             print(f"{config.run_dir} is finished: {config.train.num_steps} steps; nothing to do", flush=True)
         return 0
+    require_shared_directory(config.run_dir, world)
     session = set_up(config, world, stack.enter_context(caught_signals()))
     stack.callback(session.metrics.close)
     if session.optimizer is None:
