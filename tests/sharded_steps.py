@@ -3,6 +3,7 @@
 Prints, as JSON, the largest differences of weights, moments, memories and gradient norms by case.
 """
 
+import contextlib
 import copy
 import json
 import sys
@@ -55,7 +56,7 @@ def steps(
         part = slice(step * CHUNK_LENGTH, (step + 1) * CHUNK_LENGTH)
         targets = codes[:, part.start + 1 : part.stop + 1]
         updates = (step + 1) % update_period == 0
-        with no_synchronisation(torch.nn.Identity() if updates else loss):
+        with contextlib.nullcontext() if updates else no_synchronisation(loss):
             nll, memory, auxiliary = loss(codes[:, part], targets, memory, None if starts is None else starts[:, part])
             (torch.stack([nll.mean(), *auxiliary.values()]).sum() / update_period).backward()
         memory = detach_memory(memory)

@@ -171,9 +171,10 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
-    When a run is resumed num_steps may grow; device, num_threads, the `*_every_steps`, sample_seconds, logger and
-    validate_whole_split may change, without dropout num_micro_batches too; seed, precision and valid_codes may not, nor
-    may any key of model, optim or data, except the place of the same corpus.
+    When a run is resumed num_steps may grow; device, num_threads, parallel, checkpoint_layers, timeout_seconds, the
+    `*_every_steps`, sample_seconds, logger and validate_whole_split may change, without dropout num_micro_batches too;
+    seed, precision and valid_codes may not, nor may any key of model, optim or data, except the place of the same
+    corpus.
 
     Attributes:
         num_steps: chunks a lane to train on.
@@ -191,7 +192,7 @@ class TrainConfig:
             a final validation, checkpoint and sample are made all the same where the period is not 0).
         sample_seconds: audio that is sampled at each sampling (of text nothing is sampled).
         checkpoint_layers: keep only the inputs of each layer for the backward pass, which runs the layer again: less
-            memory, about a third more time, the same numbers.
+            memory, more time, the same numbers.
         parallel: how processes under torchrun share the work: "ddp": each holds all parameters; "fsdp": each holds a
             part of all parameters, gradients and moments, and layers are gathered one by one when they are needed.
         timeout_seconds: how long a process may keep the others waiting before they end; not while rank 0 alone

@@ -37,8 +37,8 @@ class Footprint:
         num_parameters: of the whole model.
         num_lanes: of the process; `num_lanes_together` of them are in a micro-batch.
         whole_state: weights, gradients and moments, with `train.parallel: ddp`.
-        sharded_state: the same with fsdp: a share of each, and the weights that are whole at one time: those outside of
-            layers, the largest layer, and the next one, which is fetched meanwhile.
+        sharded_state: the same with fsdp: a share of each, and what is whole at one time: weights and gradients of what
+            is outside of layers and of the largest layer, and the weights of the next one, which is fetched meanwhile.
         activations: kept for the backward pass of a micro-batch; None where that depends on the codes, or in float64.
         activations_with_checkpoints: the same with `train.checkpoint_layers`; None also where there are no layers.
         memories: of all lanes of the process, once.
@@ -76,7 +76,7 @@ def footprint(config: RunConfig, *, num_processes: int = 1) -> Footprint:
     width = 8 if config.train.precision == "float64" else 4
     layers = [sum(parameter.numel() for parameter in unit.parameters()) for unit in model.shard_units()]
     count = sum(parameter.numel() for parameter in model.parameters())
-    at_once = count - sum(layers) + 2 * max(layers, default=0)
+    at_once = 2 * (count - sum(layers)) + 3 * max(layers, default=0)
     known = [
         _activations(config, together, with_checkpoints=checkpoints) if layers or not checkpoints else None
         for checkpoints in (False, True)

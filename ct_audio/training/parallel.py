@@ -171,19 +171,13 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def no_synchronisation(module: nn.Module) -> AbstractContextManager[None]:
-    """Inside it a backward pass adds to the local gradients only (a step, or micro-batch, without an update)."""
+    """Inside it a backward pass adds to the local gradients only (a step, or micro-batch, without an update).
+
+    Not with shards: local gradients would be as large as the whole model.
+    """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.no_sync()
-    return _no_reduction(module) if isinstance(module, FSDPModule) else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _no_reduction(module: FSDPModule) -> Iterator[None]:
-    module.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        module.set_requires_gradient_sync(True)
+    return contextlib.nullcontext()
 
 
 def run_sharded(module: Any, function: Callable[[], T]) -> T:
