@@ -135,6 +135,7 @@ def test_processes_share_lanes_state_and_memories(tmp_path: Path):
     assert four.whole_state == one.whole_state
     assert one.whole_state / 4 < four.sharded_state < one.whole_state
     assert four.memories == one.memories / 4
+    assert one.activations
     assert four.activations == pytest.approx(one.activations / 4, rel=0.05)
     for processes in (0, 3):
         with pytest.raises(UserError, match=f"--processes {processes}: data.num_lanes = 8 is not divisible by them"):
