@@ -94,6 +94,10 @@ WITHOUT_RUN = {
         ("RUN --speaker --prime-seconds 1", "--prime-seconds: only with --prime"),
         ("RUN --port 70000", "--port: expected 0 to 65535, got 70000"),
     ],
+    "describe": [
+        ("a --processes 2", "--processes: only with a YAML of a run"),
+        ("a b=c", "b=c: a key is changed only with a YAML"),
+    ],
     "page": [("a --out x.html --split test", "--split: only with --corpus")],
     "compare": [(f"a {OUT} --splits valid valid", "--splits: ['valid', 'valid'] has a value twice")],
     "kill_test": [
@@ -144,7 +148,7 @@ EXCLUSIVE = {
     "sample": ["--temperature 1 --temperatures 1,2", "--seconds 1 --length 2", "--prime-seconds 1 --prime-length 2"],
     "score": ["--bin-seconds 1 --bin-units 2"],
 }
-NOTHING_TO_REFUSE = {"agent", "agent_sweep", "analyse", "demo", "describe", "doctor", "train"}
+NOTHING_TO_REFUSE = {"agent", "agent_sweep", "analyse", "demo", "doctor", "train"}
 """Every option of these does something whatever the others are."""
 
 

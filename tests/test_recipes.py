@@ -29,6 +29,7 @@ SIZES_OF_TEXT: dict[tuple[str, str], tuple[float, float]] = {
     ("enwik8", "paper"): (240e6, 270e6),
     ("wikitext103", "paper"): (250e6, 280e6),
     ("pg19", "paper"): (470e6, 500e6),
+    ("pg19", "1b_paper"): (0.9e9, 1.1e9),
     ("enwik8", "bptt_paper"): (240e6, 270e6),
     **{(folder, "small"): (0.3e6, 2e6) for folder in ("enwik8", "wikitext103", "pg19")},
 }
@@ -41,7 +42,7 @@ def kind(path: Path) -> str:
     if words[0] in ("demo", "linear", "ablation"):
         return words[0]
     size = "small" if words[-1] == "small" else "paper"
-    special = {"bptt", "prediction"} & set(words)  # a double unroll, more lanes: other chunks than the others'
+    special = {"bptt", "prediction", "1b"} & set(words)  # a double unroll, more lanes, a larger model
     return f"{special.pop()}_{size}" if special else size
 
 

@@ -104,6 +104,9 @@ class ComposedModel(SequenceModel):
         rest = [parameter for _, parameter in self.trained_parameters() if id(parameter) not in apart]
         return {"model": rest, **groups}
 
+    def shard_units(self) -> list[nn.Module]:
+        return self.stack.shard_units()
+
     def after_update(self) -> None:
         self.stack.after_update()
 

@@ -194,6 +194,14 @@ class StatefulModule(nn.Module, abc.ABC):
         """Trained parameters by clipping group: "model", and "compression" for f_c where it has parameters."""
         return {"model": [parameter for _, parameter in self.trained_parameters()]}
 
+    def shard_units(self) -> list[nn.Module]:
+        """Modules whose parameters are gathered, or whose activations are recomputed, one module at a time.
+
+        `forward` calls them as modules, and nothing outside of them reads their parameters while it runs. The rest of
+        the parameters is one unit more. None: the module is one unit.
+        """
+        return []
+
     def after_update(self) -> None:
         """Bring parameters that have a range back into it; to be called after each update of the weights."""
         return

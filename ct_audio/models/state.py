@@ -20,6 +20,11 @@ def map_memory(function: Callable[[Tensor], Tensor], memory: Any) -> Any:
     return memory
 
 
+def tensor_options(like: Tensor) -> dict[str, Any]:
+    """Type and device of a tensor, for plain new tensors beside it: `like` may be a shard of a parameter."""
+    return {"dtype": like.dtype, "device": like.device}
+
+
 def detach_memory(memory: Any) -> Any:
     """The same memory cut from the graph: what a training loop does between chunks."""
     return map_memory(torch.detach, memory)

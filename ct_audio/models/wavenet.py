@@ -23,6 +23,7 @@ from ct_audio.models.composition import ComposedModel
 from ct_audio.models.interface import CompiledStack, Stack, StackOutput, refuse_lengths
 from ct_audio.models.layers import document_age
 from ct_audio.models.parts import PartsConfig, make_front_end, make_head
+from ct_audio.models.state import tensor_options
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,9 @@ class WaveNetStack(Stack):
             UserError: a length was passed; the dilations alone decide how much this model remembers.
         """
         refuse_lengths("wavenet", memory_length=memory_length, compressed_memory_length=compressed_memory_length)
-        weight = self.skip_bias
+        like = tensor_options(self.skip_bias)
         return WaveNetMemory(
-            tuple(weight.new_zeros(num_lanes, dilation, self.config.width) for dilation in self.dilations)
+            tuple(torch.zeros(num_lanes, dilation, self.config.width, **like) for dilation in self.dilations)
         )
 
     def forward(

@@ -163,9 +163,13 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**{name: parameter.detach() for name, parameter in model.named_parameters()}, **buffers}
 
 
-def load_model(checkpoint: Path, model: nn.Module) -> None:
+def load_model(
+    checkpoint: Path, model: nn.Module, *, part_like: Callable[[Tensor, Tensor], Tensor] = lambda like, tensor: tensor
+) -> None:
     """Put a checkpoint's parameters and buffers into a model, in place.
 
+    Args:
+        part_like: makes of a tensor of the file what is copied into the model's first argument, where that is a shard.
     Raises:
         UserError: the file cannot be read, or its names, shapes or types are not the model's; nothing is changed then.
     """
@@ -177,7 +181,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     for name, tensor in expected.items():
         require_like(path, name, tensor, found[name])
     for name, tensor in expected.items():
-        tensor.copy_(found[name])
+        tensor.copy_(part_like(tensor, found[name]))
 
 
 def require_like(path: Path, name: str, expected: Tensor, found: Tensor) -> None:

@@ -46,6 +46,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "train.num_micro_batches": (1, 2**20),
     "train.seed": (0, 2**62),
     "train.num_threads": (0, MAX_THREADS),
+    "train.timeout_seconds": (1.0, 86_400.0),
     "train.valid_codes": (0, 2**48),
     "train.log_every_steps": (1, _MAX_STEPS),
     "train.valid_every_steps": (0, _MAX_STEPS),
@@ -170,9 +171,10 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
-    When a run is resumed num_steps may grow; device, num_threads, the `*_every_steps`, sample_seconds, logger and
-    validate_whole_split may change, without dropout num_micro_batches too; seed, precision and valid_codes may not, nor
-    may any key of model, optim or data, except the place of the same corpus.
+    When a run is resumed num_steps may grow; device, num_threads, parallel, checkpoint_layers, timeout_seconds, the
+    `*_every_steps`, sample_seconds, logger and validate_whole_split may change, without dropout num_micro_batches too;
+    seed, precision and valid_codes may not, nor may any key of model, optim or data, except the place of the same
+    corpus.
 
     Attributes:
         num_steps: chunks a lane to train on.
@@ -189,6 +191,12 @@ class TrainConfig:
         log_every_steps, valid_every_steps, checkpoint_every_steps, sample_every_steps: periods in steps (0: never;
             a final validation, checkpoint and sample are made all the same where the period is not 0).
         sample_seconds: audio that is sampled at each sampling (of text nothing is sampled).
+        checkpoint_layers: keep only the inputs of each layer for the backward pass, which runs the layer again: less
+            memory, more time, the same numbers.
+        parallel: how processes under torchrun share the work: "ddp": each holds all parameters; "fsdp": each holds a
+            part of all parameters, gradients and moments, and layers are gathered one by one when they are needed.
+        timeout_seconds: how long a process may keep the others waiting before they end; not while rank 0 alone
+            validates, samples or writes, nor before the first update of a session.
         logger: a second place for curves, sounds and figures, beside TensorBoard and metrics.jsonl: "wandb" is
             Weights & Biases.
     """
@@ -206,6 +214,9 @@ class TrainConfig:
     checkpoint_every_steps: int = 1000
     sample_every_steps: int = 0
     sample_seconds: float = 1.0
+    checkpoint_layers: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    timeout_seconds: float = 60.0
     logger: Literal["none", "wandb"] = "none"
 
     def __post_init__(self) -> None:

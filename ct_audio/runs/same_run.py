@@ -19,6 +19,9 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
     "train.sample_every_steps",
     "train.sample_seconds",
     "train.logger",
+    "train.timeout_seconds",
+    "train.checkpoint_layers",
+    "train.parallel",  # but for the order of sums
     "actors.in_processes",  # of an agent: where actors run changes no number
 }
 
@@ -26,8 +29,9 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
 def require_same_run(old: Any, new: Any) -> None:
     """Check that a resumed run keeps what decides what is learnt.
 
-    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device, num_threads and logger may change, and
-    the place of the corpus; without dropout num_micro_batches too (each part draws its own numbers for dropout).
+    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device, num_threads, parallel,
+    checkpoint_layers, timeout_seconds and logger may change, and the place of the corpus; without dropout
+    num_micro_batches too (each part draws its own numbers for dropout).
 
     Args:
         old, new: of one kind, as `RunConfig`.

@@ -37,7 +37,7 @@ from ct_audio.runs.checkpoint_files import (
     require_like,
 )
 from ct_audio.runs.config import config_to_yaml
-from ct_audio.training.parallel import World, all_gather, barrier
+from ct_audio.training.parallel import World, all_gather, barrier, on_first_rank, part_like, whole
 
 
 def save_checkpoint(
@@ -68,16 +68,21 @@ def save_checkpoint(
     root = run_dir / "checkpoints"
     name = f"step_{state['step']:08d}"
     beside = place = root / f"writing-{name}"
-    files = {f"memory-rank{world.rank}.safetensors": _lane_tensors(memories)}
+    files = {"model": lambda: model_tensors(model), "training": lambda: _optimizer_tensors(model, optimizer)}
     if world.is_first:
         for stale in root.glob("writing-*"):
             shutil.rmtree(stale)
         beside.mkdir(parents=True)
-        files["model.safetensors"] = model_tensors(model)
-        files["training.safetensors"] = _optimizer_tensors(model, optimizer)
-    barrier()
+    barrier(patient=True)
     try:
-        digests = {file: _write_tensors(beside / file, tensors) for file, tensors in files.items()}
+        own = f"memory-rank{world.rank}.safetensors"
+        digests = {own: _write_tensors(beside / own, _lane_tensors(memories))}
+        for file, tensors in files.items():
+            found = _gather(tensors(), world)
+            if world.is_first:
+                digests[f"{file}.safetensors"] = _write_tensors(beside / f"{file}.safetensors", found)
+            del found
+            barrier(patient=True)  # rank 0 writes
         digests = {file: digest for part in all_gather(digests) for file, digest in part.items()}
         if world.is_first:
             write_file(beside / "config.yaml", config_to_yaml(config).encode())
@@ -99,7 +104,7 @@ def save_checkpoint(
             shutil.rmtree(place, ignore_errors=True)  # it may be what fills the disk
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    barrier()
+    barrier(patient=True)
 
 
 def drop_previous(run_dir: Path) -> None:
@@ -144,7 +149,7 @@ def load_checkpoint(
     Returns:
         the memories, one a micro-batch, and state.json.
     Raises:
-        UserError: the checkpoint is damaged, does not fit the model, or is of another number of processes.
+        UserError: the checkpoint is damaged, or does not fit the model or the number of processes.
     """
     like = model.zero_memory(num_lanes)
     memory, state = load_session(checkpoint, model=model, optimizer=optimizer, like=like, world=world)
@@ -156,31 +161,59 @@ def load_session(
 ) -> tuple[Any, dict[str, Any]]:
     """As `load_checkpoint`, with whatever nest of tensors was saved as a memory.
 
+    As many processes as before get back the states of their random generators, and go on bit for bit on a CPU. Another
+    number gets the lanes dealt out anew; their sums have another order, and their generators draw other numbers.
+
     Args:
-        like: a nest of its form.
+        like: a nest of its form, for this rank; the lane is first in every tensor where the number of ranks changes.
     Returns:
         the nest, and state.json.
     """
-    state = read_state(checkpoint)
-    if state["world_size"] != world.world_size:
-        raise UserError(
-            f"checkpoint {checkpoint} is of {state['world_size']} processes, this session has {world.world_size}; "
-            "start as many as before"
-        )
-    load_model(checkpoint, model)
+    state = on_first_rank(lambda: read_state(checkpoint))
+    load_model(checkpoint, model, part_like=part_like)
     _load_optimizer(checkpoint, model, optimizer)
-    tensors = read_tensors(checkpoint / f"memory-rank{world.rank}.safetensors")
-    prefix = "memory/"
-    lanes = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    memory = memory_from_tensors(like, lanes)
+    as_before = state["world_size"] == world.world_size
+    file = f"memory-rank{world.rank if as_before else 0}.safetensors"
+    tensors = read_tensors(checkpoint / file)
+    lanes = tensors if as_before else _deal_lanes(checkpoint, state["world_size"], like, world)
+    memory = memory_from_tensors(like, _below("memory/", lanes))
     try:
-        _set_rng_state({name.removeprefix("rng/"): t for name, t in tensors.items() if name.startswith("rng/")})
+        _set_rng_state(_below("rng/", tensors))
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"checkpoint {checkpoint}: memory-rank{world.rank}.safetensors: expected rng/cpu, a state of torch's "
-            f"random generator: {error}; use another checkpoint or start a new run"
+            f"checkpoint {checkpoint}: {file}: expected rng/cpu, a state of torch's random generator: {error}; "
+            "use another checkpoint or start a new run"
         ) from error
+    if not as_before:
+        torch.manual_seed(int(torch.randint(2**40, ())) + world.rank)
     return memory, state
+
+
+def _deal_lanes(checkpoint: Path, num_files: int, like: Any, world: World) -> dict[str, Tensor]:
+    """The memory of this rank's lanes, from files that hold all lanes one after another, equally many each."""
+    num_lanes = max((len(tensor) for _, tensor in named_tensors(like)), default=0)
+    per_file, left_over = divmod(num_lanes * world.world_size, num_files)
+    lanes = range(world.rank * num_lanes, (world.rank + 1) * num_lanes)
+    parts: dict[str, list[Tensor]] = {}
+    for index in range(num_files):
+        first, stop = (max(0, place - index * per_file) for place in (lanes.start, lanes.stop))
+        if first >= min(stop, per_file):
+            continue
+        path = checkpoint / f"memory-rank{index}.safetensors"
+        for name, tensor in read_tensors(path).items():
+            if name.startswith("memory/"):
+                if left_over or tensor.dim() == 0 or len(tensor) != per_file:
+                    raise UserError(
+                        f"{path}: {name}: expected {num_lanes * world.world_size} lanes in {num_files} files, got a "
+                        f"tensor {tuple(tensor.shape)}; use the lanes that the run was started with"
+                    )
+                parts.setdefault(name, []).append(tensor[first:stop])
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def split_memory(memory: Any, num_lanes: int, num_parts: int) -> list[Any]:
@@ -219,10 +252,9 @@ def _load_optimizer(checkpoint: Path, model: StatefulModule, optimizer: torch.op
         for key in ("exp_avg", "exp_avg_sq"):
             require_like(path, f"{name}/{key}", parameter, found[f"{name}/{key}"])
         require_like(path, f"{name}/step", torch.zeros((), dtype=torch.float32), found[f"{name}/step"])
-        optimizer.state[parameter] = {
-            key: found[f"{name}/{key}"].to(parameter.device, copy=True)  # else the file stays mapped, and NFS keeps it
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        step = found[f"{name}/step"].to(parameter.device, copy=True)  # else the file stays mapped, and NFS keeps it
+        moments = {key: part_like(parameter, found[f"{name}/{key}"]) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": step, **moments}
 
 
 def _lane_tensors(memories: list[Any]) -> dict[str, Tensor]:
@@ -239,6 +271,16 @@ def _set_rng_state(states: dict[str, UInt8[Tensor, "_"]]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole copies on the CPU, on rank 0; nothing elsewhere. A shard at a time crosses the network."""
+    copies = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if world.is_first:
+            copies[name] = tensor.cpu()
+    return copies
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -39,11 +39,16 @@ from ct_audio.training.parallel import (
     all_gather,
     all_reduce_sum,
     distributed_world,
+    gathered,
+    is_sharded,
     no_synchronisation,
     on_first_rank,
+    own_part,
+    run_sharded,
+    set_timeout,
 )
 from ct_audio.training.schedules import completes_update, learning_rate, set_learning_rate, update_steps
-from ct_audio.training.session import Session, enter_run, say, set_up
+from ct_audio.training.session import Session, enter_run, require_shared_directory, say, set_up
 
 
 class NonFiniteLossError(UserError):
@@ -69,6 +74,7 @@ def _train(config: RunConfig, world: World, stack: contextlib.ExitStack) -> int:
         if world.is_first:
             print(f"{config.run_dir} is finished: {config.train.num_steps} steps; nothing to do", flush=True)
         return 0
+    require_shared_directory(config.run_dir, world)
     session = set_up(config, world, stack.enter_context(caught_signals()))
     stack.callback(session.metrics.close)
     if session.optimizer is None:
@@ -82,7 +88,7 @@ def _loop(session: Session) -> int:
     """Steps until the run is complete (returns 0) or a signal has come (128 + its number)."""
     config, progress, optimizer = session.config, session.progress, session.optimizer
     assert optimizer is not None
-    num_steps = config.train.num_steps
+    num_steps, has_updated = config.train.num_steps, False
     _when_due(session, stop=0)  # what a signal has put off in the session before
     hidden = None if session.world.is_first else True
     with tqdm(total=num_steps, initial=progress.step, unit="step", disable=hidden, leave=False) as bar:
@@ -94,6 +100,9 @@ def _loop(session: Session) -> int:
                 norms = clip_gradients(session.model.gradient_groups(), config.optim.max_gradient_norm)
                 _require_finite_gradients(session, norms, step)
                 _has_held(session)
+                if not has_updated:  # what is slow once, as compilation, has been done on every rank
+                    set_timeout(config.train.timeout_seconds)
+                    has_updated = True
                 set_learning_rate(optimizer, learning_rate(step, config.optim))
                 optimizer.step()
                 session.model.after_update()
@@ -298,7 +307,7 @@ def _validate_whole_split(session: Session) -> int:
         return 0
     nll_nats = _valid_nll(session, max_codes=None)
     if nll_nats is None:
-        return 128 + on_first_rank(lambda: session.signals[0])
+        return 128 + _agree(session)
     if not math.isfinite(nll_nats):
         raise NonFiniteLossError(f"whole validation split: the NLL is {nll_nats}" + _last_good(session))
     _has_held(session)
@@ -313,14 +322,19 @@ class _Interrupted(Exception):  # noqa: N818
 
 
 def _valid_nll(session: Session, *, max_codes: int | None) -> float | None:
-    """Mean NLL in nats over the beginning of the validation split, on rank 0; None if a signal broke it off."""
+    """Mean NLL in nats over the beginning of the validation split; None if a signal broke it off.
+
+    It is one stream, so rank 0 scores it alone; a sharded model needs all ranks for it, which do the same in step.
+    """
     stretch = stretch_of(session.corpus, "valid", session.config.data, num_codes=max_codes)
 
     rate, num_codes = session.corpus.codec.sample_rate_hz, len(stretch.codes)
     what = f"validating {num_codes / rate:.1f} s of audio" if rate else f"validating {num_codes:,} codes"
+    what = what if session.world.is_first else None
 
     def stop_at_signal(_positions: Any, _nll: Any) -> None:
-        if session.signals:
+        stop = float(bool(session.signals))
+        if all_reduce_sum(torch.tensor(stop)) if is_sharded(session.loss) else stop:
             raise _Interrupted
 
     def score() -> float | None:
@@ -331,7 +345,10 @@ def _valid_nll(session: Session, *, max_codes: int | None) -> float | None:
         except _Interrupted:
             return None
 
-    return on_first_rank(score)
+    if not is_sharded(session.loss):
+        return on_first_rank(score)
+    nll_nats = run_sharded(session.loss, score)
+    return on_first_rank(lambda: nll_nats)
 
 
 def _sample(session: Session) -> None:
@@ -339,7 +356,8 @@ def _sample(session: Session) -> None:
     session.progress.last["sample"] = session.progress.step
     rate = session.corpus.codec.sample_rate_hz
     if rate is not None:
-        on_first_rank(lambda: _sample_alone(session, rate))
+        with gathered(session.loss):
+            on_first_rank(lambda: _sample_alone(session, rate))
 
 
 def _sample_alone(session: Session, rate: int) -> None:
@@ -399,6 +417,7 @@ def _require_finite_state(session: Session) -> None:
         for name, parameter in session.model.trained_parameters():
             moments = session.optimizer.state.get(parameter, {})
             tensors |= {f"{name}, {key} of Adam": tensor for key, tensor in moments.items()}
+    tensors = {name: own_part(tensor) for name, tensor in tensors.items()}
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     bad = [name for part in all_gather(bad) for name in part]
     if bad:

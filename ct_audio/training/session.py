@@ -5,16 +5,21 @@ Shape letters: B lanes of this rank or micro-batch, T codes of a chunk.
 
 import contextlib
 import dataclasses
+import functools
+import secrets
 import shlex
+import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from ct_audio.common.errors import UserError
@@ -31,8 +36,10 @@ from ct_audio.runs.metrics import MetricsWriter, read_metrics, tensorboard_page
 from ct_audio.runs.same_run import flat_config, require_same_run
 from ct_audio.runs.weights_and_biases import WandbLogger
 from ct_audio.training.checkpoint import load_checkpoint, split_memory
-from ct_audio.training.parallel import World, data_parallel, on_first_rank
+from ct_audio.training.parallel import World, all_gather, data_parallel, on_first_rank
 from ct_audio.training.schedules import completes_update, make_optimizer, update_steps
+
+T = TypeVar("T")
 
 COMPARED_KEYS = frozenset(
     [f"model.{key}" for key in ("name", "front_end", "head", "num_layers", "width", "window_length", "memory_length")]
@@ -40,6 +47,8 @@ COMPARED_KEYS = frozenset(
     + ["data.num_lanes", "data.chunk_length", "optim.peak_learning_rate", "train.seed"]
 )
 """Columns of TensorBoard's table of runs, with the numbers of parameters; the whole configuration is a text there."""
+SEEN_WITHIN_SECONDS = 60.0
+"""How long a file of one machine may take to show on another, as NFS keeps what it knows of a directory."""
 COMPARED_TAGS = ["nll/valid_nats", "nll/train_nats", "throughput/codes_per_second"]
 
 
@@ -64,6 +73,10 @@ class ChunkLoss(nn.Module):
             output = self.model(inputs, memory, document_starts=document_starts)
             nll = self.model.nll(output.features, targets)  # type: ignore[operator]
         return nll, output.memory, output.auxiliary_losses
+
+    def run(self, function: Callable[[], T]) -> T:
+        """Call a function that uses the model otherwise, see `parallel.run_sharded`."""
+        return function()
 
 
 @dataclass
@@ -161,6 +174,41 @@ def enter_run(stack: contextlib.ExitStack, config: RunConfig) -> bool:
     return False
 
 
+def require_shared_directory(run_dir: Path, world: World) -> None:
+    """Check that all ranks see the directory that rank 0 has made; they call it together.
+
+    Raises:
+        UserError: on every rank, where one of them sees another directory, or none.
+    """
+    if world.world_size == 1:
+        return
+    place = run_dir / "train.token"
+    token = on_first_rank(lambda: _write_token(place))
+    give_up = time.monotonic() + SEEN_WITHIN_SECONDS
+    while not (seen := _holds(place, token)) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    blind = [found for found in all_gather(None if seen else f"rank {world.rank} on {socket.gethostname()}") if found]
+    on_first_rank(lambda: place.unlink(missing_ok=True))
+    if blind:
+        raise UserError(
+            f"{', '.join(blind)} cannot see the run's directory of rank 0, {run_dir.absolute()}; all machines of a run "
+            "need it: set runs_dir to a place on a file system that they share (the corpus may be local)"
+        )
+
+
+def _write_token(place: Path) -> str:
+    token = secrets.token_hex(16)
+    write_file(place, token.encode())
+    return token
+
+
+def _holds(place: Path, token: str) -> bool:
+    try:
+        return place.read_text() == token
+    except OSError:
+        return False
+
+
 def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     """Open, build and, where there is a checkpoint, load everything."""
     device = _claim_device(config.train, world)
@@ -174,14 +222,19 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     stream = _open_stream(config.data, corpus, world)
     num_lanes = config.data.num_lanes // world.world_size
     _check(config, corpus, num_lanes)
-    model, optimizer = _build(config, device, world)
-    memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
+    model = _build(config, world)
+    if config.train.checkpoint_layers:
+        checkpoint_layers(model)
     loss = ChunkLoss(model, device_type=device.type, precision=config.train.precision)
-    progress = Progress()
+    how: dict[str, Any] = {"device": device, "kind": config.train.parallel, "units": model.shard_units()}
+    loss = data_parallel(loss, world, **how)
+    optimizer = make_optimizer(model, config.optim) if model.has_parameters else None
+    memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
+    progress, before = Progress(), world.world_size
     if checkpoint is not None:
         lanes = {"num_lanes": num_lanes, "num_micro_batches": config.train.num_micro_batches}
         memories, state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, world=world, **lanes)
-        progress = _resume_stream(state, config, corpus, stream)
+        progress, before = _resume_stream(state, config, corpus, stream), state["world_size"]
     if world.is_first:
         write_codec_files(corpus.codec, config.run_dir)  # so that the run alone can be sampled
     second = None
@@ -193,7 +246,7 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
         device=device,
         corpus=corpus,
         model=model,
-        loss=data_parallel(loss, world) if optimizer else loss,
+        loss=loss,
         optimizer=optimizer,
         stream=stream,
         memories=memories,
@@ -203,7 +256,7 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
         began=time.perf_counter() - progress.wall_seconds,
         resumed=checkpoint is not None,
     )
-    _announce(session)
+    _announce(session, processes_before=before)
     return session
 
 
@@ -229,13 +282,28 @@ def _open_stream(data: DataConfig, corpus: Corpus, world: World) -> WindowStream
     )
 
 
-def _build(config: RunConfig, device: torch.device, world: World) -> tuple[SequenceModel, torch.optim.Adam | None]:
-    """The model, freshly initialised alike on every rank, and its optimizer, if it has anything to train."""
+def _build(config: RunConfig, world: World) -> SequenceModel:
+    """The model on the CPU, freshly initialised alike on every rank."""
     torch.manual_seed(config.train.seed)
     model = build_model(config)
-    model.to(device, torch.float64 if config.train.precision == "float64" else None)
+    model.to(torch.float64 if config.train.precision == "float64" else None)
     torch.manual_seed(config.train.seed + 1_000_003 * (world.rank + 1))  # dropout differs between ranks
-    return model, make_optimizer(model, config.optim) if model.has_parameters else None
+    return model
+
+
+def checkpoint_layers(model: SequenceModel) -> None:
+    """From here on backward passes run each layer again, of which only the inputs have been kept; no number changes.
+
+    Raises:
+        UserError: the model has no layers that are modules.
+    """
+    if not model.shard_units():
+        raise UserError(
+            f"train.checkpoint_layers: {model.config.name} has no layers that can be run again one by one; write "
+            "train.checkpoint_layers=false"
+        )
+    for layer in model.shard_units():
+        layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
 
 
 def _resume_stream(state: dict[str, Any], config: RunConfig, corpus: Corpus, stream: WindowStream) -> Progress:
@@ -290,12 +358,18 @@ def _check(config: RunConfig, corpus: Corpus, num_lanes: int) -> None:
         corpus.split("valid")
 
 
-def _announce(session: Session) -> None:
-    config, model = session.config, session.model
+def _announce(session: Session, *, processes_before: int) -> None:
+    config, model, world = session.config, session.model, session.world
     counts = {group: sum(p.numel() for p in parameters) for group, parameters in model.gradient_groups().items()}
     what = ", ".join(f"{count:,} parameters of {group}" for group, count in counts.items())
     beginning = f"resumed at step {session.progress.step}" if session.resumed else "new run"
     say(session, f"{config.run_dir}: {beginning}; {config.model.name} with {what}; {session.device}")
+    if processes_before != world.world_size:
+        say(
+            session,
+            f"{world.world_size} processes in place of {processes_before}: the lanes are dealt out anew; equal to the "
+            "run with as many as before up to rounding, but for the draws of dropout",
+        )
     steps, optim = config.train.num_steps, config.optim
     if session.optimizer and not session.resumed:
         unit, rate, length = session.corpus.codec.unit, session.corpus.codec.sample_rate_hz, config.data.chunk_length

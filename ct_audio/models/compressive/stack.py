@@ -21,7 +21,7 @@ from ct_audio.models.compressive.stepping import StackState, hide_earlier_rows, 
 from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
 from ct_audio.models.interface import CompiledStack, Stack, StackOutput
 from ct_audio.models.layers import document_age
-from ct_audio.models.state import map_memory
+from ct_audio.models.state import map_memory, tensor_options
 
 
 class CompressiveStack(Stack):
@@ -67,16 +67,16 @@ class CompressiveStack(Stack):
         keeping = [config.keeps_memory(layer) for layer in range(config.num_layers)]
         for keeps, rate in zip(keeping, config.compression_rates, strict=True):
             check_whole_groups(compressed * keeps, rate, memory=rows)
-        weight = self._layer(0).query.weight
+        like = tensor_options(self._layer(0).query.weight)
 
         def zeros(length: int) -> tuple[Tensor, ...]:
-            return tuple(weight.new_zeros(num_lanes, length * keeps, config.width) for keeps in keeping)
+            return tuple(torch.zeros(num_lanes, length * keeps, config.width, **like) for keeps in keeping)
 
         def counts() -> tuple[Tensor, ...]:
-            return tuple(torch.zeros(num_lanes, dtype=torch.int64, device=weight.device) for _ in self.layers)
+            return tuple(torch.zeros(num_lanes, dtype=torch.int64, device=like["device"]) for _ in self.layers)
 
         queue_lengths = [self._convolution(index).queue_length for index in range(len(self.convolutions))]
-        queues = tuple(weight.new_zeros(num_lanes, length, config.width) for length in queue_lengths)
+        queues = tuple(torch.zeros(num_lanes, length, config.width, **like) for length in queue_lengths)
         return Memory(zeros(rows), zeros(compressed), counts(), counts(), queues)
 
     def full_memory(self, num_lanes: int) -> Memory:
@@ -128,8 +128,8 @@ class CompressiveStack(Stack):
             raise UserError("this memory is final: a shorter last window has ended its stream; begin with zero_memory")
         if consumed >= length:
             raise UserError(f"begin_steps: expected fewer rows than a window of {length}, got {consumed}; use forward")
-        weight = self._layer(0).query.weight
-        inputs = [weight.new_zeros(lanes, length, self.config.width) for _ in self.layers]
+        like = tensor_options(self._layer(0).query.weight)
+        inputs = [torch.zeros(lanes, length, self.config.width, **like) for _ in self.layers]
         usages: list[Tensor | None] = [None] * len(inputs)
         queues = memory.queues
         if consumed:
@@ -182,6 +182,9 @@ class CompressiveStack(Stack):
     def clone_state(self, state: StackState) -> StackState:
         """An independent copy."""
         return map_memory(torch.clone, state)
+
+    def shard_units(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def gradient_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters of the model and of f_c apart: a shared norm would couple their losses again."""
