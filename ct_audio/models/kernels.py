@@ -21,6 +21,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+STATE_VERSION = 2
+"""Of what a state means in the middle of a window: a saved sampling goes on with the version that began it."""
+
 PADDING = 32
 """Columns beyond the last of what is read by whole vectors."""
 
@@ -801,8 +804,8 @@ class CompressiveWeights(NamedTuple):
         tap_bias: [L, D]. tap_norm: [L, 2, D].
         positions: [tables, P, columns], sinusoids of the keys of a window.
         cosine, sine: [T, P / 2], by which a position query is turned at each place of a window.
-        layout: [L, 5] int64: memory rows M, compressed rows K, rate C, table of positions, groups of C rows that f_c
-            takes at a time.
+        layout: [L, 6] int64: memory rows M, compressed rows K, rate C, table of positions, groups of C rows that f_c
+            takes at a time, and at which of so many steps.
         numbers: [5] int64: window T, H, G, kind of f_c, whether the norms come first.
     """
 
@@ -1016,14 +1019,15 @@ def step_compressive(x, w, state, r, features):
 def compress_some(layer, t, w, state, r):
     """f_c of some of the rows that will leave at the window's end: as many as the window has got, every so many steps.
 
-    What leaves is known before it does, so the work of a push is spread over the window.
+    What leaves is known before it does, so the work of a push is spread over the window, each layer's at steps of its
+    own.
     """
     rate, num_groups, pre_norm = w.layout[layer, 2], w.layout[layer, 4], w.numbers[4] > 0
-    if w.layout[layer, 1] == 0 or (t + 1) % (rate * num_groups):
+    if w.layout[layer, 1] == 0 or t % (rate * num_groups) != w.layout[layer, 5]:
         return
     memory, ring = w.layout[layer, 0], w.layout[layer, 1] + w.numbers[0] // rate
     num_lanes, width = r.read.shape
-    first = (t + 1) // rate - num_groups
+    first = t // (rate * num_groups) * num_groups
     for lane in range(num_lanes):
         for group in range(num_groups):
             old = r.old[lane * num_groups + group]

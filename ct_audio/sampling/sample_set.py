@@ -260,12 +260,16 @@ class SampleSet:
         settings = self.settings()
         del settings["prime_included"], settings["version"], settings["prime"]  # its codes decide, not its name
         raw = b"" if self.request.prime is None else self.request.prime.astype("<i4").tobytes()
-        compiled = {"numba": version("numba")}  # lanes do not meet: threads change nothing
+        of_stepper: dict[str, Any] = {"threads": torch.get_num_threads()}
+        if self.stepper == "compiled":  # lanes do not meet: threads change nothing
+            from ct_audio.models.kernels import STATE_VERSION  # imports numba
+
+            of_stepper = {"numba": version("numba"), "state_version": STATE_VERSION}
         return settings | {
             "weights": self.run.state["files"]["model.safetensors"]["sha256"],
             "prime_codes": hashlib.sha256(raw).hexdigest(),
             "torch": str(torch.__version__),
-            **(compiled if self.stepper == "compiled" else {"threads": torch.get_num_threads()}),
+            **of_stepper,
         }
 
     def _resume(self, directory: Path, saved: SavedSampling) -> None:

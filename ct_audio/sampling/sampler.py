@@ -49,6 +49,7 @@ class Sampler:
         num_codes: codes sampled so far in each lane.
         stepper: which one it is.
         lanes_together: lanes that a thread of the compiled stepper steps side by side; None: as the model thinks best.
+        num_threads: over which the compiled stepper spreads lanes; None: as many as torch has.
     Raises:
         UserError: an argument is out of its range, or "compiled" is asked for and not offered.
     Source: top-p is nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
@@ -89,6 +90,7 @@ class Sampler:
         self.stepper: Stepper = "eager" if self._compiled is None else "compiled"
         self.num_lanes, self.num_codes = num_lanes, 0
         self.lanes_together: int | None = None
+        self.num_threads: int | None = None
 
     def run(self, num_codes: int) -> Generator[tuple[Int[Tensor, "B"], Float[Tensor, "B"]], None, None]:
         """As `blocks`, code by code: what has been sampled is never ahead of what has been returned."""
@@ -161,7 +163,7 @@ class Sampler:
 
     def _sample_block(self, uniforms: Float64[Tensor, "B N"]) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:
         assert self._compiled is not None
-        how = {"num_threads": torch.get_num_threads(), "lanes_together": self.lanes_together}
+        how = {"num_threads": self.num_threads or torch.get_num_threads(), "lanes_together": self.lanes_together}
         codes, chosen, self._state = self._compiled.sample_block(
             self._codes, self._state, uniforms, **self._settings, **how
         )
