@@ -58,6 +58,7 @@ setup(
         "tensorboard>=2.21,<3",
         "jaxtyping>=0.3,<0.4",
         "tqdm>=4.66,<5",
+        "platformdirs>=4,<5",  # the user's folder for what is measured once
         "pooch>=1.8,<2",  # downloads of preparation/download.py
         "requests>=2.32,<3",
         "urllib3>=2.7,<3",

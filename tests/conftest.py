@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["CT_AUDIO_CACHE_DIR"] = os.devnull  # no folder can be made there: tests leave the user's alone
 
 import hypothesis
 import numpy as np

@@ -40,7 +40,10 @@ WITHOUT_RUN = {
         ("--threads -1", "--threads: expected at least 0, got -1"),
     ],
     "sample": [
-        ("", "expected --out (or --stdout)"),
+        ("", "expected --out (or --stdout, --play)"),
+        ("--stdout --play --num 1", "--stdout and --play: expected one of them"),
+        ("--play", "--play is for one sample: pass --num 1 and one --temperature"),
+        ("--play --num 1 --plots", "--plots: only with --out"),
         (f"{OUT} --save-every -1", "--save-every: expected seconds of at least 0, got -1.0"),
         (f"{OUT} --num 0", "--num: expected at least 1, got 0"),
         ("--stdout --num 1 --resume", "--resume: only with --out"),

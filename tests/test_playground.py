@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from browser import open_browser
 from handmade_runs import RATE, ROOT, Output, Patch, make_run, refusal, speech_like, text_run, tool, write_corpus
 
-from ct_audio.apps.playground import Piece, Wish, _messages, _wish, in_words, pcm16, play
+from ct_audio.apps import playground
+from ct_audio.apps.playground import Piece, Speaker, Wish, _messages, _wish, in_words, pcm16, play
 from ct_audio.common.errors import UserError
 from ct_audio.data.audio_files import write_wav
 from ct_audio.data.codecs import Byte, MuLaw
@@ -134,12 +136,50 @@ def test_the_speaker_gets_all_of_it(run_dir: Path, monkeypatch: Patch, capsys: O
     monkeypatch.setitem(sys.modules, "sounddevice", SimpleNamespace(RawOutputStream=open_card, PortAudioError=OSError))
     assert tool("play", monkeypatch)(run_dir, "--speaker", "--seconds", SECONDS, "--seed", 5, "--threads", 1) == 0
     (card,) = cards
-    assert card.settings == {"samplerate": RATE, "channels": 1, "dtype": "int16"}
+    assert card.settings == {"samplerate": RATE, "channels": 1, "dtype": "int16", "latency": 0.5}
     assert card.calls == ["start", "stop", "close"]
     run = load_run_model(run_dir)
     pieces = play(run, run_codec(run), Wish(SECONDS, seed=5))
     assert card.heard == b"".join(pcm16(piece.waveform).tobytes() for piece in pieces)
     assert "0.05 of 0.05 s" in capsys.readouterr().out
+
+
+def test_sample_plays_what_it_would_write(run_dir: Path, tmp_path: Path, monkeypatch: Patch, capsys: Output) -> None:
+    card = SoundCard()
+    fake = SimpleNamespace(RawOutputStream=lambda **_: card, PortAudioError=OSError)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    arguments = (run_dir, "--num", 1, "--seconds", SECONDS, "--threads", 1)
+    sample = tool("sample", monkeypatch)
+    assert sample(*arguments, "--play", "--out", tmp_path / "out") in (0, 4)
+    assert card.calls == ["start", "stop", "close"]
+    waveform, _ = soundfile.read(tmp_path / "out" / "sample_0.wav", dtype="int16")
+    assert card.heard == waveform.tobytes()
+    card.calls.clear()
+    assert sample(*arguments, "--play") in (0, 4)
+    assert "stream: " in capsys.readouterr().out
+    card.calls.clear()
+    monkeypatch.setattr(card, "start", lambda: (_ for _ in ()).throw(OSError("no card")))
+    assert "sound card: no card; play in a browser" in refusal(capsys, sample, *arguments, "--play")
+
+
+@pytest.mark.parametrize("speed", [0.3, 0.9, 3.0])
+def test_the_speaker_waits_for_as_much_as_it_needs(speed: float, monkeypatch: Patch) -> None:
+    """Simulated: pieces come at a constant speed; once it plays, the next sample is always there."""
+    card, now, num, total = SoundCard(), 0.0, 1200, 240_000
+    fake = SimpleNamespace(RawOutputStream=lambda **_: card, PortAudioError=OSError)
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    monkeypatch.setattr(playground, "time", SimpleNamespace(perf_counter=lambda: now))
+    speaker, began = Speaker(RATE, total), None
+    speaker.write(b"")
+    for made in range(num, total + 1, num):
+        now = made / (speed * RATE)
+        if began is not None:
+            assert len(card.heard) // 2 >= min(total, (now - began) * RATE)
+        speaker.write(bytes(2 * num))
+        began = now if began is None and card.calls else began
+    speaker.close()
+    assert len(card.heard) == 2 * total
+    assert card.calls == ["start", "stop", "close"]
 
 
 @pytest.mark.slow

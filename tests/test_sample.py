@@ -1,6 +1,8 @@
 """Sampling: draws against their definition, determinism, and equality 8: the sampler says what the evaluator says."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,12 @@ from tiny import tiny_model
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.files import read_json
 from ct_audio.evaluation.nll import Stretch, evaluate_nll
-from ct_audio.sampling import sampler
+from ct_audio.sampling import estimate, sampler
 from ct_audio.sampling.audio_checks import find_faults, measure_sample
-from ct_audio.sampling.sampler import Sampler, draw_codes, estimate_code_seconds, verify_steps
+from ct_audio.sampling.estimate import estimate_code_seconds
+from ct_audio.sampling.sampler import Sampler, draw_codes, verify_steps
 
 START_CODE = 16
 PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
@@ -275,12 +279,69 @@ def test_arguments_are_checked_before_the_first_code(changes: dict[str, Any], me
 
 
 def test_estimate_is_a_plausible_time() -> None:
-    seconds, together = estimate_code_seconds(tiny_model("wavenet"), num_lanes=2, budget_seconds=0.05, stepper="eager")
+    seconds, spread = estimate_code_seconds(tiny_model("wavenet"), num_lanes=2, budget_seconds=0.05, stepper="eager")
     assert 1e-6 < seconds < 1
-    assert together is None
-    seconds, together = estimate_code_seconds(tiny_model("compressive_transformer"), num_lanes=2, budget_seconds=0.05)
+    assert spread is None
+    seconds, spread = estimate_code_seconds(tiny_model("compressive_transformer"), num_lanes=2, budget_seconds=0.05)
     assert 1e-6 < seconds < 1
-    assert together in (1, 2)
+    assert spread is not None
+    assert (spread.num_threads, spread.kept_in) == (1, None)
+    assert spread.lanes_together in (1, 2)
+
+
+class Clock:
+    """In place of the real one: a block costs so much for itself, and for its codes what the spread makes of it."""
+
+    def __init__(self, monkeypatch: Patch, *, block_seconds: float, code_seconds: dict[tuple[int, int], float]) -> None:
+        self.now, self.calls = 0.0, 0
+        sample_block = Sampler._sample_block
+
+        def slow(one: Sampler, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+            self.calls += 1
+            spread = (one.num_threads or 1, one.lanes_together or 1)
+            self.now += block_seconds + uniforms.shape[1] * code_seconds[spread]
+            return sample_block(one, uniforms)
+
+        monkeypatch.setattr(Sampler, "_sample_block", slow)
+        fake = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(sampler, "time", fake)
+        monkeypatch.setattr(estimate, "time", fake)
+
+
+@pytest.mark.parametrize("codes_per_second", [300.0, 24_000.0, 200_000.0])
+def test_estimate_is_within_a_fifth_of_what_it_takes(codes_per_second: float, monkeypatch: Patch) -> None:
+    clock = Clock(monkeypatch, block_seconds=1e-4, code_seconds={(1, 1): 1 / codes_per_second})
+    model, num_codes = tiny_model("wavenet").float(), 24_000
+    seconds, _ = estimate_code_seconds(model, num_lanes=1, max_codes=max(256, 16 + num_codes // 50))
+    began = clock.now
+    list(Sampler(model, num_lanes=1, seed=0, start_code=0).blocks(num_codes))
+    assert seconds * num_codes == pytest.approx(clock.now - began, rel=0.2)
+
+
+def test_the_best_spread_is_measured_once_and_kept(tmp_path: Path, monkeypatch: Patch) -> None:
+    """More threads must be worth it; another number of lanes is measured anew; damage is not believed."""
+    torch_threads, model = torch.get_num_threads(), tiny_model("wavenet").float()
+    monkeypatch.setenv("CT_AUDIO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    ways = {(threads, together): 1e-3 / together**0.5 for threads in (1, 2) for together in (1, 2, 4)}
+    clock = Clock(monkeypatch, block_seconds=1e-5, code_seconds=ways | {(2, 2): 0.49e-3})
+    for _ in range(2):
+        before = clock.calls
+        _, spread = estimate_code_seconds(model, num_lanes=4, max_codes=64)
+        assert spread == (1, 4, tmp_path / "cache" / "sampling.json")  # 2 threads are 2% faster
+        calls = clock.calls - before
+    content = read_json(tmp_path / "cache" / "sampling.json")
+    assert list(content.values()) == [[1, 4]]
+    clock = Clock(monkeypatch, block_seconds=1e-5, code_seconds=ways | {(2, 2): 0.2e-3})
+    assert estimate_code_seconds(model, num_lanes=4, max_codes=64)[1][:2] == (1, 4)  # type: ignore[index]
+    assert estimate_code_seconds(model, num_lanes=5, max_codes=64)[1][:2] == (2, 2)  # type: ignore[index]
+    assert clock.calls > 2 * calls
+    for damaged in ('{"a": 1}', "[", '{"a": [0, 1]}'):
+        (tmp_path / "cache" / "sampling.json").write_text(damaged, encoding="utf-8")
+        assert estimate_code_seconds(model, num_lanes=4, max_codes=64)[1][:2] == (2, 2)  # type: ignore[index]
+    monkeypatch.setenv("CT_AUDIO_CACHE_DIR", "/dev/null")
+    assert estimate_code_seconds(model, num_lanes=4, max_codes=64)[1] == (2, 2, None)
+    assert torch_threads == 1
 
 
 def measured(codes: np.ndarray, waveform: np.ndarray, nll: float = 2.0) -> dict[str, Any]:

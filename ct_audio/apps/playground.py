@@ -7,6 +7,7 @@ Shape letters: N samples.
 """
 
 import base64
+import contextlib
 import importlib
 import json
 import math
@@ -30,6 +31,7 @@ MAX_SECONDS = 120.0
 PIECE_SECONDS = 0.25
 """Wall time between two pieces."""
 _KEPT_PIECES = 4  # a message repeats the pieces before, should the page have missed them
+_LATENCY_SECONDS = 0.5  # of sound that lies before the card: pieces may be late by so much
 _SPARE = 1.1  # how much earlier than needed enough is there to play without waiting
 
 
@@ -70,8 +72,12 @@ class Piece:
 
     def may_play(self, rate: int) -> bool:
         """Whether, at this speed and sample rate, playing from now on never waits for sampling."""
-        slowness = max(0.0, 1.0 - self.samples_per_second / rate)
-        return self.made >= min(self.total, _SPARE * slowness * self.total + 0.2 * rate)
+        return _may_play(self.made, self.total, self.samples_per_second, rate)
+
+
+def _may_play(made: int, total: int, samples_per_second: float, rate: int) -> bool:
+    slowness = max(0.0, 1.0 - samples_per_second / rate)
+    return made >= min(total, _SPARE * slowness * total + 0.2 * rate)
 
 
 def play(run: LoadedRun, codec: Codec, wish: Wish, *, piece_seconds: float = PIECE_SECONDS) -> Iterator[Piece]:
@@ -127,33 +133,72 @@ def pcm16(waveform: Float[np.ndarray, "N"]) -> Int16[np.ndarray, "N"]:
 # ---- the sound card
 
 
+class Speaker:
+    """The sound card (sounddevice), written to as to a file of PCM16: what comes is played from when on playing never
+    waits for it.
+
+    Args:
+        total: samples that will come, about.
+    Raises:
+        UserError: sounddevice is not installed, or (in `write`) there is no sound card.
+    """
+
+    def __init__(self, rate: int, total: int) -> None:
+        try:
+            self._sounddevice = importlib.import_module("sounddevice")
+        except (ImportError, OSError) as error:  # OSError: without the library PortAudio
+            raise UserError(_needs("sounddevice", error)) from error
+        self._rate, self._total, self._made = rate, total, 0
+        self._began: float | None = None
+        self._waiting, self._stream = bytearray(), None
+
+    def write(self, content: bytes) -> None:
+        """Play, or keep until there is enough; waits while enough lies before the card."""
+        now = time.perf_counter()
+        self._began = now if self._began is None else self._began
+        self._made += len(content) // 2
+        self._waiting += content
+        if self._stream is not None or _may_play(
+            self._made, self._total, self._made / max(now - self._began, 1e-9), self._rate
+        ):
+            self._play()
+
+    def flush(self) -> None:
+        """Nothing: it is played in its time."""
+
+    def close(self) -> None:
+        """Play what is left, to its end."""
+        if self._waiting:
+            self._play()
+        if self._stream is not None:
+            self._stream.stop()
+            self._stream.close()
+
+    def _play(self) -> None:
+        try:
+            if self._stream is None:
+                self._stream = self._sounddevice.RawOutputStream(
+                    samplerate=self._rate, channels=1, dtype="int16", latency=_LATENCY_SECONDS
+                )
+                self._stream.start()
+            self._stream.write(bytes(self._waiting))
+            self._waiting.clear()
+        except self._sounddevice.PortAudioError as error:
+            self._waiting.clear()
+            raise UserError(f"sound card: {error}; play in a browser (ct-audio play), or write files") from error
+
+
 def play_to_speaker(run: LoadedRun, codec: Codec, wish: Wish) -> None:
-    """Sample to the sound card (sounddevice), and print rate and NLL when it is done.
+    """Sample to the sound card, and print rate and NLL when it is done.
 
     Raises:
-        UserError: sounddevice is not installed, or there is no sound card.
+        UserError: as `Speaker` and `play`.
     """
-    try:
-        sounddevice = importlib.import_module("sounddevice")
-    except (ImportError, OSError) as error:  # OSError: without the library PortAudio
-        raise UserError(_needs("sounddevice", error)) from error
-    rate, waiting, stream, piece = codec.sample_rate_hz or 0, bytearray(), None, None
-    try:
+    rate, piece = codec.sample_rate_hz or 0, None
+    with contextlib.closing(Speaker(rate, round(wish.seconds * rate))) as speaker:
+        speaker.write(b"")  # the sampling begins
         for piece in play(run, codec, wish):
-            waiting += pcm16(piece.waveform).tobytes()
-            if stream is None and not piece.may_play(rate):
-                continue
-            if stream is None:
-                stream = sounddevice.RawOutputStream(samplerate=rate, channels=1, dtype="int16")
-                stream.start()
-            stream.write(bytes(waiting))
-            waiting.clear()
-    except sounddevice.PortAudioError as error:
-        raise UserError(f"--speaker: {error}; play in a browser without --speaker, or write files") from error
-    finally:
-        if stream is not None:
-            stream.stop()
-            stream.close()
+            speaker.write(pcm16(piece.waveform).tobytes())
     if piece is not None:
         print(in_words(piece, rate))
 

@@ -40,11 +40,17 @@ def main() -> int:
             stack.enter_context(directory_lock(arguments.out))
         requests = _requests(arguments, codec)  # what does not fit is found before any set is begun
         sets = [SampleSet(run, codec, each, place, resume=arguments.resume) for place, each in requests]
+        stream = SampleStream(stdout.buffer) if arguments.stdout else None
+        if arguments.play:
+            from ct_audio.apps.playground import Speaker
+
+            speaker = Speaker(codec.sample_rate_hz or 0, requests[0][1].num_codes)
+            stream = SampleStream(stack.enter_context(contextlib.closing(speaker)))
         outcome = sample_sets(
             sets,
             signals=stack.enter_context(caught_signals()),
             save_every_seconds=arguments.save_every,
-            stream=SampleStream(stdout.buffer) if arguments.stdout else None,
+            stream=stream,
             corpus=run_corpus(run, arguments.corpus) if arguments.temperatures else None,
             verify=arguments.verify,
             plots=arguments.plots,
@@ -140,9 +146,16 @@ def _parse() -> argparse.Namespace:
         action="store_true",
         help="raw PCM16 (S16_LE, mono), or text, as it is sampled, with --num 1; --out may be left out",
     )
+    parser.add_argument(
+        "--play",
+        action="store_true",
+        help="to the sound card as it is sampled, with --num 1; --out may be left out; needs the extra play",
+    )
     arguments = parse(parser)
-    if arguments.out is None and not arguments.stdout:
-        raise UserError("expected --out (or --stdout): where the samples go")
+    if arguments.out is None and not arguments.stdout and not arguments.play:
+        raise UserError("expected --out (or --stdout, --play): where the samples go")
+    if arguments.stdout and arguments.play:
+        raise UserError("--stdout and --play: expected one of them")
     needs_out = ("--resume", "--save-every", "--plots", "--temperatures", "--page")
     refuse(arguments, *needs_out, unless=arguments.out is not None, why="only with --out")
     uses_corpus = arguments.temperatures is not None or arguments.page
@@ -151,8 +164,9 @@ def _parse() -> argparse.Namespace:
     refuse(arguments, *of_prime, unless=arguments.prime is not None, why="only with --prime, an audio or text file")
     is_drawn = any(arguments.temperatures or [arguments.temperature])
     refuse(arguments, "--seed", "--top-k", "--top-p", unless=is_drawn, why="nothing is drawn at --temperature 0")
-    if arguments.stdout and (arguments.num != 1 or arguments.temperatures):
-        raise UserError("--stdout is for one sample: pass --num 1 and one --temperature")
+    if (arguments.stdout or arguments.play) and (arguments.num != 1 or arguments.temperatures):
+        option = "--stdout" if arguments.stdout else "--play"
+        raise UserError(f"{option} is for one sample: pass --num 1 and one --temperature")
     if arguments.num < 1:
         raise UserError(f"--num: expected at least 1, got {arguments.num}")
     if not arguments.save_every >= 0:
@@ -176,7 +190,7 @@ def _require_codec_fits(arguments: argparse.Namespace, codec: Any, *, to_termina
     is_audio = codec.sample_rate_hz is not None
     if is_audio and to_terminal:
         raise UserError("--stdout: raw audio is no text; pipe it, as in | aplay -f S16_LE -r 24000")
-    of_audio = ("--seconds", "--prime-seconds", "--plots", "--temperatures", "--corpus", "--page")
+    of_audio = ("--seconds", "--prime-seconds", "--plots", "--temperatures", "--corpus", "--page", "--play")
     why = f"for audio, this is a model of {codec.unit}s; see --length and --prime-length"
     refuse(arguments, *of_audio, unless=is_audio, why=why)
 

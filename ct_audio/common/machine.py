@@ -1,6 +1,10 @@
 """What the machine offers."""
 
 import os
+import platform
+from pathlib import Path
+
+import platformdirs
 
 
 def usable_cpus() -> int:
@@ -8,3 +12,18 @@ def usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """What the processor is called, as well as is known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def user_cache() -> Path:
+    """The folder for what can be measured again; it may not be there. CT_AUDIO_CACHE_DIR names another."""
+    return Path(os.environ.get("CT_AUDIO_CACHE_DIR") or platformdirs.user_cache_path("ct_audio"))

@@ -1,18 +1,25 @@
-"""Speed: of training, of the layer-parallel chunk and the fused attention, of sampling early and late in a stream.
+"""Speed: of training, of the layer-parallel chunk and the fused attention, of sampling with both steppers.
 
 Whatever is compared runs interleaved, round after round, and the ratio is the median over rounds of the ratio within a
-round: a machine that slows down for a while slows both sides. Times are of the process's wall clock.
+round: a machine that slows down for a while slows both sides. Times are CPU time of the process, divided by the number
+of threads: other work on the machine disturbs them less than wall time.
 """
 
 import dataclasses
+import importlib
+import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -28,9 +35,24 @@ from ct_audio.runs.config import RunConfig, load_config
 from ct_audio.sampling.sampler import Sampler, Stepper
 from ct_audio.training.schedules import make_optimizer
 
-Case = Callable[[], int]
-"""Does a fixed amount of work and returns how many codes it was."""
-SAMPLED_CODES = 500
+SAMPLED_CODES = 512
+"""Codes that the eager stepper makes a round with a model of at most a million parameters; the compiled one 8 times."""
+STEP_PERIODS = 15
+"""Repetitions of each step whose time is taken, for such a model."""
+_LATE_WINDOWS = 50
+_PYPI_PACKAGE = "compressive_transformer_pytorch"
+
+
+class Case(NamedTuple):
+    """Something to measure.
+
+    Attributes:
+        run: does a fixed amount of work and returns how many codes it was.
+        num_threads: that share the work; None: as many as the measurement has.
+    """
+
+    run: Callable[[], int]
+    num_threads: int | None = None
 
 
 def measure_speed(
@@ -69,20 +91,24 @@ def measure_speed(
             row
             for name in what
             for cases in MEASUREMENTS[name](configs, num_lanes, num_rounds)
-            for row in compare(name, cases, num_rounds)
+            for row in compare(name, cases, num_rounds, num_threads)
         ],
+        "facts": list(sampling_facts(dict(zip(configs, recipes, strict=True)), configs, overrides))
+        if "sample" in what
+        else [],
     }
 
 
-def compare(what: str, cases: dict[str, Case], num_rounds: int) -> list[dict[str, Any]]:
+def compare(what: str, cases: dict[str, Case], num_rounds: int, num_threads: int) -> list[dict[str, Any]]:
     """Codes a second of each case, and the median ratio to the first case; all run once a round, in turn."""
     rates: dict[str, list[float]] = {name: [] for name in cases}
     for index in Progress(range(num_rounds + 1), desc=what, unit="round"):
         for name, case in cases.items():
-            began = time.perf_counter()
-            num_codes = case()
+            began = time.process_time()
+            num_codes = case.run()
             if index:  # the first round warms up
-                rates[name].append(num_codes / (time.perf_counter() - began))
+                seconds = (time.process_time() - began) / (case.num_threads or num_threads)
+                rates[name].append(num_codes / seconds)
     base = next(iter(rates.values()))
     return [
         {
@@ -97,15 +123,17 @@ def compare(what: str, cases: dict[str, Case], num_rounds: int) -> list[dict[str
 
 def train_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
     """A training step of each recipe: forward, backward, clipping, Adam."""
-    yield {name: training_step(config, num_lanes) for name, config in configs.items()}
+    yield {name: Case(training_step(config, num_lanes)) for name, config in configs.items()}
 
 
 def chunk_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
     """The windows of a chunk in one forward pass, layer by layer, against one forward pass a window."""
     for name, config in filter(lambda item: APPLIES["chunk"](item[1]), configs.items()):
         yield {
-            f"{name}, window after window": training_step(config, num_lanes, piece_length=config.model.window_length),
-            f"{name}, chunk at once": training_step(config, num_lanes),
+            f"{name}, window after window": Case(
+                training_step(config, num_lanes, piece_length=config.model.window_length)
+            ),
+            f"{name}, chunk at once": Case(training_step(config, num_lanes)),
         }
 
 
@@ -115,33 +143,40 @@ def attention_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: 
         cases = {}
         for backend in sorted(ATTENTION_BACKENDS, reverse=True):
             model = dataclasses.replace(config.model, attention_backend=backend)
-            cases[f"{name}, {backend}"] = training_step(dataclasses.replace(config, model=model), num_lanes)
+            cases[f"{name}, {backend}"] = Case(training_step(dataclasses.replace(config, model=model), num_lanes))
         yield cases
 
 
 def sample_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
-    """Each stepper over the first codes of a stream, over as many after all memory is full, and many windows later;
-    the compiled one with other numbers of lanes, and with a lane for each of two threads."""
+    """Both steppers with other numbers of lanes and threads, the installed package of others beside; then the compiled
+    one many windows later."""
     for name, config in configs.items():
         model = build_model(config)
-        late = model.temporal_range + config.data.chunk_length  # all memory is full
-        later = late + 50 * max(model.window_length, 128)
+        steppers, window = _steppers(model), max(model.window_length, 128)
         cases = {}
-        for stepper in _steppers(model):
+        for stepper in steppers:
             label = f"{name}, {stepper}"
-            cases[f"{label}, first codes"] = _sampling(model, num_lanes, None, stepper)
-            prime = _random_codes(num_lanes, late, model.vocab_size)
-            cases[f"{label}, after {late:,} codes"] = _sampling(model, num_lanes, prime, stepper)
-        if "compiled" in _steppers(model):
-            label, prime = f"{name}, compiled", _random_codes(num_lanes, later, model.vocab_size)
-            cases[f"{label}, after {later:,} codes"] = _sampling(model, num_lanes, prime, "compiled")
-            for lanes, together in ((4, 1), (4, 4), (16, 1), (16, 8)):
-                prime = _random_codes(lanes, late, model.vocab_size)
-                how = f"{lanes} lanes, {'one after another' if together == 1 else f'{together} side by side'}"
-                cases[f"{label}, {how}"] = _sampling(model, lanes, prime, "compiled", together=together)
-            prime = _random_codes(2, late, model.vocab_size)
-            cases[f"{label}, 2 lanes in 2 threads"] = _sampling(model, 2, prime, "compiled", threads=2)
+            cases[f"{label}, first codes"] = Case(_sampling(model, num_lanes, stepper, anew=True))
+            cases[f"{label}, memories full"] = Case(_sampling(model, num_lanes, stepper))
+        for lanes in (4, 16):
+            cases[f"{name}, eager, {lanes} lanes"] = Case(_sampling(model, lanes, "eager"))
+        if "compiled" in steppers:
+            for lanes, together, threads in ((4, 1, 1), (4, 4, 1), (16, 1, 1), (16, 8, 1), (4, 2, 2), (16, 8, 2)):
+                how = "one after another" if together == 1 else f"{together} side by side"
+                label = f"{name}, compiled, {lanes} lanes, {how}" + (f", {threads} threads" if threads > 1 else "")
+                run = _sampling(model, lanes, "compiled", together=together, threads=threads)
+                cases[label] = Case(run, threads)
+        if (others := _generate_of_others(config)) is not None:
+            cases[f"{name}'s sizes, compressive-transformer-pytorch (PyPI), generate, 1 lane"] = Case(others)
         yield cases
+        if "compiled" in steppers:
+            prime = _random_codes(num_lanes, _LATE_WINDOWS * window, model.vocab_size)
+            late = _sampling(model, num_lanes, "compiled", prime=prime)
+            first = Case(_sampling(model, num_lanes, "compiled"))
+            yield {
+                f"{name}, compiled, window 1 of full memories": first,
+                f"{name}, compiled, window {_LATE_WINDOWS}": Case(late),
+            }
 
 
 def _steppers(model: SequenceModel) -> tuple[Stepper, ...]:
@@ -149,7 +184,7 @@ def _steppers(model: SequenceModel) -> tuple[Stepper, ...]:
     return ("eager", "compiled") if sampler.stepper == "compiled" else ("eager",)
 
 
-def training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None = None) -> Case:
+def training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None = None) -> Callable[[], int]:
     """A step on random codes with memory carried from call to call; `piece_length` codes a forward pass at a time."""
     torch.manual_seed(0)
     length = config.data.chunk_length
@@ -175,34 +210,224 @@ def training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None
     return step
 
 
+def _num_sampled(model: SequenceModel, stepper: Stepper, base: int) -> int:
+    """Fewer of a large model: its codes cost as much more."""
+    scale = min(1.0, 1e6 / max(1, sum(parameter.numel() for parameter in model.parameters())))
+    return max(4, round(base * scale) * (1 if stepper == "eager" else 8))
+
+
 def _sampling(
     model: SequenceModel,
     num_lanes: int,
-    prime: Int[Tensor, "B P"] | None,
     stepper: Stepper,
     *,
+    anew: bool = False,
+    prime: Int[Tensor, "B P"] | None = None,
     together: int | None = None,
     threads: int | None = None,
-) -> Case:
-    """From the beginning every time, or going on with one stream whose prime is computed in the first call."""
-    num_codes = SAMPLED_CODES if stepper == "eager" else 8 * SAMPLED_CODES
+) -> Callable[[], int]:
+    """From the beginning every time, or going on with one stream: after a prime, else with memories that are full."""
+    num_codes = max(4, _num_sampled(model, stepper, SAMPLED_CODES) // num_lanes)
 
     def sampler() -> Sampler:
         made = Sampler(model, num_lanes=num_lanes, seed=0, start_code=0, prime=prime, stepper=stepper)
-        made.lanes_together = together
+        made.lanes_together, made.num_threads = together, threads
         return made
 
-    def drain(sampler: Sampler) -> int:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads or before)
-        count = sum(codes.numel() for codes, _ in sampler.blocks(num_codes))
-        torch.set_num_threads(before)
-        return count
+    stream: Sampler | None = None
 
-    if prime is None:  # each call starts anew, so that it is always the first codes
-        return lambda: drain(sampler())
-    stream = sampler()
-    return lambda: drain(stream)
+    def run() -> int:
+        nonlocal stream
+        if anew:
+            stream = sampler()
+        elif stream is None:  # in the round that warms up
+            stream = sampler()
+            if prime is None:
+                stream.begin_full()
+        return sum(codes.numel() for codes, _ in stream.blocks(num_codes))
+
+    return run
+
+
+def _generate_of_others(config: RunConfig) -> Callable[[], int] | None:
+    """Two windows by the `generate` of PyPI's compressive-transformer-pytorch after as much as fills its memories, with
+    the sizes of a recipe (its feed-forward block is always 4 times as wide); None where it is not installed, and for
+    recipes that are not of such a model or large."""
+    model = config.model
+    if not getattr(model, "compressed_memory_length", 0) or model.width > 256:
+        return None
+    try:
+        package = importlib.import_module(_PYPI_PACKAGE)
+    except ImportError:
+        print("compressive-transformer-pytorch (PyPI) is not installed: it is left out", file=sys.stderr)
+        return None
+    window, memory = model.window_length, max(model.memory_length, model.window_length)  # less it does not take
+    compressed = max(model.compressed_memory_length, memory // 4)
+    torch.manual_seed(0)
+    net = package.CompressiveTransformer(
+        num_tokens=model.vocab_size,
+        dim=model.width,
+        depth=model.num_layers,
+        heads=model.num_heads,
+        seq_len=window,
+        mem_len=memory,
+        cmem_len=compressed,
+        cmem_ratio=4,
+        gru_gated_residual=False,
+    )
+    wrapper = package.AutoregressiveWrapper(net).eval()
+    start = _random_codes(1, memory + 4 * compressed + window, model.vocab_size)
+
+    def run() -> int:
+        wrapper.generate(start, 2 * window)  # returns less than it has made where it was primed with several windows
+        return 2 * window
+
+    return run
+
+
+def sampling_facts(
+    recipes: dict[str, str], configs: dict[str, RunConfig], overrides: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """What is not a number of codes a second: first calls, steps over a window, shares of the machine."""
+
+    def fact(what: str, value: float, unit: str) -> dict[str, Any]:
+        return {"case": name, "quantity": what, "value": value, "unit": unit}
+
+    multiplied = _multiplications_per_second()
+    for name, config in configs.items():
+        model = build_model(config)
+        for stepper in _steppers(model):
+            steps = _step_seconds(model, stepper)
+            median, window = float(np.median(steps)), model.window_length
+            yield fact(f"{stepper}, median step", 1e6 * median, "us")
+            yield fact(f"{stepper}, longest step : median step", float(steps.max()) / median, "x")
+            if window >= 4:
+                of_window = steps.reshape(-1, window).mean(0)
+                quarter = window // 4
+                ratio = of_window[-quarter:].mean() / of_window[:quarter].mean()
+                yield fact(f"{stepper}, last quarter of a window : first quarter", float(ratio), "x")
+                yield fact(f"{stepper}, last step of a window : first step", float(of_window[-1] / of_window[0]), "x")
+            if stepper == "compiled":
+                num_bytes, num_products = work_of_a_code(model)
+                rate = _bytes_per_second(num_bytes)
+                seconds = float(steps.mean())
+                yield fact("compiled, read for a code", num_bytes / 1e6, "MB")
+                yield fact("machine, reads of a buffer of that size", rate / 1e9, "GB/s")
+                yield fact("compiled, share of the machine's bandwidth", 100 * num_bytes / seconds / rate, "%")
+                yield fact("compiled, multiply-adds of a code", num_products / 1e6, "million")
+                yield fact("machine, multiply-adds of a product of matrices", multiplied / 1e9, "billion/s")
+                yield fact(
+                    "compiled, share of the machine's arithmetic", 100 * num_products / seconds / multiplied, "%"
+                )
+        if "compiled" in _steppers(model):
+            without, cached = _first_calls(recipes[name], overrides)
+            yield fact("compiled, first call of a process, without a cache", without, "s")
+            yield fact("compiled, first call of a process, with the cache", cached, "s")
+
+
+def work_of_a_code(model: SequenceModel) -> tuple[float, float]:
+    """Bytes that sampling a code reads in float32, about, and multiply-adds: every weight once, of tables a row, f_c
+    once in as many codes as it compresses; keys, values and positions of the rows that are attended to."""
+    groups, config = model.gradient_groups(), model.config
+    rate = min(getattr(config, "compression_rates", (1,)))
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    weights = sum(parameter.numel() for parameter in groups["model"] if id(parameter) not in tables)
+    weights += sum(parameter.numel() for parameter in groups.get("compression", [])) / rate
+    rows, products = model.attention_cost, float(weights)
+    numbers = float(weights)
+    if rows:
+        products += rows * (2 * config.width + config.num_heads * config.position_width)
+        numbers += rows * (2 * config.key_width + config.position_width)
+    return 4 * numbers, products
+
+
+def _step_seconds(model: SequenceModel, stepper: Stepper) -> Any:
+    """CPU time of single steps with full memories, from the first step of a window on: of each step of a period (whole
+    windows, whole hops of the predictor) the median over periods; of the compiled ones, without what a call costs."""
+    hop = getattr(model.config, "prediction_hop_length", 1) if model.config.front_end == "linear_prediction" else 1
+    window = model.window_length if model.window_length > 1 else 16
+    period, num_periods = math.lcm(window, hop), _num_sampled(model, "eager", STEP_PERIODS)
+    start = torch.zeros(1, dtype=torch.int64)
+    times = np.empty((num_periods, period))
+    with model.evaluation_mode(), torch.inference_mode():
+        state = model.begin_steps(model.full_memory(1), start[:, None][:, :0])
+        if stepper == "eager":
+            sampler = Sampler(model, num_lanes=1, seed=0, start_code=0, stepper="eager")
+            sampler.begin_full()
+            for _ in sampler.run(model.window_length - model.window_length // 2):  # to the end of the window
+                pass
+            codes = sampler.run(times.size)
+            for index in Progress(range(times.size), desc="eager steps", unit="step"):
+                began = time.process_time()
+                next(codes)
+                times.flat[index] = time.process_time() - began
+            codes.close()
+            return np.median(times, axis=0)
+        block = model.block_sampler()
+        uniforms = torch.rand(1, times.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        drawing: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None}
+        state, last, calls = block.begin(state), start, []
+        for index in Progress(range(times.size), desc="compiled steps", unit="step"):
+            began = time.process_time()
+            block.sample_block(last, state, uniforms[:, :0], **drawing)
+            between = time.process_time()
+            codes, _, state = block.sample_block(last, state, uniforms[:, index : index + 1], **drawing)
+            times.flat[index] = time.process_time() - between
+            calls.append(between - began)
+            last = codes[:, 0]
+    return np.median(times, axis=0) - statistics.median(calls)
+
+
+def _bytes_per_second(num_bytes: float) -> float:
+    """At which one thread reads a buffer of that size again and again: from whichever cache it fits."""
+    from ct_audio.models import kernels  # imports numba
+
+    buffer, seconds = np.ones(max(1024, int(num_bytes) // 4), np.float32), []
+    repeats = max(1, 10**7 // len(buffer))
+    for _ in range(16):
+        began = time.process_time()
+        for _ in range(repeats):
+            kernels.total(buffer)
+        seconds.append((time.process_time() - began) / repeats)
+    return buffer.nbytes / statistics.median(seconds[1:])
+
+
+def _multiplications_per_second() -> float:
+    """Multiply-adds of one thread in a product of large matrices in float32."""
+    before, size, seconds = torch.get_num_threads(), 1024, []
+    torch.set_num_threads(1)
+    a, b = torch.ones(size, size), torch.ones(size, size)
+    for _ in range(8):
+        began = time.process_time()
+        torch.mm(a, b)
+        seconds.append(time.process_time() - began)
+    torch.set_num_threads(before)
+    return size**3 / statistics.median(seconds[1:])
+
+
+_FIRST_CALL = """
+import sys, time
+from ct_audio.models import build_model
+from ct_audio.runs.config import load_config
+from ct_audio.sampling.sampler import Sampler
+model = build_model(load_config(sys.argv[1], sys.argv[2:]))
+began = time.process_time()
+list(Sampler(model, num_lanes=1, seed=0, start_code=0, stepper="compiled").run(1))
+print(time.process_time() - began)
+"""
+
+
+def _first_calls(recipe: str, overrides: Sequence[str]) -> tuple[float, float]:
+    """CPU time of a new process, from a model to its first code: with an empty folder for numba's cache, and again."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"NUMBA_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        for _ in range(2):
+            command = [sys.executable, "-c", _FIRST_CALL, recipe, *overrides]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            seconds.append(float(done.stdout))
+    return seconds[0], seconds[1]
 
 
 def _random_codes(num_lanes: int, length: int, vocab_size: int) -> Int[Tensor, "B T"]:
@@ -221,11 +446,20 @@ def markdown_report(command: str, report: dict[str, Any]) -> str:
         f"    {command}",
         "",
         f"torch {report['torch']}, {report['machine']}, {report['cores']} cores, {report['threads']} threads, lanes "
-        f"{report['lanes']}, float32; codes/s: medians of {report['rounds']} interleaved rounds; ratio: median over "
-        "the rounds of the ratio within a round, to the nearest row above with 1.00.",
+        f"{report['lanes']}, float32; codes/s (of all lanes, in CPU time divided by the number of threads): medians of "
+        f"{report['rounds']} interleaved rounds; ratio: median over the rounds of the ratio within a round, to the "
+        "nearest row above with 1.00.",
         "",
         markdown_table([("measurement", "case", "codes/s", "ratio"), *rows]),
     ]
+    if report["facts"]:
+        facts = [(row["case"], row["quantity"], f"{row['value']:,.3g} {row['unit']}") for row in report["facts"]]
+        lines += [
+            "",
+            "Sampling, one lane, one thread, CPU time. Steps: median over repetitions of each step of a period.",
+            "",
+            markdown_table([("model", "quantity", "value"), *facts]),
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -21,6 +21,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+STATE_VERSION = 2
+"""Of what a state means in the middle of a window: a saved sampling goes on with the version that began it."""
+
 PADDING = 32
 """Columns beyond the last of what is read by whole vectors."""
 
@@ -173,6 +176,123 @@ def follow(lane, predictor, codes, starts, history, weights, residuals, counts, 
         features[lane, t, 0], features[lane, t, 1] = prediction, scale
     history[lane] = samples[num_codes:]
     counts[lane], residuals[lane] = count, residual
+
+
+class AdaptivePredictor(NamedTuple):
+    """What recursive least squares, or fixed weights, follow a signal with; see `linear_prediction.py`.
+
+    Attributes:
+        waveform: [V] float64, the sample of each code.
+        weights: [P] float64, those that a stream begins with.
+        numbers: [5] float64: first residual, forgetting, regularisation, decay of the scale, smallest scale.
+    """
+
+    waveform: np.ndarray
+    weights: np.ndarray
+    numbers: np.ndarray
+
+
+class AdaptiveState(NamedTuple):
+    """What a lane remembers: `LinearPredictionMemory`.
+
+    Attributes:
+        history [B, P], newest first, weights [B, P], covariance [B, Q, Q], residual [B]: float64.
+        count: [B] int64.
+    """
+
+    history: np.ndarray
+    weights: np.ndarray
+    covariance: np.ndarray
+    residual: np.ndarray
+    count: np.ndarray
+
+
+@_exact
+@no_type_check
+def weigh(weights, past):
+    """The sum of the past samples by their weights."""
+    found = 0.0
+    for i in range(len(past)):
+        found += weights[i] * past[i]
+    return found
+
+
+@_exact
+@no_type_check
+def clip(value):
+    """Into [-1, 1]; NaN stays NaN."""
+    return 1.0 if value > 1.0 else (-1.0 if value < -1.0 else value)
+
+
+@_exact
+@no_type_check
+def measure(weights, covariance, gain, share, error, factor):
+    """Take an error into weights and covariance."""
+    for i in range(len(gain)):
+        weights[i] += gain[i] * (share * error)
+        for j in range(len(gain)):  # gain_i gain_j first: the matrix stays symmetric to the bit
+            covariance[i, j] = (covariance[i, j] - gain[i] * gain[j] * share) * factor
+
+
+@_exact
+@no_type_check
+def adapt(weights, covariance, past, error, index, forgetting, ridge, gain):
+    """One step of recursive least squares, and, as a second measurement, that weights[index] is 0."""
+    for i in range(len(past)):
+        gain[i] = 0.0
+    for j in range(len(past)):
+        for i in range(len(past)):
+            gain[i] += past[j] * covariance[j, i]
+    measure(weights, covariance, gain, 1.0 / (forgetting + weigh(gain, past)), error, 1.0 / forgetting)
+    for i in range(len(past)):
+        gain[i] = covariance[index, i]
+    measure(weights, covariance, gain, ridge / (1.0 + ridge * gain[index]), -weights[index], 1.0)
+
+
+@_exact
+@no_type_check
+def begin_adaptive(predictor, state, lane):
+    """Forget all samples and begin a stream."""
+    past, weights, covariance = state.history[lane], state.weights[lane], state.covariance[lane]
+    variance = (1.0 - predictor.numbers[1]) / predictor.numbers[2]
+    for i in range(len(past)):
+        past[i], weights[i] = 0.0, predictor.weights[i]
+    for i in range(len(covariance)):
+        for j in range(len(covariance)):
+            covariance[i, j] = variance if i == j else 0.0
+    state.residual[lane], state.count[lane] = predictor.numbers[0], 0
+
+
+@_exact
+@no_type_check
+def follow_adaptive_sample(predictor, state, lane, sample, gain):
+    """One more sample of a lane: prediction and scale of the one after it."""
+    past, weights, covariance = state.history[lane], state.weights[lane], state.covariance[lane]
+    numbers, order, said = predictor.numbers, len(past), weigh(weights, past)
+    forgetting, regularisation, decay = numbers[1], numbers[2], numbers[3]
+    state.residual[lane] = decay * state.residual[lane] + (1.0 - decay) * abs(sample - clip(said))
+    if len(covariance):
+        index = state.count[lane] % order
+        adapt(weights, covariance, past, sample - said, index, forgetting, order * regularisation, gain)
+    for i in range(order - 1, 0, -1):
+        past[i] = past[i - 1]
+    past[0] = sample
+    state.count[lane] += 1
+    return clip(weigh(weights, past)), max(state.residual[lane] / (2.0 * math.log(2.0)), numbers[4])
+
+
+@_exact
+@no_type_check
+def follow_adaptive(predictor, codes, starts, state, features):
+    """Prediction and scale [B, T, 2] of the sample after each code [B, T]; the state is written over."""
+    gain = np.empty(state.history.shape[1])
+    for lane in range(len(codes)):
+        for t in range(codes.shape[1]):
+            if starts[lane, t] or state.count[lane] == 0:
+                begin_adaptive(predictor, state, lane)
+            sample = predictor.waveform[codes[lane, t]]
+            mean, scale = follow_adaptive_sample(predictor, state, lane, sample, gain)
+            features[lane, t, 0], features[lane, t, 1] = mean, scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,6 +742,39 @@ def multiply_head(head, features, outputs):
 
 @_strict
 @no_type_check
+def draw_by_probabilities(chances, uniform, drawing, logs, kept):
+    """A code by its probabilities [V] in float64, which are written over, and its log-probability.
+
+    Args:
+        logs: [V] float32 and kept: at least [V] float64, room.
+    """
+    num, code = len(chances), 0
+    copy(chances, kept)  # to be read after the draw
+    if drawing.temperature > 0.0:
+        if drawing.temperature != 1.0:
+            for v in range(num):
+                logs[v] = log32(np.float32(chances[v]))
+            temper(logs, drawing.temperature, chances)
+        code = draw(chances, uniform, drawing)
+    else:
+        for v in range(num):
+            code = v if chances[v] > chances[code] else code
+    return code, math.log(kept[code])
+
+
+@_strict
+@no_type_check
+def temper(logs, temperature, chances):
+    """Probabilities, not normalised, of log-probabilities, which are written over, at a temperature above 0."""
+    most, inverse = largest(logs), np.float32(1.0 / max(temperature, 1e-30))
+    for v in range(len(logs)):
+        logs[v] = (logs[v] - most) * inverse
+    exponentials(logs, np.float32(0))
+    copy(logs, chances)
+
+
+@_strict
+@no_type_check
 def draw_next(head, outputs, side, uniform, drawing, logs, cumulative, chances):
     """The next code of a lane, and its log-probability at temperature 1, before top-k and top-p.
 
@@ -629,36 +782,24 @@ def draw_next(head, outputs, side, uniform, drawing, logs, cumulative, chances):
         outputs: [O], of the head.
         logs: [V] float32, cumulative: [V + 1] and chances: [V] float64, room.
     """
-    num, is_mixture, log_sum = len(chances), len(head.edges) > 0, 0.0
-    if is_mixture:
+    if len(head.edges):
         mixture(outputs, side, head, cumulative, chances)
-        copy(chances, cumulative)  # to be read after the draw
-    else:
-        copy(outputs[:num], logs)
-        most = largest(logs)
-        exponentials(logs, most)
-        log_sum = np.float64(most) + math.log(np.float64(total(logs)))
-        copy(logs, chances)
-    if drawing.temperature != 1.0:
-        if is_mixture:
-            for v in range(num):
-                logs[v] = log32(np.float32(chances[v]))
+        return draw_by_probabilities(chances, uniform, drawing, logs, cumulative)
+    num, code = len(chances), 0
+    copy(outputs[:num], logs)
+    most = largest(logs)
+    exponentials(logs, most)
+    log_sum = np.float64(most) + math.log(np.float64(total(logs)))
+    if drawing.temperature > 0.0:
+        if drawing.temperature == 1.0:
+            copy(logs, chances)
         else:
             copy(outputs[:num], logs)
-        most, inverse = largest(logs), np.float32(1.0 / max(drawing.temperature, 1e-30))
-        if drawing.temperature > 0.0:
-            for v in range(num):
-                logs[v] = (logs[v] - most) * inverse
-            exponentials(logs, np.float32(0))
-            copy(logs, chances)
-    code = 0
-    if drawing.temperature > 0.0:
+            temper(logs, drawing.temperature, chances)
         code = draw(chances, uniform, drawing)
     else:
         for v in range(num):
-            code = v if logs[v] > logs[code] else code
-    if is_mixture:
-        return code, math.log(cumulative[code])
+            code = v if outputs[v] > outputs[code] else code
     return code, np.float64(outputs[code]) - log_sum
 
 
@@ -682,6 +823,76 @@ def end_block(samples, followed, num_codes):
     for lane in range(num_lanes):
         for i in range(length):
             followed.history[lane, i] = samples[lane, num_codes + i]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear prediction as a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LogisticCells(NamedTuple):
+    """What a logistic distribution becomes over codes.
+
+    Attributes:
+        edges: [V + 1] float64, of the codes' cells.
+        numbers: [1] float64, the share that is spread evenly.
+    """
+
+    edges: np.ndarray
+    numbers: np.ndarray
+
+
+@_strict
+@no_type_check
+def logistic_cells(mean, scale, cells, cumulative, chances):
+    """Probabilities [V] of the cells under a logistic distribution, see `LinearPrediction`."""
+    num, inverse, share = len(chances), 1.0 / scale, cells.numbers[0]
+    for v in range(num + 1):
+        z = (mean - cells.edges[v]) * inverse
+        z = 700.0 if z > 700.0 else (-700.0 if z < -700.0 else z)
+        cumulative[v] = 1.0 / (1.0 + exp64(z))
+    for v in range(num):
+        chances[v] = (1.0 - share) * (cumulative[v + 1] - cumulative[v]) + share / num
+
+
+@_strict
+@no_type_check
+def sample_adaptive(predictor, cells, state, drawing, codes, uniforms, out_codes, out_logs):
+    """Sample a block by recursive least squares or fixed weights; as `sample_wavenet`."""
+    vocab_size, gain = len(predictor.waveform), np.empty(state.history.shape[1])
+    logs, cumulative, chances = np.empty(vocab_size, np.float32), np.empty(vocab_size + 1), np.empty(vocab_size)
+    for lane in range(len(codes)):
+        for index in range(uniforms.shape[1]):
+            if state.count[lane] == 0:
+                begin_adaptive(predictor, state, lane)
+            sample = predictor.waveform[codes[lane]]
+            mean, scale = follow_adaptive_sample(predictor, state, lane, sample, gain)
+            logistic_cells(mean, scale, cells, cumulative, chances)
+            code, log_probability = draw_by_probabilities(chances, uniforms[lane, index], drawing, logs, cumulative)
+            codes[lane], out_codes[lane, index], out_logs[lane, index] = code, code, log_probability
+
+
+@_strict
+@no_type_check
+def sample_autocorrelation(predictor, cells, followed, drawing, codes, uniforms, out_codes, out_logs):
+    """Sample a block by the autocorrelation method; as `sample_wavenet`."""
+    vocab_size, length = len(predictor.waveform), len(predictor.window)
+    logs, cumulative, chances = np.empty(vocab_size, np.float32), np.empty(vocab_size + 1), np.empty(vocab_size)
+    samples = begin_block(predictor, followed, uniforms.shape[1])
+    for lane in range(len(codes)):
+        own = samples[lane]
+        for index in range(uniforms.shape[1]):
+            now, weights, residual = length + index, followed.weights[lane], followed.residual[lane]
+            if followed.count[lane] == 0:
+                begin_stream(own[index:now], weights)
+                residual = predictor.numbers[3]
+            own[now] = predictor.waveform[codes[lane]]
+            residual, count, mean, scale = follow_sample(predictor, own, now, weights, residual, followed.count[lane])
+            followed.residual[lane], followed.count[lane] = residual, count
+            logistic_cells(mean, scale, cells, cumulative, chances)
+            code, log_probability = draw_by_probabilities(chances, uniforms[lane, index], drawing, logs, cumulative)
+            codes[lane], out_codes[lane, index], out_logs[lane, index] = code, code, log_probability
+    end_block(samples, followed, uniforms.shape[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -801,8 +1012,8 @@ class CompressiveWeights(NamedTuple):
         tap_bias: [L, D]. tap_norm: [L, 2, D].
         positions: [tables, P, columns], sinusoids of the keys of a window.
         cosine, sine: [T, P / 2], by which a position query is turned at each place of a window.
-        layout: [L, 5] int64: memory rows M, compressed rows K, rate C, table of positions, groups of C rows that f_c
-            takes at a time.
+        layout: [L, 6] int64: memory rows M, compressed rows K, rate C, table of positions, groups of C rows that f_c
+            takes at a time, and at which of so many steps.
         numbers: [5] int64: window T, H, G, kind of f_c, whether the norms come first.
     """
 
@@ -1016,14 +1227,15 @@ def step_compressive(x, w, state, r, features):
 def compress_some(layer, t, w, state, r):
     """f_c of some of the rows that will leave at the window's end: as many as the window has got, every so many steps.
 
-    What leaves is known before it does, so the work of a push is spread over the window.
+    What leaves is known before it does, so the work of a push is spread over the window, each layer's at steps of its
+    own.
     """
     rate, num_groups, pre_norm = w.layout[layer, 2], w.layout[layer, 4], w.numbers[4] > 0
-    if w.layout[layer, 1] == 0 or (t + 1) % (rate * num_groups):
+    if w.layout[layer, 1] == 0 or t % (rate * num_groups) != w.layout[layer, 5]:
         return
     memory, ring = w.layout[layer, 0], w.layout[layer, 1] + w.numbers[0] // rate
     num_lanes, width = r.read.shape
-    first = (t + 1) // rate - num_groups
+    first = t // (rate * num_groups) * num_groups
     for lane in range(num_lanes):
         for group in range(num_groups):
             old = r.old[lane * num_groups + group]

@@ -24,7 +24,7 @@ from torch import Tensor
 from ct_audio.common.errors import UserError
 from ct_audio.common.progress import Progress
 from ct_audio.models.autocorrelation import AutocorrelationMemory, AutocorrelationPredictor, AutocorrelationSettings
-from ct_audio.models.interface import UNLIMITED_RANGE, ModelOutput, SequenceModel, refuse_lengths
+from ct_audio.models.interface import UNLIMITED_RANGE, BlockSampler, ModelOutput, SequenceModel, refuse_lengths
 from ct_audio.models.state import map_memory
 
 _FIRST_RESIDUAL = 0.01  # mean size of the residuals before any has been seen
@@ -274,24 +274,32 @@ class LinearPrediction(SequenceModel):
         """Features of codes, and the next memory."""
         if self._predictor is not None:
             return self._predictor.follow(codes, memory, document_starts)
-        config, own = self.config, self._own(memory, codes.shape[0])
+        own = self._own(memory, codes.shape[0])
         if document_starts is None:
             document_starts = torch.zeros(codes.shape, dtype=torch.bool)
         features = torch.empty(*codes.shape, 2, dtype=torch.float64)
-        weights, residual = np.zeros(config.order), _FIRST_RESIDUAL
-        if config.adaptation == "none":
-            weights, residual = self.coefficients.cpu().numpy(), float(self.mean_residual)
-        _loop()(
-            codes.cpu().contiguous().numpy(),
-            document_starts.cpu().contiguous().numpy(),
-            self._waveform,
-            weights,
-            residual,
-            (config.forgetting, config.regularisation, config.scale_decay),
-            tuple(tensor.numpy() for tensor in own),
-            features.numpy(),
-        )
+        kernels = _kernels()
+        arrays = [tensor.numpy() for tensor in (codes.cpu().contiguous(), document_starts.cpu().contiguous())]
+        state = kernels.AdaptiveState(*(tensor.numpy() for tensor in own))
+        kernels.follow_adaptive(self._adaptive_predictor(), *arrays, state, features.numpy())
         return features.to(codes.device), LinearPredictionMemory(*(tensor.to(codes.device) for tensor in own))
+
+    def _adaptive_predictor(self) -> Any:
+        """What the kernels need: a `kernels.AdaptivePredictor`."""
+        config, weights, residual = self.config, np.zeros(self.config.order), _FIRST_RESIDUAL
+        if config.adaptation == "none":
+            weights, residual = self.coefficients.cpu().numpy().copy(), float(self.mean_residual)
+        numbers = (residual, config.forgetting, config.regularisation, config.scale_decay, _SMALLEST_SCALE)
+        return _kernels().AdaptivePredictor(self._waveform, weights, np.array(numbers))
+
+    def block_sampler(self) -> BlockSampler:
+        from ct_audio.models.compiled import CompiledPrediction  # imports numba
+
+        if self.device.type != "cpu":
+            raise UserError(f"compiled stepping: expected the CPU, got {self.device.type}; use the eager stepper")
+        edges = torch.cat([self.lower_edges, self.upper_edges[-1:]]).numpy()
+        predictor = self._adaptive_predictor() if self._predictor is None else self._predictor.compiled()
+        return CompiledPrediction(predictor, edges, self.config.uniform_share, self.begin_steps)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Buffers move between devices and stay float64: `.float()` must not round them."""
@@ -325,77 +333,10 @@ def _pieces(codes: Integer[np.ndarray, "N"], what: str) -> Iterator[Int[np.ndarr
         yield codes[begin : begin + _FIT_PIECE].astype(np.int64)
 
 
-@functools.cache
-@no_type_check  # numba compiles the bare functions
-def _loop():
-    """The loop over lanes and time in machine code: without fast-math, so that sums keep their order.
+def _kernels() -> Any:
+    from ct_audio.models import kernels  # imports numba, half a second
 
-    Plain loops over numbers: array expressions take numba several times as long to compile.
-    """
-    from numba import njit  # half a second, and compiling some more; nothing is written to disk
-
-    @njit(nogil=True)
-    def predict(weights, past):
-        total = 0.0
-        for i in range(len(past)):
-            total += weights[i] * past[i]
-        return total
-
-    @njit(nogil=True)
-    def clip(value):  # NaN stays NaN
-        return 1.0 if value > 1.0 else (-1.0 if value < -1.0 else value)
-
-    @njit(nogil=True)
-    def measure(weights, covariance, gain, share, error, factor):
-        for i in range(len(gain)):
-            weights[i] += gain[i] * (share * error)
-            for j in range(len(gain)):  # gain_i gain_j first: the matrix stays symmetric to the bit
-                covariance[i, j] = (covariance[i, j] - gain[i] * gain[j] * share) * factor
-
-    @njit(nogil=True)
-    def adapt(weights, covariance, past, error, index, forgetting, ridge, gain):
-        for i in range(len(past)):
-            gain[i] = 0.0
-        for j in range(len(past)):
-            for i in range(len(past)):
-                gain[i] += past[j] * covariance[j, i]
-        measure(weights, covariance, gain, 1.0 / (forgetting + predict(gain, past)), error, 1.0 / forgetting)
-        for i in range(len(past)):  # and, as a second measurement, that weights[index] is 0
-            gain[i] = covariance[index, i]
-        measure(weights, covariance, gain, ridge / (1.0 + ridge * gain[index]), -weights[index], 1.0)
-
-    @njit(nogil=True)
-    def begin(past, weights, first_weights, covariance, variance):
-        for i in range(len(past)):
-            past[i], weights[i] = 0.0, first_weights[i]
-        for i in range(len(covariance)):
-            for j in range(len(covariance)):
-                covariance[i, j] = variance if i == j else 0.0
-
-    @njit(nogil=True)
-    def follow(codes, document_starts, waveform, first_weights, first_residual, settings, memory, features):
-        history, all_weights, covariances, residual, count = memory
-        forgetting, regularisation, decay = settings
-        order, gain = history.shape[1], np.empty(history.shape[1])
-        for lane in range(len(history)):
-            past, weights, covariance = history[lane], all_weights[lane], covariances[lane]
-            for t in range(codes.shape[1]):
-                if document_starts[lane, t] or count[lane] == 0:
-                    begin(past, weights, first_weights, covariance, (1.0 - forgetting) / regularisation)
-                    residual[lane], count[lane] = first_residual, 0
-                sample, said = waveform[codes[lane, t]], predict(weights, past)
-                residual[lane] = decay * residual[lane] + (1.0 - decay) * abs(sample - clip(said))
-                if len(covariance):
-                    index = count[lane] % order
-                    adapt(weights, covariance, past, sample - said, index, forgetting, order * regularisation, gain)
-                for i in range(order - 1, 0, -1):
-                    past[i] = past[i - 1]
-                past[0] = sample
-                count[lane] += 1
-                features[lane, t, 0] = clip(predict(weights, past))
-                features[lane, t, 1] = max(residual[lane] / (2.0 * math.log(2.0)), _SMALLEST_SCALE)
-
-    return follow
+    return kernels
 
 
 @functools.cache

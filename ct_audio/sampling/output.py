@@ -44,7 +44,7 @@ def write_samples(
         sidecar["codes_per_second"] = samples.codes_per_second
         if verify_difference is not None:
             sidecar["verify_max_abs_difference"] = verify_difference if math.isfinite(verify_difference) else None
-        path = "stdout"
+        path = "stream" + (f", the last {samples.in_words(len(codes))}" if samples.num_forgotten else "")
         if directory is not None:
             path = directory / f"sample_{lane}.{'txt' if isinstance(decoded, bytes) else 'wav'}"
             _write_lane(path, samples, codes, sidecar, plots=plots)

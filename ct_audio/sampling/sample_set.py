@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from ct_audio.sampling.sampler import Sampler, Stepper, verify_steps
 SAVE_EVERY_SECONDS = 60.0
 _SAVING_SHARE = 0.1  # of the time at most goes into saving, however large a state is
 _BLOCK_SECONDS = 0.05  # wall time between two looks at signals, and two pieces of a stream
+STREAM_CODES = 60 * 24_000
+"""Codes that stay in memory of a stream that is kept nowhere else: it may go on for hours."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,19 @@ class Request:
         return self.prime if self.prime.ndim == 1 else self.prime[lane]
 
 
+@runtime_checkable
+class Sink(Protocol):
+    """What a stream writes to: a pipe or a sound card."""
+
+    def write(self, content: bytes, /) -> Any: ...
+
+    def flush(self) -> Any: ...
+
+
 class SampleStream:
     """What is sampled, to a pipe: raw mono PCM16, little-endian, or text; not `is_open` once the reader has gone."""
 
-    def __init__(self, handle: BinaryIO) -> None:
+    def __init__(self, handle: Sink) -> None:
         self._handle, self.is_open = handle, True
 
     def write(self, piece: Float[np.ndarray, "N"] | bytes) -> None:
@@ -93,7 +104,7 @@ class SampleStream:
         except BrokenPipeError:
             self.is_open = False
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._handle.fileno())  # or the flush at the end would fail again
+            os.dup2(nowhere, self._handle.fileno())  # type: ignore[attr-defined] (a pipe)  # or the flush at the end would fail again
             os.close(nowhere)
 
 
@@ -105,6 +116,7 @@ class SampleSet:
         resume: go on with what is saved there, where there is something; else anything unfinished is refused.
     Attributes:
         num_resumed: codes of each lane that were there already.
+        num_forgotten: codes at the beginning of each lane that `codes` and `log_probabilities` do not hold any more.
         stopped_by: number of the signal that ended `sample`, else 0.
     Raises:
         UserError: an argument is out of its range, or what is saved does not fit the request or is damaged.
@@ -129,6 +141,7 @@ class SampleSet:
         self._codes: list[Tensor] = []  # each [B, T]
         self._log_probabilities: list[Tensor] = []
         self._seconds, self._num_saved, self.num_resumed, self.stopped_by = 0.0, 0, 0, 0
+        self.num_forgotten = 0
         if directory is not None and not resume:
             require_no_unfinished(directory)  # also where there is no such directory yet
         elif directory is not None and saved is None:
@@ -146,14 +159,9 @@ class SampleSet:
         """Which one samples, "compiled" or "eager"."""
         return self._sampler.stepper
 
-    @property
-    def lanes_together(self) -> int | None:
-        """As the sampler's; it changes nothing but the speed."""
-        return self._sampler.lanes_together
-
-    @lanes_together.setter
-    def lanes_together(self, count: int | None) -> None:
-        self._sampler.lanes_together = count
+    def spread(self, num_threads: int, lanes_together: int) -> None:
+        """How lanes are spread, as by the sampler; it changes nothing but the speed."""
+        self._sampler.num_threads, self._sampler.lanes_together = num_threads, lanes_together
 
     @property
     def codes_per_second(self) -> float | None:
@@ -182,6 +190,7 @@ class SampleSet:
         stream: SampleStream | None = None,
         save_every_seconds: float = SAVE_EVERY_SECONDS,
         label: str = "sample",
+        keep: int | None = None,
     ) -> None:
         """Sample what is left and save it, in between too; a signal or the end of the stream's reader ends it early.
 
@@ -190,6 +199,7 @@ class SampleSet:
             stream: gets lane 0 as it is sampled.
             save_every_seconds: wall time between two saves (longer where saving itself takes long).
             label: of the progress bar.
+            keep: how many of the last codes stay in memory, about, without a directory; None: all.
         """
         saved, pause = time.perf_counter(), save_every_seconds
         blocks = self._sampler.blocks(self.num_left, seconds=_BLOCK_SECONDS)
@@ -198,6 +208,8 @@ class SampleSet:
             for codes, log_probabilities in blocks:
                 self._codes.append(codes)
                 self._log_probabilities.append(log_probabilities)
+                if keep is not None and self.directory is None:
+                    self._forget(keep)
                 self._seconds += time.perf_counter() - began
                 bar.update(codes.shape[1])
                 if stream is not None:
@@ -216,6 +228,12 @@ class SampleSet:
         blocks.close()
         if self.directory is not None:
             self._save(self.directory)
+
+    def _forget(self, keep: int) -> None:
+        """Drop the oldest blocks that are not among the last `keep` codes."""
+        while self.num_codes - self.num_forgotten - self._codes[0].shape[1] >= keep:
+            self.num_forgotten += self._codes.pop(0).shape[1]
+            del self._log_probabilities[0]
 
     def verify(self) -> float:
         """Largest difference of the log-probabilities from those of forward passes, in nats."""
@@ -260,12 +278,16 @@ class SampleSet:
         settings = self.settings()
         del settings["prime_included"], settings["version"], settings["prime"]  # its codes decide, not its name
         raw = b"" if self.request.prime is None else self.request.prime.astype("<i4").tobytes()
-        compiled = {"numba": version("numba")}  # lanes do not meet: threads change nothing
+        of_stepper: dict[str, Any] = {"threads": torch.get_num_threads()}
+        if self.stepper == "compiled":  # lanes do not meet: threads change nothing
+            from ct_audio.models.kernels import STATE_VERSION  # imports numba
+
+            of_stepper = {"numba": version("numba"), "state_version": STATE_VERSION}
         return settings | {
             "weights": self.run.state["files"]["model.safetensors"]["sha256"],
             "prime_codes": hashlib.sha256(raw).hexdigest(),
             "torch": str(torch.__version__),
-            **(compiled if self.stepper == "compiled" else {"threads": torch.get_num_threads()}),
+            **of_stepper,
         }
 
     def _resume(self, directory: Path, saved: SavedSampling) -> None:

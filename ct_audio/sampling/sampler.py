@@ -49,6 +49,7 @@ class Sampler:
         num_codes: codes sampled so far in each lane.
         stepper: which one it is.
         lanes_together: lanes that a thread of the compiled stepper steps side by side; None: as the model thinks best.
+        num_threads: over which the compiled stepper spreads lanes; None: as many as torch has.
     Raises:
         UserError: an argument is out of its range, or "compiled" is asked for and not offered.
     Source: top-p is nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751.
@@ -89,6 +90,7 @@ class Sampler:
         self.stepper: Stepper = "eager" if self._compiled is None else "compiled"
         self.num_lanes, self.num_codes = num_lanes, 0
         self.lanes_together: int | None = None
+        self.num_threads: int | None = None
 
     def run(self, num_codes: int) -> Generator[tuple[Int[Tensor, "B"], Float[Tensor, "B"]], None, None]:
         """As `blocks`, code by code: what has been sampled is never ahead of what has been returned."""
@@ -161,7 +163,7 @@ class Sampler:
 
     def _sample_block(self, uniforms: Float64[Tensor, "B N"]) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"]]:
         assert self._compiled is not None
-        how = {"num_threads": torch.get_num_threads(), "lanes_together": self.lanes_together}
+        how = {"num_threads": self.num_threads or torch.get_num_threads(), "lanes_together": self.lanes_together}
         codes, chosen, self._state = self._compiled.sample_block(
             self._codes, self._state, uniforms, **self._settings, **how
         )
@@ -220,47 +222,6 @@ def verify_steps(
         return 0.0
     difference = torch.cat(parts, dim=1)[:, skipped:] + log_probabilities
     return difference.abs().max().item() if difference.numel() else 0.0
-
-
-def estimate_code_seconds(
-    model: SequenceModel,
-    *,
-    num_lanes: int,
-    max_codes: int = 10_000,
-    budget_seconds: float = 1.0,
-    stepper: Stepper = "auto",
-) -> tuple[float, int | None]:
-    """Wall time in seconds of one code of each lane, as it is once memory is full, measured on a throw-away sample.
-
-    Args:
-        max_codes: at least 1; codes of the throw-away sample at most, not counting those to warm up.
-        budget_seconds: it is broken off after this time, about.
-    Returns:
-        the time, and how many lanes a thread best steps side by side (None with the eager stepper).
-    """
-    sampler = Sampler(model, num_lanes=num_lanes, seed=0, start_code=0, stepper=stepper)
-    sampler.begin_full()
-    list(sampler.blocks(2, seconds=0.0))  # first calls are slower: the kernels are compiled, or read from disk
-    if sampler.stepper == "eager":
-        return _code_seconds(sampler, max_codes, budget_seconds), None
-    share = -(-num_lanes // torch.get_num_threads())
-    counts = [count for count in (1, 2, 4, 8, 16) if count < share] + [min(share, 32)]
-    found = {}
-    for sampler.lanes_together in counts:
-        found[sampler.lanes_together] = _code_seconds(sampler, max_codes, budget_seconds / (len(counts) + 1))
-    sampler.lanes_together = min(found, key=lambda count: found[count])
-    return _code_seconds(sampler, max_codes, budget_seconds / (len(counts) + 1)), sampler.lanes_together
-
-
-def _code_seconds(sampler: Sampler, max_codes: int, budget_seconds: float) -> float:
-    began, num_before = time.perf_counter(), sampler.num_codes
-    blocks = sampler.blocks(max_codes, seconds=budget_seconds / 4)
-    for codes, _ in blocks:
-        codes.tolist()  # waits for the device
-        if time.perf_counter() - began > budget_seconds:
-            break
-    blocks.close()
-    return (time.perf_counter() - began) / (sampler.num_codes - num_before)
 
 
 @torch.inference_mode()

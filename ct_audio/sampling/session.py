@@ -4,12 +4,12 @@ import signal
 import sys
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ct_audio.data.corpus import Corpus
+from ct_audio.sampling.estimate import estimate_code_seconds
 from ct_audio.sampling.output import write_samples
-from ct_audio.sampling.sample_set import SampleSet, SampleStream
-from ct_audio.sampling.sampler import estimate_code_seconds
+from ct_audio.sampling.sample_set import STREAM_CODES, SampleSet, SampleStream
 from ct_audio.sampling.temperature_report import require_comparable, write_report
 
 VERIFY_LIMIT = 1e-3
@@ -58,7 +58,8 @@ def sample_sets(
         if stream is not None and not one.num_resumed:
             stream.write(one.decoded_prime())
         label = "sample" if corpus is None else f"temperature {one.request.temperature:g}"
-        _sample(one, signals=signals, stream=stream, save_every_seconds=save_every_seconds, label=label)
+        keep = None if stream is None or verify else STREAM_CODES
+        _sample(one, signals=signals, stream=stream, save_every_seconds=save_every_seconds, label=label, keep=keep)
         if one.stopped_by:
             saved = (
                 f"saved in {one.directory}; go on with --resume" if one.directory else "nothing is saved without --out"
@@ -76,7 +77,7 @@ def sample_sets(
 
 
 def _print_estimate(sets: list[SampleSet]) -> None:
-    """Say how long it will take and which stepper does it; the sets take the number of lanes that was found best."""
+    """Say how long it will take and which stepper does it; the sets spread their lanes as was found best."""
     num_codes = sum(one.num_left for one in sets)
     if not num_codes:
         return
@@ -87,24 +88,24 @@ def _print_estimate(sets: list[SampleSet]) -> None:
         told.start()
     try:
         max_codes = max(16 + num_codes // 50, 256 if first.stepper == "compiled" else 0)
-        code_seconds, lanes_together = estimate_code_seconds(
+        code_seconds, spread = estimate_code_seconds(
             first.run.model, num_lanes=num_lanes, max_codes=max_codes, stepper=first.stepper
         )
     finally:
         told.cancel()
-    for one in sets:
-        one.lanes_together = lanes_together
-    how = first.stepper if lanes_together in (None, 1) else f"{first.stepper}, {lanes_together} lanes side by side"
+    how: str = first.stepper
+    if spread is not None:
+        how = ", ".join(filter(None, (how, spread.in_words())))
+        for one in sets:
+            one.spread(spread.num_threads, spread.lanes_together)
     total = f"{num_codes * num_lanes} {first.codec.unit}s ({num_lanes} x {num_codes})"
     print(f"about {code_seconds * num_codes:.0f} s for {total}; stepper: {how}", flush=True)
 
 
-def _sample(
-    one: SampleSet, *, signals: list[int], stream: SampleStream | None, save_every_seconds: float, label: str
-) -> None:
-    """Sample what is left of a set, with a bar, and print the speed."""
+def _sample(one: SampleSet, **how: Any) -> None:
+    """Sample what is left of a set, see `SampleSet.sample`, with a bar, and print the speed."""
     began, num_before = time.perf_counter(), one.num_codes
-    one.sample(signals=signals, stream=stream, save_every_seconds=save_every_seconds, label=label)
+    one.sample(**how)
     seconds = max(time.perf_counter() - began, 1e-9)
     total = (one.num_codes - num_before) * one.request.num_lanes
     if total and not one.stopped_by:

@@ -154,8 +154,8 @@ class CompiledCompressiveStack(CompiledStack):
         project, project_bias = zip(*(_projection(layer) for layer in layers), strict=True)
         is_pre, numbers = config.norm_position == "pre", list(kept)
         layout = [
-            (g.memory_length, g.compressed_memory_length, g.compression_rate, numbers.index(g), self._num_groups(g))
-            for g in self._geometries
+            (g.memory_length, g.compressed_memory_length, g.compression_rate, numbers.index(g), *self._turns(index, g))
+            for index, g in enumerate(self._geometries)
         ]
         num_kv_heads = layers[0].key_value.weight.shape[0] // (2 * (config.width // config.num_heads))
         kind = _KINDS.get(config.compression_function, 0)
@@ -197,10 +197,14 @@ class CompiledCompressiveStack(CompiledStack):
                 bias[index, number] = project.bias
         return weight, bias
 
-    def _num_groups(self, geometry: Geometry) -> int:
-        """Groups of rows that f_c takes at a time: as many as divide the window's groups, `_MAX_GROUPS` at most."""
+    def _turns(self, index: int, geometry: Geometry) -> tuple[int, int]:
+        """Groups of rows that a layer's f_c takes at a time: as many as divide the window's groups, `_MAX_GROUPS` at
+        most; and at which of the steps in which so many rows come: not the other layers', where the rows are there."""
         num_all = self._window // geometry.compression_rate if geometry.compressed_memory_length else 1
-        return max(number for number in range(1, _MAX_GROUPS + 1) if num_all % number == 0)
+        num_groups = max(number for number in range(1, _MAX_GROUPS + 1) if num_all % number == 0)
+        period = num_groups * geometry.compression_rate
+        earlier = (2 * index + 1) * period // (2 * len(self._geometries)) if geometry.memory_length >= period else 0
+        return num_groups, period - 1 - earlier
 
 
 def _projection(layer: CompressiveLayer) -> tuple[Tensor, Tensor]:

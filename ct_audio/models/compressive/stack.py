@@ -17,7 +17,14 @@ from ct_audio.models.compressive.config import StackConfig, check_whole_groups
 from ct_audio.models.compressive.convolution import CausalConvolution
 from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import Memory, join_layers, layer_memory, push
-from ct_audio.models.compressive.stepping import StackState, hide_earlier_rows, new_cache, refill_cache, step_layer
+from ct_audio.models.compressive.stepping import (
+    StackState,
+    hide_earlier_rows,
+    new_cache,
+    refill_cache,
+    shift_cache,
+    step_layer,
+)
 from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
 from ct_audio.models.interface import CompiledStack, Stack, StackOutput
 from ct_audio.models.layers import document_age
@@ -242,15 +249,27 @@ class CompressiveStack(Stack):
 
     def _next_window(self, state: StackState) -> StackState:
         """Push the window whose layer inputs are complete, exactly as `forward` does, and begin the next one."""
-        remembered, caches = [], []
+        remembered, caches, length = [], [], self.config.window_length
+        views: dict[Geometry, tuple[View, View | None]] = {}
         for index, cache in enumerate(state.caches):
-            layer, memory, length = self._layer(index), layer_memory(state.memory, index), self.config.window_length
-            view = make_view(layer.geometry(memory, length), memory, length, state.starts)
+            layer, memory = self._layer(index), layer_memory(state.memory, index)
+            geometry = layer.geometry(memory, length)
+            if geometry not in views:  # as in `_run`
+                views[geometry] = make_view(geometry, memory, length, state.starts), None
+            view, next_view = views[geometry]
             old_memory, next_memory = push(memory.memory, cache.inputs)
             compressed, view = layer.compress(old_memory, cache.usage, view)
             # Cloned: the next window must not write into a memory that has been handed out.
-            remembered.append(remember(memory, next_memory.clone(), compressed, view))
-            caches.append(refill_cache(layer, cache, remembered[-1]))
+            memory = remember(memory, next_memory.clone(), compressed, view)
+            remembered.append(memory)
+            if next_view is None:
+                next_view = make_view(geometry, memory, length, None)
+                views[geometry] = views[geometry][0], next_view
+            if state.starts is not None:  # rows of other streams are zeros now
+                caches.append(refill_cache(layer, cache, memory))
+                continue
+            num_new = 0 if compressed is None else compressed.shape[1]
+            caches.append(shift_cache(layer, cache, memory, num_new, next_view))
         memory = join_layers(remembered, map_memory(torch.clone, state.queues))
         return state._replace(memory=memory, caches=tuple(caches), position=0, starts=None)
 

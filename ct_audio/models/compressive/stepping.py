@@ -17,7 +17,7 @@ from torch import Tensor
 from ct_audio.models.compressive.attention import attend_one, quarter_turn, rotate, sinusoids
 from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import LayerMemory, Memory
-from ct_audio.models.compressive.windows import key_positions, make_view
+from ct_audio.models.compressive.windows import View, key_positions, make_view
 from ct_audio.models.layers import keys_and_values
 
 
@@ -106,17 +106,48 @@ def refill_cache(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory
     Rows of the window that are not known yet get values that `step` overwrites.
     """
     rows = torch.cat([memory.compressed_memory, memory.memory, cache.inputs], dim=1)
+    _write_rows(layer, cache, rows, 0)
+    length = cache.inputs.shape[1]
+    geometry = layer.geometry(memory, length)
+    if layer.is_rotary:
+        cache.wide_keys.copy_(rotate(cache.wide_keys, key_positions(geometry, rows)))
+    return _begin_window(layer, cache, memory, make_view(geometry, memory, length, None))
+
+
+def shift_cache(
+    layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory, num_new: int, view: View
+) -> LayerCache:
+    """The cache at the beginning of the next window, in the same buffers: the keys and values of rows that were there
+    move, and only the new compressed rows get theirs.
+
+    Args:
+        memory: after the push.
+        num_new: compressed rows that the push has added.
+        view: of the next window.
+    """
+    if layer.is_rotary:  # every key has another position now
+        return refill_cache(layer, cache, memory)
+    compressed, length = memory.compressed_memory.shape[1], cache.inputs.shape[1]
+    num_new = min(num_new, compressed)
+    for rows in (cache.wide_keys[..., : cache.values.shape[-1]], cache.values):
+        rows[:, :, : compressed - num_new] = rows[:, :, num_new:compressed].clone()
+        rows[:, :, compressed:-length] = rows[:, :, compressed + length :].clone()
+    if num_new:
+        _write_rows(layer, cache, memory.compressed_memory[:, -num_new:], compressed - num_new)
+    return _begin_window(layer, cache, memory, view)
+
+
+def _write_rows(layer: CompressiveLayer, cache: LayerCache, rows: Float[Tensor, "B _ D"], first: int) -> None:
+    """Keys and values of raw rows, from place `first` on."""
     both = layer.key_value(layer.read(rows))
     keys, values = keys_and_values(both, layer.config.num_heads, cache.values.shape[-1])
-    window_length = cache.inputs.shape[1]
-    geometry = layer.geometry(memory, window_length)
-    if layer.is_rotary:
-        keys = rotate(keys, key_positions(geometry, keys))
-    cache.wide_keys[..., : keys.shape[-1]] = keys
-    cache.values.copy_(values)
-    view = make_view(geometry, memory, window_length, None)
-    num_rows = memory.memory.shape[1] + window_length
-    usage = rows.new_zeros(len(rows), num_rows) if layer.chooses_most_used else None
+    cache.wide_keys[:, :, first : first + rows.shape[1], : keys.shape[-1]] = keys
+    cache.values[:, :, first : first + rows.shape[1]] = values
+
+
+def _begin_window(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory, view: View) -> LayerCache:
+    num_rows = memory.memory.shape[1] + cache.inputs.shape[1]
+    usage = cache.inputs.new_zeros(len(cache.inputs), num_rows) if layer.chooses_most_used else None
     return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:], usage=usage)
 
 
