@@ -329,8 +329,8 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
 @pytest.mark.parametrize("document", RUN_IN_ORDER, ids=name_of)
 def test_commands_run(document: Path, project: Path, recordings: Path) -> None:
     for words in [*commands_before(document), *commands(document)]:
-        if words[0] in ("make", ".") or words[1:3] == ["-m", "pip"] or "--download" in words:
-            continue  # what runs this test, or what needs a network; a demonstration or a mirror has a test of its own
+        if words[0] in ("make", ".") or words[1:3] == ["-m", "pip"] or {"--download", "--manifest"} & {*words}:
+            continue  # what runs this test, or what needs a network or others' manifests; all have tests of their own
         if "tools/play.py" in words:
             continue  # it serves a browser until it is ended, or needs a sound card; tested in test_playground.py
         command = shortened(words, recordings)
