@@ -338,7 +338,7 @@ def test_recipes_are_complete_and_differ_in_their_memory_only(path: Path) -> Non
     config, written = load_agent_config(path), yaml.safe_load(path.read_text(encoding="utf-8"))
     assert config.name == f"object_matching_{path.stem}"
     assert path.read_text(encoding="utf-8").startswith("# ")
-    assert f"python tools/agent.py recipes/object_matching/{path.name}" in path.read_text(encoding="utf-8")
+    assert f"ct-audio agent recipes/object_matching/{path.name}" in path.read_text(encoding="utf-8")
     for section in ("environment", "model", "actors", "learner", "train"):
         assert written[section].keys() == {item.name for item in dataclasses.fields(getattr(config, section))}
     base = load_agent_config(ROOT / "recipes/object_matching/rate_4.yaml")

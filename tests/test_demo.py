@@ -47,10 +47,10 @@ def places(tmp_path: Path) -> demo.Places:
 
 def test_commands_at_their_defaults_are_short_and_name_what_exists(tmp_path: Path) -> None:
     commands = planned(dataclasses.replace(PLACES, pretrained=tmp_path))
-    assert commands[0] == "python tools/prepare.py recipes/espeak --out data/espeak"
-    assert commands[3] == "python tools/train.py recipes/espeak/demo_compressive_transformer.yaml"
+    assert commands[0] == "ct-audio prepare recipes/espeak --out data/espeak"
+    assert commands[3] == "ct-audio train recipes/espeak/demo_compressive_transformer.yaml"
     for words in map(shlex.split, commands):
-        options = options_of(Path(words[1]).stem)
+        options = options_of(words[1])
         assert all(word in options for word in words if word.startswith("--")), words
         assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml")), words
     (compare,) = (command for command in commands if "compare" in command)
@@ -62,7 +62,7 @@ def test_commands_at_their_defaults_are_short_and_name_what_exists(tmp_path: Pat
 
 
 def test_models_and_line_are_scored_on_the_same_codes() -> None:
-    trained = [words[2:] for words in map(shlex.split, planned()) if words[1] == "tools/train.py"]
+    trained = [words[2:] for words in map(shlex.split, planned()) if words[1] == "train"]
     configs = [load_config(ROOT / file, overrides) for file, *overrides in trained]
     assert {config.name.removeprefix("espeak_demo_") for config in configs} == {*demo.MODELS, *demo.BASELINES}
     assert {config.train.valid_codes for config in configs} == {demo.SCORED_SECONDS * 24_000}
@@ -84,7 +84,7 @@ def test_other_places_reach_every_command() -> None:
 def test_shipped_models_speak_first_unconditionally_and_from_their_clips(places: demo.Places) -> None:
     free, primed = map(shlex.split, planned(places)[:2])
     folder = os.path.relpath(places.pretrained / "one", ROOT)
-    assert free[:5] == ["python", "tools/sample.py", folder, "--seconds", "5"]
+    assert free[:5] == ["ct-audio", "sample", folder, "--seconds", "5"]
     assert free[-1] == str(places.samples("one_unconditional"))
     assert primed[2] == folder
     assert primed[primed.index("--prime") + 1] == f"{folder}/clip.wav"

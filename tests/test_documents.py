@@ -316,6 +316,8 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
     if "tools/ablate.py" in words:
         few = ["--rows", "conv_bptt", "conv_attention", "--rates", "2", "--seeds", "0", "--set", *FEW_STEPS]
         words = [*words, *few, *SMALL_AUDIO_MODEL]
+    if "tools/scaling.py" in words:
+        words = [*words, *"--vary data.num_lanes=1,2 --sample-seconds 0.01 --corpus-hours 1 --steps 1".split()]
     if "tools/agent.py" in words and "--watch" not in words:
         words = [*words, *FEW_STEPS_OF_AGENTS]
     if "tools/agent_sweep.py" in words:
@@ -329,8 +331,8 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
 @pytest.mark.parametrize("document", RUN_IN_ORDER, ids=name_of)
 def test_commands_run(document: Path, project: Path, recordings: Path) -> None:
     for words in [*commands_before(document), *commands(document)]:
-        if words[0] in ("make", ".") or words[1:3] == ["-m", "pip"] or "--download" in words:
-            continue  # what runs this test, or what needs a network; a demonstration or a mirror has a test of its own
+        if words[0] in ("make", ".") or words[1:3] == ["-m", "pip"] or {"--download", "--manifest"} & {*words}:
+            continue  # what runs this test, or what needs a network or others' manifests; all have tests of their own
         if "--nnodes" in shlex.join(words):
             continue  # of several machines; tested in test_distributed.py
         if "tools/play.py" in words:

@@ -1,5 +1,6 @@
 """The program ct-audio: its commands, names of recipes, completion in shells, and a wheel installed elsewhere."""
 
+import ast
 import re
 import runpy
 import shutil
@@ -14,6 +15,8 @@ import pytest
 from recordings import ROOT, voice, write
 
 import ct_audio
+from ct_audio.commands import describe
+from ct_audio.commands.command_line import run_tool
 from ct_audio.commands.program import command_modules, main
 from ct_audio.common.errors import UserError
 from ct_audio.common.recipes import PROGRAM, RECIPES, config_file, config_names, recipe_folder, recipe_names
@@ -51,6 +54,26 @@ def test_the_version_is_one(capsys: Output) -> None:
         main(["--version"])
     assert capsys.readouterr().out == f"ct-audio {ct_audio.__version__}\n"
     assert re.fullmatch(r"\d+\.\d+\.\d+", ct_audio.__version__)
+
+
+def test_errors_name_the_program_and_with_a_script_of_tools_the_scripts(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Advice can be pasted by both kinds of users: no string of the package says where a script is."""
+    for file in [*ROOT.glob("ct_audio/**/*.py"), *ROOT.glob("recipes/*/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.search(r"tools/\w+\.py|python tools", node.value), f"{file}, line {node.lineno}"
+    corpus = tmp_path / "corpus"
+    assert main(["describe", str(corpus)]) == 2
+    assert "; make one with ct-audio prepare\n" in capsys.readouterr().err
+    for called in ("tools/describe.py", str(ROOT / "tools" / "describe.py")):
+        monkeypatch.setattr(sys, "argv", [called, str(corpus)])
+        monkeypatch.chdir(ROOT)
+        assert run_tool(describe.main) == 2
+        script = Path(called).with_name("prepare.py")
+        assert f"; make one with python {script}\n" in capsys.readouterr().err
+        assert script.is_file()
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -121,7 +121,7 @@ def test_yaml_is_complete_and_says_how_to_run_it(path: Path) -> None:
     config, text = load_config(path), path.read_text(encoding="utf-8")
     assert config.name == f"{path.parent.name}_{path.stem}"
     assert text.startswith("# ")
-    assert f"python tools/train.py recipes/{path.parent.name}/{path.name}" in text
+    assert f"ct-audio train recipes/{path.parent.name}/{path.name}" in text
     written = read(path)
     assert written["model"].keys() == {field.name for field in dataclasses.fields(config.model)}
     assert written["data"].keys() == {field.name for field in dataclasses.fields(config.data)}

@@ -34,7 +34,7 @@ def main() -> int:
             raise UserError(f"--{name}: expected 1 to {MAX_ROUNDS}, got {getattr(arguments, name)}")
     from ct_audio.experiments.speed import markdown_report, measure_speed
 
-    command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
+    command = shlex.join(["ct-audio", "bench", *sys.argv[1:]])
     report = measure_speed(
         arguments.recipes,
         arguments.what,

@@ -12,6 +12,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -220,8 +221,19 @@ def _lacks_shared_memory() -> bool:
         return True
 
 
+def _as_called(text: str) -> str:
+    """Advice that can be pasted: where a script of tools/ runs, `ct-audio COMMAND` becomes the script beside it."""
+    called = Path(sys.argv[0])
+
+    def script(match: re.Match[str]) -> str:
+        file = called.with_name(f"{match[1].replace('-', '_')}.py")
+        return shlex.join(["python", str(file)]) if file.is_file() else match[0]
+
+    return re.sub(r"\bct-audio ([a-z]+(?:-[a-z]+)*)", script, text) if called.suffix == ".py" else text
+
+
 def _fail(message: str, status: int) -> int:
-    line = " ".join(message.split())  # and nothing that a terminal obeys: it may quote a hostile file
+    line = " ".join(_as_called(message).split())  # and nothing that a terminal obeys: it may quote a hostile file
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     print(f"error: {line}", file=sys.stderr)
     return status

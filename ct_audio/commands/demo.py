@@ -22,6 +22,7 @@ from pathlib import Path
 from ct_audio.commands.command_line import build_parser
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import PROJECT, write_file
+from ct_audio.common.recipes import PROGRAM
 
 MODELS = ("compressive_transformer", "wavenet")
 BASELINES = ("linear_prediction_autocorrelation", "linear_prediction")
@@ -82,7 +83,7 @@ class Command:
 
     @property
     def shown(self) -> str:
-        """As it can be typed in the project's directory."""
+        """As it can be typed in the project's directory, with the environment's programs on the path."""
         return shlex.join(self.words)
 
 
@@ -136,11 +137,11 @@ def catch_signals() -> None:
 
 def plan(places: Places, overrides: list[str], *, seconds: float, num_sentences: int) -> list[Stage]:
     """The stages; what is at its default is left out of the commands."""
-    prepare = ["python", "tools/prepare.py", "recipes/espeak", "--out", str(places.data)]
+    prepare = ["ct-audio", "prepare", "recipes/espeak", "--out", str(places.data)]
     prepare += ["--", "--num-sentences", str(num_sentences)] if num_sentences else []
     changes = [f"runs_dir={places.runs}"] if places.runs != Path("runs") else []
     changes += [f"data.corpus={places.data}"] if places.data != Path("data/espeak") else []
-    tool, recipe = ["python", "tools/train.py"], "recipes/espeak"
+    tool, recipe = ["ct-audio", "train"], "recipes/espeak"
     train = [Command(f"train_{m}", [*tool, f"{recipe}/demo_{m}.yaml", *changes, *overrides]) for m in MODELS]
     changes += ["train.validate_whole_split=false", *(k for k in overrides if not k.startswith(("model.", "optim.")))]
     line = [
@@ -148,7 +149,7 @@ def plan(places: Places, overrides: list[str], *, seconds: float, num_sentences:
         for name in BASELINES
     ]
     runs = [str(places.run(name)) for name in (*BASELINES, *MODELS)]
-    compare = ["python", "tools/compare.py", *runs, "--splits", *SPLITS, "--max-seconds", str(SCORED_SECONDS)]
+    compare = ["ct-audio", "compare", *runs, "--splits", *SPLITS, "--max-seconds", str(SCORED_SECONDS)]
     compare += ["--threads", "1", "--out", str(places.out)]
     own = [
         sample(places, model, places.run(model), places.run(model) / "checkpoints/best/state.json", min(seconds, 2.0))
@@ -176,7 +177,7 @@ def samples_of_shipped(places: Places, seconds: float) -> Iterator[Command]:
 
 def sample(places: Places, name: str, model: Path, checkpoint: Path, seconds: float, *more: str) -> Command:
     """The command that makes one sample with its picture."""
-    words = ["python", "tools/sample.py", str(model), "--seconds", f"{seconds:g}", "--num", "1", "--seed", "0"]
+    words = ["ct-audio", "sample", str(model), "--seconds", f"{seconds:g}", "--num", "1", "--seed", "0"]
     words += ["--threads", "1", "--plots", *more, "--out", str(places.samples(name))]
     return Command(f"sample_{name}", words, checkpoint, (0, STATUS_FAULTY_SAMPLE))
 
@@ -275,8 +276,9 @@ def start(command: Command, places: Places) -> subprocess.Popen[bytes]:
     with log.open("ab") as file:
         file.write(f"$ {command.shown}\n".encode())
         file.flush()
+        program = [str(PROGRAM)] if command.words[0] == "ct-audio" else []
         return subprocess.Popen(
-            [sys.executable, *command.words[1:]],
+            [sys.executable, *program, *command.words[1:]],
             cwd=PROJECT,
             env=os.environ | ENVIRONMENT,
             stdin=subprocess.DEVNULL,

@@ -94,7 +94,7 @@ def main() -> int:
     options.recipe = recipe_folder(options.recipe)
     recipe = load_recipe(options.recipe)
     recipe_parser = build_parser(f"Options of {options.recipe}, which stand after -- on the command line.")
-    recipe_parser.prog = f"prepare.py {options.recipe} --source DIR --out DIR --"
+    recipe_parser.prog = f"{recipe_parser.prog} {options.recipe} --source DIR --out DIR --"
     recipe.add_arguments(recipe_parser)
     recipe_options = parse(recipe_parser, rest)
     if options.num_processes < 1:

@@ -1,4 +1,4 @@
-"""Many trainings by tools/train.py, some at a time and resumable, and what each of them ended with."""
+"""Many trainings by ct-audio train, some at a time and resumable, and what each of them ended with."""
 
 import math
 import signal

@@ -45,6 +45,8 @@ REASONS = (
 """What the reason to drop a file begins with; all others are "unreadable"."""
 COPY_BYTES = 1 << 20
 GAP_SECONDS = 0.5
+CUT_TOLERANCE_SECONDS = 0.01
+"""By which a file may be shorter than a manifest says."""
 _RANKS = {"test": 0, "valid": 1, "train": 3}
 """Of splits: what two of them have goes to the first."""
 
@@ -60,6 +62,7 @@ class Recording:
             the order of their names.
         part: begin and end of the part that is taken, as shares of the whole; a part that does not begin at 0 begins
             `GAP_SECONDS` later, so that it does not continue what another split ends with.
+        seconds: begin and end of what is taken, exactly; None: as `part` says. Not with `AudioSettings.trim_db`.
         reason: why it cannot be used, to be named in the report; None: reading it tells.
     """
 
@@ -67,6 +70,7 @@ class Recording:
     split: str
     name: str
     part: tuple[float, float] = (0.0, 1.0)
+    seconds: tuple[float, float] | None = None
     reason: str | None = None
 
 
@@ -216,22 +220,31 @@ def sounding_range(blocks: Iterable[Float[np.ndarray, "_"]], trim_db: float) -> 
 
 
 def prepare_recording(
-    path: Path, settings: AudioSettings, write: Callable[[bytes], Any], *, part: tuple[float, float] = (0.0, 1.0)
+    path: Path,
+    settings: AudioSettings,
+    write: Callable[[bytes], Any],
+    *,
+    part: tuple[float, float] = (0.0, 1.0),
+    seconds: tuple[float, float] | None = None,
 ) -> FileResult:
     """Prepare one recording in blocks: the same memory whatever its length.
 
     Args:
         write: is given the codes, one byte each.
-        part: see `Recording`.
+        part, seconds: see `Recording`.
     Raises:
-        UserError: the recording cannot be read, fails a check of `CheckedRecording` or `require_signal`, or is too
-            short; codes may have been written by then.
+        UserError: the recording cannot be read, fails a check of `CheckedRecording` or `require_signal`, is too short,
+            or ends before `seconds` do; codes may have been written by then.
     """
     recording = CheckedRecording(path, settings.sample_rate_hz, gain_db=settings.gain_db)
     codec = MuLaw(settings.sample_rate_hz)
     histogram = np.zeros(codec.vocab_size, np.int64)
     crc32, sha256, peak, sum_of_squares, num_clipped = 0, hashlib.sha256(), 0.0, 0.0, 0
-    blocks = take_part(lambda: prepared_blocks(recording, settings.trim_db), part, settings.sample_rate_hz)
+    if seconds is None:
+        blocks = take_part(lambda: prepared_blocks(recording, settings.trim_db), part, settings.sample_rate_hz)
+    else:
+        start, end = (round(time * settings.sample_rate_hz) for time in seconds)
+        blocks = _stretch(recording.blocks(), start, end)
     for waveform in blocks:
         codes, magnitude = codec.encode(waveform), np.abs(waveform)
         raw = codes.tobytes()
@@ -243,16 +256,22 @@ def prepare_recording(
         sum_of_squares += float(np.square(waveform, dtype=np.float64).sum())
         num_clipped += int((magnitude >= FULL_SCALE).sum())
     num_codes = int(histogram.sum())
-    seconds = num_codes / settings.sample_rate_hz
-    if seconds < settings.min_seconds or not num_codes:
-        raise UserError(f"cannot use {path}: too short: {seconds:.3f} s, expected at least {settings.min_seconds} s")
+    found = num_codes / settings.sample_rate_hz
+    if found < settings.min_seconds or not num_codes:
+        raise UserError(f"cannot use {path}: too short: {found:.3f} s, expected at least {settings.min_seconds} s")
+    if seconds is not None and found < seconds[1] - seconds[0] - CUT_TOLERANCE_SECONDS:
+        raise UserError(
+            f"cannot use {path}: too short: it ends at {seconds[0] + found:.3f} s, its cut at {seconds[1]:.3f} s"
+        )
     require_signal(histogram, path)
     return FileResult(
         codes_sha256=sha256.hexdigest(),
         num_codes=num_codes,
         crc32=crc32,
         sample_rate_hz=recording.source_rate_hz,
-        source_seconds=recording.num_source_samples / recording.source_rate_hz * (part[1] - part[0]),
+        source_seconds=found
+        if seconds is not None
+        else recording.num_source_samples / recording.source_rate_hz * (part[1] - part[0]),
         peak=peak,
         sum_of_squares=sum_of_squares,
         num_clipped=num_clipped,
@@ -287,6 +306,8 @@ def prepare_audio(
     """
     out, recordings = Path(out), sorted(recordings, key=lambda recording: (recording.split, recording.name))
     _require_names(recordings)
+    if settings.trim_db is not None and any(recording.seconds for recording in recordings):
+        raise UserError("--trim-db: the cuts of a manifest have their own begin and end; leave it out")
     source = source | {"num_files": len(recordings), "listing_sha256": _hash_listing(recordings)}
     report: dict[str, Any] = {}
 
@@ -338,7 +359,8 @@ def _prepare_file(task: _Task) -> FileResult:
     if recording.reason is not None:
         return FileResult(reason=printable(recording.reason))
     source_sha256 = _hash_file(recording.path)
-    key = {"source_sha256": source_sha256, "part": list(recording.part), "settings": task.settings.to_json()}
+    taken = list(recording.seconds or recording.part)
+    key = {"source_sha256": source_sha256, "part": taken, "settings": task.settings.to_json()}
     result = _reusable(task, key) if source_sha256 else None
     if result is None:
         result = replace(_encode_file(task), source_sha256=source_sha256)
@@ -353,7 +375,8 @@ def _encode_file(task: _Task) -> FileResult:
     path, target = task.recording.path, task.target.with_suffix(".codes")
     try:
         with target.open("wb") as file:  # without fsync, likewise
-            return prepare_recording(path, task.settings, file.write, part=task.recording.part)
+            taken = {"part": task.recording.part, "seconds": task.recording.seconds}
+            return prepare_recording(path, task.settings, file.write, **taken)
     except UserError as error:
         target.unlink(missing_ok=True)
         reason = str(error).removeprefix(f"cannot read {path}: ").removeprefix(f"cannot use {path}: ")
@@ -498,5 +521,6 @@ def _hash_listing(recordings: list[Recording]) -> str:
     digest = hashlib.sha256()
     for recording in recordings:
         size = os.path.getsize(recording.path) if os.path.isfile(recording.path) else -1
-        digest.update(f"{recording.split}\t{recording.name}\t{size}\n".encode())
+        taken = f"\t{recording.seconds}" if recording.seconds else ""
+        digest.update(f"{recording.split}\t{recording.name}\t{size}{taken}\n".encode())
     return digest.hexdigest()

@@ -151,7 +151,7 @@ def existing_corpus(
         raise UserError(f"{error}; pass --overwrite to replace it") from error
     there = {**corpus.description.get("source", {}), **corpus.description.get("preparation", {})}
     asked_for = json.loads(json.dumps({**source, **settings}))
-    was, now = ({k: v for k, v in each.items() if k not in ("path", CONTENT_KEY)} for each in (there, asked_for))
+    was, now = (_what_decides(each) for each in (there, asked_for))
     if was != now:
         differing = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
         changes = ", ".join(f"{key}: {was.get(key)!r} there, {now.get(key)!r} asked for" for key in differing)
@@ -163,6 +163,12 @@ def existing_corpus(
             "pass --overwrite to prepare it again, or choose another --out"
         )
     return corpus
+
+
+def _what_decides(made: dict[str, Any]) -> dict[str, Any]:
+    """Without what may differ; options that were not given do not count, as a later version may have more of them."""
+    options = {name: value for name, value in made.get("options", {}).items() if value is not None}
+    return {key: value for key, value in made.items() if key not in ("path", CONTENT_KEY)} | {"options": options}
 
 
 def join_hashes(hashes: Sequence[str]) -> str:

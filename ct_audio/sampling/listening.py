@@ -105,7 +105,7 @@ def require_judgeable(candidates: list[Candidate], corpus: Corpus, plan: Plan) -
         raise UserError(f"expected models in folders of different names, got {', '.join(names)}; rename one")
     rate = corpus.codec.sample_rate_hz
     if rate is None:
-        raise UserError("expected models of audio; for a text, sample with tools/sample.py")
+        raise UserError("expected models of audio; for a text, sample with ct-audio sample")
     for candidate in candidates:
         if candidate.codec != corpus.codec:
             raise UserError(

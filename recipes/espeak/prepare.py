@@ -18,7 +18,7 @@ from ct_audio.common.progress import Progress
 from ct_audio.preparation.recordings import Recording, split_by_hash
 
 MAKES_RECORDINGS = True
-"""Tells tools/prepare.py that --source is where the recordings are made, and may be left out."""
+"""Tells ct-audio prepare that --source is where the recordings are made, and may be left out."""
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 SYNTHESIZE = Path(__file__).with_name("synthesize.py")

@@ -1,11 +1,12 @@
-"""Your own recordings: any nested folder of audio files that libsndfile reads.
+"""Your own recordings: any nested folder of audio files that libsndfile reads, or a manifest of lhotse.
 
-Splits by explicit lists, or by a hash of a group key, so that what belongs together (takes of one text, chapters of one
-book) never straddles splits. Where there are fewer folders than splits, each file is a group; where there are fewer
-files than splits, each file is cut.
+Splits by explicit lists or manifests, or by a hash of a group key, so that what belongs together (takes of one text,
+chapters of one book) never straddles splits. Where there are fewer folders than splits, each file is a group; where
+there are fewer files than splits, each file is cut.
 """
 
 import argparse
+import os
 import re
 import shlex
 from pathlib import Path
@@ -15,12 +16,17 @@ from ct_audio.common.text import printable, read_text
 from ct_audio.data.audio_files import AUDIO_SUFFIXES
 from ct_audio.data.av_files import AV_SUFFIXES, INSTALL, has_av
 from ct_audio.preparation.listing import count_suffixes, find_audio, same_name, warn
+from ct_audio.preparation.manifests import read_manifest
 from ct_audio.preparation.recordings import Recording, split_by_hash, split_groups
 
+_MANIFESTS = ("--valid-manifest", "--test-manifest")
 USELESS_WITH = {
-    "--group": ("--group-regex",),
-    "--valid-percent": ("--valid-list", "--test-list"),
-    "--test-percent": ("--valid-list", "--test-list"),
+    "--group": ("--group-regex", *_MANIFESTS),
+    "--group-regex": _MANIFESTS,
+    "--valid-percent": ("--valid-list", "--test-list", *_MANIFESTS),
+    "--test-percent": ("--valid-list", "--test-list", *_MANIFESTS),
+    "--valid-list": _MANIFESTS,
+    "--test-list": _MANIFESTS,
 }
 
 
@@ -45,6 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--valid-list", type=Path, default=None, help="file of group keys or paths, one a line; then nothing is hashed"
     )
     parser.add_argument("--test-list", type=Path, default=None, help="likewise for the test split")
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        default=None,
+        help="recordings or cuts of lhotse (.jsonl or .jsonl.gz): they are taken, and nothing is searched; paths in it "
+        "begin at the source",
+    )
+    parser.add_argument(
+        "--valid-manifest", type=Path, default=None, help="the validation split; --manifest is the training split then"
+    )
+    parser.add_argument("--test-manifest", type=Path, default=None, help="the test split, likewise")
 
 
 def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording]:
@@ -56,22 +73,55 @@ def list_recordings(source: Path, options: argparse.Namespace) -> list[Recording
     Raises:
         UserError: there is no audio file, or an option does not fit the files.
     """
+    if options.manifest is not None:
+        return _recordings_of_manifests(source, options)
+    if options.valid_manifest is not None or options.test_manifest is not None:
+        raise UserError("--valid-manifest and --test-manifest go with --manifest, that of the training split")
     files, unusable = find_audio(source)
     if not files:
         found = f" (there are {count_suffixes(unusable)}: {_advice(unusable)})" if unusable else ""
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
         raise UserError(f"{source.absolute()}: found no audio file; expected one of {suffixes}{found}")
     left_out = [Recording(path, "train", printable(name), reason=why) for name, (path, why) in unusable.items()]
+    splits = _splits(list(files), options)
+    if splits is None:
+        return left_out + _cut_in_time(files, _shares(options))
+    return left_out + [Recording(path, splits[name], printable(name)) for name, path in files.items()]
+
+
+def _splits(names: list[str], options: argparse.Namespace) -> dict[str, str] | None:
+    """The split of each file; None where there are fewer files than splits."""
     has_lists = options.valid_list is not None or options.test_list is not None
     shares = _shares_of_lists(options) if has_lists else _shares(options)
-    groups = _groups(list(files), len(shares), options)
+    groups = _groups(names, len(shares), options)
     if has_lists:
-        splits = _splits_from_lists(groups, options)
-    elif len(set(groups.values())) >= len(shares):
-        splits = split_groups(groups, valid_percent=shares.get("valid", 0.0), test_percent=shares.get("test", 0.0))
-    else:
-        return left_out + _cut_in_time(files, shares)
-    return left_out + [Recording(path, splits[name], printable(name)) for name, path in files.items()]
+        return _splits_from_lists(groups, options)
+    if len(set(groups.values())) < len(shares):
+        return None
+    return split_groups(groups, valid_percent=shares.get("valid", 0.0), test_percent=shares.get("test", 0.0))
+
+
+def _recordings_of_manifests(source: Path, options: argparse.Namespace) -> list[Recording]:
+    """What the manifests name; without one for each split, their files are split as those of a folder are."""
+    of_split = {"train": options.manifest, "valid": options.valid_manifest, "test": options.test_manifest}
+    cuts = {split: read_manifest(file, source) for split, file in of_split.items() if file is not None}
+    if len(cuts) == 1:
+        names = {cut.path: same_name(os.path.relpath(cut.path, source)) for cut in cuts["train"] if cut.reason is None}
+        splits = _splits(sorted(set(names.values())), options) if names else {}
+        if splits is None:
+            raise UserError(
+                f"{options.manifest}: its cuts are of {len(names)} files, fewer than the splits; name the others' "
+                "manifests: -- --manifest TRAIN --valid-manifest VALID --test-manifest TEST"
+            )
+        cuts = {
+            split: [cut for cut in cuts["train"] if splits.get(names.get(cut.path, ""), "train") == split]
+            for split in ("train", "valid", "test")
+        }
+    return [
+        Recording(cut.path, split, printable(cut.name), seconds=cut.seconds, reason=cut.reason)
+        for split, found in cuts.items()
+        for cut in found
+    ]
 
 
 def _advice(unusable: dict[str, tuple[Path, str | None]]) -> str:
