@@ -317,7 +317,7 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
         few = ["--rows", "conv_bptt", "conv_attention", "--rates", "2", "--seeds", "0", "--set", *FEW_STEPS]
         words = [*words, *few, *SMALL_AUDIO_MODEL]
     if "tools/scaling.py" in words:
-        words = [*words, *["--vary", "data.num_lanes=1,2", "--sample-seconds", "0.01", "--corpus-hours", "1", "--steps", "1"]]
+        words += ["--vary", "data.num_lanes=1,2", "--sample-seconds", "0.01", "--corpus-hours", "1", "--steps", "1"]
     if "tools/agent.py" in words and "--watch" not in words:
         words = [*words, *FEW_STEPS_OF_AGENTS]
     if "tools/agent_sweep.py" in words:
