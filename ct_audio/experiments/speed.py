@@ -122,8 +122,14 @@ def compare(what: str, cases: dict[str, Case], num_rounds: int, num_threads: int
 
 
 def train_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
-    """A training step of each recipe: forward, backward, clipping, Adam."""
-    yield {name: Case(training_step(config, num_lanes)) for name, config in configs.items()}
+    """A training step of each recipe: forward, backward, clipping, Adam; and of PyPI's package where it is there."""
+    cases = {name: Case(training_step(config, num_lanes)) for name, config in configs.items()}
+    first = next(iter(configs.values()))
+    for name, gated in (("PyPI compressive-transformer-pytorch", True), ("the same without GRU gates", False)):
+        step = _training_of_others(first, num_lanes, gated=gated)
+        if step is not None:
+            cases[name] = Case(step)
+    yield cases
 
 
 def chunk_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int) -> Iterator[dict[str, Case]]:
@@ -249,10 +255,13 @@ def _sampling(
     return run
 
 
-def _generate_of_others(config: RunConfig) -> Callable[[], int] | None:
-    """Two windows by the `generate` of PyPI's compressive-transformer-pytorch after as much as fills its memories, with
-    the sizes of a recipe (its feed-forward block is always 4 times as wide); None where it is not installed, and for
-    recipes that are not of such a model or large."""
+def _model_of_others(config: RunConfig, *, gated: bool) -> Any:
+    """The model of PyPI's compressive-transformer-pytorch with the sizes of a recipe (its feed-forward block is always
+    4 times as wide); None where it is not installed, and for recipes that are not of such a model or large.
+
+    Args:
+        gated: with GRU gates in place of residuals, its default.
+    """
     model = config.model
     if not getattr(model, "compressed_memory_length", 0) or model.width > 256:
         return None
@@ -262,27 +271,60 @@ def _generate_of_others(config: RunConfig) -> Callable[[], int] | None:
         print("compressive-transformer-pytorch (PyPI) is not installed: it is left out", file=sys.stderr)
         return None
     window, memory = model.window_length, max(model.memory_length, model.window_length)  # less it does not take
-    compressed = max(model.compressed_memory_length, memory // 4)
     torch.manual_seed(0)
-    net = package.CompressiveTransformer(
+    return package.CompressiveTransformer(
         num_tokens=model.vocab_size,
         dim=model.width,
         depth=model.num_layers,
         heads=model.num_heads,
         seq_len=window,
         mem_len=memory,
-        cmem_len=compressed,
+        cmem_len=max(model.compressed_memory_length, memory // 4),
         cmem_ratio=4,
-        gru_gated_residual=False,
+        gru_gated_residual=gated,
     )
-    wrapper = package.AutoregressiveWrapper(net).eval()
-    start = _random_codes(1, memory + 4 * compressed + window, model.vocab_size)
+
+
+def _generate_of_others(config: RunConfig) -> Callable[[], int] | None:
+    """Two windows by the `generate` of the package of `_model_of_others` after as much as fills its memories."""
+    net = _model_of_others(config, gated=False)
+    if net is None:
+        return None
+    wrapper = importlib.import_module(_PYPI_PACKAGE).AutoregressiveWrapper(net).eval()
+    layer = net.attn_layers[0].fn.fn
+    start = _random_codes(1, layer.mem_len + 4 * layer.cmem_len + layer.seq_len, config.model.vocab_size)
 
     def run() -> int:
-        wrapper.generate(start, 2 * window)  # returns less than it has made where it was primed with several windows
-        return 2 * window
+        wrapper.generate(
+            start, 2 * layer.seq_len
+        )  # returns less than it has made where it was primed with several windows
+        return 2 * layer.seq_len
 
     return run
+
+
+def _training_of_others(config: RunConfig, num_lanes: int, *, gated: bool) -> Callable[[], int] | None:
+    """A training step of the model of `_model_of_others`, window after window, with its memories carried."""
+    net = _model_of_others(config, gated=gated)
+    if net is None:
+        return None
+    length, window, memories = config.data.chunk_length, config.model.window_length, None
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    codes = _random_codes(num_lanes, length + 1, config.model.vocab_size)
+
+    def step() -> int:
+        nonlocal memories
+        for begin in range(0, length, window):
+            piece = codes[:, begin : begin + window + 1]
+            logits, memories, auxiliary_loss = net(piece[:, :-1], memories)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten())
+            ((loss + auxiliary_loss.sum()) * window / length).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), config.optim.max_gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return num_lanes * length
+
+    return step
 
 
 def sampling_facts(
