@@ -270,7 +270,7 @@ def _model_of_others(config: RunConfig, *, gated: bool) -> Any:
     except ImportError:
         print("compressive-transformer-pytorch (PyPI) is not installed: it is left out", file=sys.stderr)
         return None
-    window, memory = model.window_length, max(model.memory_length, model.window_length)  # less it does not take
+    window, memory, compressed = _lengths_of_others(config)
     torch.manual_seed(0)
     return package.CompressiveTransformer(
         num_tokens=model.vocab_size,
@@ -279,10 +279,17 @@ def _model_of_others(config: RunConfig, *, gated: bool) -> Any:
         heads=model.num_heads,
         seq_len=window,
         mem_len=memory,
-        cmem_len=max(model.compressed_memory_length, memory // 4),
+        cmem_len=compressed,
         cmem_ratio=4,
         gru_gated_residual=gated,
     )
+
+
+def _lengths_of_others(config: RunConfig) -> tuple[int, int, int]:
+    """Of window, memory and compressed memory: a recipe's, or the least that the package takes."""
+    model = config.model
+    memory = max(model.memory_length, model.window_length)
+    return model.window_length, memory, max(model.compressed_memory_length, memory // 4)
 
 
 def _generate_of_others(config: RunConfig) -> Callable[[], int] | None:
@@ -291,14 +298,12 @@ def _generate_of_others(config: RunConfig) -> Callable[[], int] | None:
     if net is None:
         return None
     wrapper = importlib.import_module(_PYPI_PACKAGE).AutoregressiveWrapper(net).eval()
-    layer = net.attn_layers[0].fn.fn
-    start = _random_codes(1, layer.mem_len + 4 * layer.cmem_len + layer.seq_len, config.model.vocab_size)
+    window, memory, compressed = _lengths_of_others(config)
+    start = _random_codes(1, memory + 4 * compressed + window, config.model.vocab_size)
 
     def run() -> int:
-        wrapper.generate(
-            start, 2 * layer.seq_len
-        )  # returns less than it has made where it was primed with several windows
-        return 2 * layer.seq_len
+        wrapper.generate(start, 2 * window)  # returns less than it has made where it was primed with several windows
+        return 2 * window
 
     return run
 
