@@ -175,7 +175,7 @@ def sample_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int
         if (others := _generate_of_others(config)) is not None:
             cases[f"{name}'s sizes, compressive-transformer-pytorch (PyPI), generate, 1 lane"] = Case(others)
         yield cases
-        if "compiled" in steppers:
+        if "compiled" in steppers and _scale(model) > 0.1:
             prime = _random_codes(num_lanes, _LATE_WINDOWS * window, model.vocab_size)
             late = _sampling(model, num_lanes, "compiled", prime=prime)
             first = Case(_sampling(model, num_lanes, "compiled"))
@@ -216,10 +216,9 @@ def training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None
     return step
 
 
-def _num_sampled(model: SequenceModel, stepper: Stepper, base: int) -> int:
-    """Fewer of a large model: its codes cost as much more."""
-    scale = min(1.0, 1e6 / max(1, sum(parameter.numel() for parameter in model.parameters())))
-    return max(4, round(base * scale) * (1 if stepper == "eager" else 8))
+def _scale(model: SequenceModel) -> float:
+    """How much less is measured of a large model: its codes cost as much more."""
+    return min(1.0, 1e6 / max(1, sum(parameter.numel() for parameter in model.parameters())))
 
 
 def _sampling(
@@ -233,7 +232,8 @@ def _sampling(
     threads: int | None = None,
 ) -> Callable[[], int]:
     """From the beginning every time, or going on with one stream: after a prime, else with memories that are full."""
-    num_codes = max(4, _num_sampled(model, stepper, SAMPLED_CODES) // num_lanes)
+    num_codes = SAMPLED_CODES * _scale(model) * (1 if stepper == "eager" else 8)
+    num_codes = max(4, round(num_codes / num_lanes))
 
     def sampler() -> Sampler:
         made = Sampler(model, num_lanes=num_lanes, seed=0, start_code=0, prime=prime, stepper=stepper)
@@ -340,7 +340,7 @@ def sampling_facts(
     def fact(what: str, value: float, unit: str) -> dict[str, Any]:
         return {"case": name, "quantity": what, "value": value, "unit": unit}
 
-    multiplied = _multiplications_per_second()
+    multiplied, called = _multiplications_per_second(), set[str]()
     for name, config in configs.items():
         model = build_model(config)
         for stepper in _steppers(model):
@@ -366,7 +366,8 @@ def sampling_facts(
                 yield fact(
                     "compiled, share of the machine's arithmetic", 100 * num_products / seconds / multiplied, "%"
                 )
-        if "compiled" in _steppers(model):
+        if "compiled" in _steppers(model) and config.model.name not in called:  # the others' kernels are the same
+            called.add(config.model.name)
             without, cached = _first_calls(recipes[name], overrides)
             yield fact("compiled, first call of a process, without a cache", without, "s")
             yield fact("compiled, first call of a process, with the cache", cached, "s")
@@ -393,7 +394,7 @@ def _step_seconds(model: SequenceModel, stepper: Stepper) -> Any:
     windows, whole hops of the predictor) the median over periods; of the compiled ones, without what a call costs."""
     hop = getattr(model.config, "prediction_hop_length", 1) if model.config.front_end == "linear_prediction" else 1
     window = model.window_length if model.window_length > 1 else 16
-    period, num_periods = math.lcm(window, hop), _num_sampled(model, "eager", STEP_PERIODS)
+    period, num_periods = math.lcm(window, hop), max(2, round(STEP_PERIODS * _scale(model)))
     start = torch.zeros(1, dtype=torch.int64)
     times = np.empty((num_periods, period))
     with model.evaluation_mode(), torch.inference_mode():

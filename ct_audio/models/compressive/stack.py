@@ -19,13 +19,14 @@ from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import Memory, join_layers, layer_memory, push
 from ct_audio.models.compressive.stepping import (
     StackState,
+    compress_ahead,
     hide_earlier_rows,
     new_cache,
     refill_cache,
     shift_cache,
     step_layer,
 )
-from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
+from ct_audio.models.compressive.windows import Geometry, View, is_full, make_view, remember
 from ct_audio.models.interface import CompiledStack, Stack, StackOutput
 from ct_audio.models.layers import document_age
 from ct_audio.models.state import map_memory, tensor_options
@@ -178,6 +179,13 @@ class CompressiveStack(Stack):
                 queues.append(queue)
             cache.inputs[:, position] = rows
             rows = step_layer(self._layer(index), rows, cache, position, rotation)
+            if cache.ahead is not None and position == (index + 1) * self.config.window_length // (
+                len(self.layers) + 1
+            ):
+                ahead = compress_ahead(self._layer(index), layer_memory(state.memory, index), cache.inputs.shape[1])
+                state = state._replace(
+                    caches=(*state.caches[:index], cache._replace(ahead=ahead), *state.caches[index + 1 :])
+                )
         state = state._replace(position=position + 1, queues=tuple(queues))
         return self.final_norm(rows), state if state.position < self.config.window_length else self._next_window(state)
 
@@ -250,26 +258,25 @@ class CompressiveStack(Stack):
     def _next_window(self, state: StackState) -> StackState:
         """Push the window whose layer inputs are complete, exactly as `forward` does, and begin the next one."""
         remembered, caches, length = [], [], self.config.window_length
-        views: dict[Geometry, tuple[View, View | None]] = {}
+        views: dict[Geometry, View | None] = {}
         for index, cache in enumerate(state.caches):
             layer, memory = self._layer(index), layer_memory(state.memory, index)
             geometry = layer.geometry(memory, length)
-            if geometry not in views:  # as in `_run`
-                views[geometry] = make_view(geometry, memory, length, state.starts), None
-            view, next_view = views[geometry]
+            if geometry not in views:  # as in `_run`; None while all rows are valid
+                is_steady = state.starts is None and is_full(geometry, memory)
+                views[geometry] = None if is_steady else make_view(geometry, memory, length, state.starts)
+            view = views[geometry]
             old_memory, next_memory = push(memory.memory, cache.inputs)
+            if view is None and not layer.chooses_most_used:
+                cache, compressed = shift_cache(layer, cache, memory)
+                remembered.append(remember(memory, next_memory, compressed, None))
+                caches.append(cache)
+                continue
+            view = view or make_view(geometry, memory, length, None)
             compressed, view = layer.compress(old_memory, cache.usage, view)
             # Cloned: the next window must not write into a memory that has been handed out.
-            memory = remember(memory, next_memory.clone(), compressed, view)
-            remembered.append(memory)
-            if next_view is None:
-                next_view = make_view(geometry, memory, length, None)
-                views[geometry] = views[geometry][0], next_view
-            if state.starts is not None:  # rows of other streams are zeros now
-                caches.append(refill_cache(layer, cache, memory))
-                continue
-            num_new = 0 if compressed is None else compressed.shape[1]
-            caches.append(shift_cache(layer, cache, memory, num_new, next_view))
+            remembered.append(remember(memory, next_memory.clone(), compressed, view))
+            caches.append(refill_cache(layer, cache, remembered[-1]))
         memory = join_layers(remembered, map_memory(torch.clone, state.queues))
         return state._replace(memory=memory, caches=tuple(caches), position=0, starts=None)
 

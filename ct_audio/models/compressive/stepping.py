@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ct_audio.models.compressive.attention import attend_one, quarter_turn, rotate, sinusoids
 from ct_audio.models.compressive.layer import CompressiveLayer
-from ct_audio.models.compressive.memory import LayerMemory, Memory
-from ct_audio.models.compressive.windows import View, key_positions, make_view
+from ct_audio.models.compressive.memory import LayerMemory, Memory, push
+from ct_audio.models.compressive.windows import key_positions, make_view
 from ct_audio.models.layers import keys_and_values
 
 
@@ -35,6 +35,8 @@ class LayerCache(NamedTuple):
         usage: [B, M + T], attention that each row of memory and window has got so far, summed over the window's
             queries, mean over heads; None unless `most_used` needs it.
         share: what adaptive spans leave of the attention to each row; None without them.
+        ahead: what the push at the window's end will add where all rows are valid, computed in the window's middle:
+            [B, T / C, D] compressed rows and the products of their keys and values; None where it is not known before.
     """
 
     weight: Float[Tensor, "O D"]
@@ -45,6 +47,7 @@ class LayerCache(NamedTuple):
     mask: Float[Tensor, "B 1 1 S"] | None
     usage: Float[Tensor, "B MT"] | None
     share: Float[Tensor, "H 1 S"] | None
+    ahead: tuple[Float[Tensor, "B _ D"], Float[Tensor, "B _ KV"]] | None = None
 
 
 class StackState(NamedTuple):
@@ -97,7 +100,18 @@ def new_cache(
     cache = refill_cache(layer, cache, memory)
     if cache.usage is not None and usage is not None:
         cache.usage[:, : usage.shape[1]] = usage
-    return cache
+    return cache._replace(ahead=compress_ahead(layer, memory, inputs.shape[1]))
+
+
+def compress_ahead(
+    layer: CompressiveLayer, memory: LayerMemory, window_length: int
+) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B _ KV"]] | None:
+    """`LayerCache.ahead`: f_c of the memory's oldest rows, where these are all that leave with the window."""
+    is_known = layer.compression is not None and memory.memory.shape[1] >= window_length
+    if not is_known or not memory.compressed_memory.shape[1]:
+        return None
+    compressed = layer.compression(memory.memory[:, :window_length])
+    return compressed, layer.key_value(layer.read(compressed))
 
 
 def refill_cache(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory) -> LayerCache:
@@ -106,49 +120,54 @@ def refill_cache(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory
     Rows of the window that are not known yet get values that `step` overwrites.
     """
     rows = torch.cat([memory.compressed_memory, memory.memory, cache.inputs], dim=1)
-    _write_rows(layer, cache, rows, 0)
+    _write_products(layer, cache, layer.key_value(layer.read(rows)), 0)
     length = cache.inputs.shape[1]
     geometry = layer.geometry(memory, length)
     if layer.is_rotary:
         cache.wide_keys.copy_(rotate(cache.wide_keys, key_positions(geometry, rows)))
-    return _begin_window(layer, cache, memory, make_view(geometry, memory, length, None))
+    view = make_view(geometry, memory, length, None)
+    num_rows = memory.memory.shape[1] + length
+    usage = rows.new_zeros(len(rows), num_rows) if layer.chooses_most_used else None
+    return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:], usage=usage)
 
 
 def shift_cache(
-    layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory, num_new: int, view: View
-) -> LayerCache:
-    """The cache at the beginning of the next window, in the same buffers: the keys and values of rows that were there
-    move, and only the new compressed rows get theirs.
+    layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory
+) -> tuple[LayerCache, Float[Tensor, "B _ D"] | None]:
+    """The cache at the beginning of the next window, in the same buffers, where all rows are valid: keys and values of
+    rows that were there move, and only those that f_c has made of the others get theirs.
 
     Args:
-        memory: after the push.
-        num_new: compressed rows that the push has added.
-        view: of the next window.
+        memory: of before the window.
+    Returns:
+        the cache, and the new compressed rows.
     """
-    if layer.is_rotary:  # every key has another position now
-        return refill_cache(layer, cache, memory)
     compressed, length = memory.compressed_memory.shape[1], cache.inputs.shape[1]
-    num_new = min(num_new, compressed)
-    for rows in (cache.wide_keys[..., : cache.values.shape[-1]], cache.values):
-        rows[:, :, : compressed - num_new] = rows[:, :, num_new:compressed].clone()
-        rows[:, :, compressed:-length] = rows[:, :, compressed + length :].clone()
-    if num_new:
-        _write_rows(layer, cache, memory.compressed_memory[:, -num_new:], compressed - num_new)
-    return _begin_window(layer, cache, memory, view)
+    new = cache.ahead
+    if new is None and layer.compression is not None and compressed:
+        old_memory, _ = push(memory.memory, cache.inputs)
+        rows = layer.compression(old_memory)
+        new = rows, layer.key_value(layer.read(rows))
+    num_new = 0 if new is None else min(new[0].shape[1], compressed)
+    for places in (cache.wide_keys[..., : cache.values.shape[-1]], cache.values):
+        places[:, :, : compressed - num_new] = places[:, :, num_new:compressed].clone()
+        places[:, :, compressed:-length] = places[:, :, compressed + length :].clone()
+    if new is not None:
+        _write_products(layer, cache, new[1][:, -num_new:], compressed - num_new)
+    if layer.is_rotary:  # by as much as positions have changed; new rows have not been turned yet
+        positions = key_positions(layer.geometry(memory, length), cache.inputs)
+        turns = positions.clone()
+        turns[: compressed - num_new] -= positions[num_new:compressed]
+        turns[compressed:-length] -= positions[compressed + length :]
+        cache.wide_keys.copy_(rotate(cache.wide_keys, turns))
+    return cache._replace(mask=None), None if new is None else new[0]
 
 
-def _write_rows(layer: CompressiveLayer, cache: LayerCache, rows: Float[Tensor, "B _ D"], first: int) -> None:
-    """Keys and values of raw rows, from place `first` on."""
-    both = layer.key_value(layer.read(rows))
+def _write_products(layer: CompressiveLayer, cache: LayerCache, both: Float[Tensor, "B _ KV"], first: int) -> None:
+    """Keys and values of some rows, from place `first` on."""
     keys, values = keys_and_values(both, layer.config.num_heads, cache.values.shape[-1])
-    cache.wide_keys[:, :, first : first + rows.shape[1], : keys.shape[-1]] = keys
-    cache.values[:, :, first : first + rows.shape[1]] = values
-
-
-def _begin_window(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory, view: View) -> LayerCache:
-    num_rows = memory.memory.shape[1] + cache.inputs.shape[1]
-    usage = cache.inputs.new_zeros(len(cache.inputs), num_rows) if layer.chooses_most_used else None
-    return cache._replace(mask=None if view.documents is None else view.mask[:, :, -1:], usage=usage)
+    cache.wide_keys[:, :, first : first + both.shape[1], : keys.shape[-1]] = keys
+    cache.values[:, :, first : first + both.shape[1]] = values
 
 
 def hide_earlier_rows(cache: LayerCache, starts: Bool[Tensor, "B"], position: int) -> LayerCache:

@@ -194,13 +194,18 @@ def geometry_of(
     return Geometry(window_length, rows, compressed, compression_rate, temporal, keeps_straddling)
 
 
-def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_starts: Tensor | None) -> View:
-    """What the windows of a chunk of `num_codes` may see, and where their rows stand."""
-    rows = memory.memory
-    steady = document_starts is None and bool(
+def is_full(geometry: Geometry, memory: LayerMemory) -> bool:
+    """Whether all rows of all lanes are valid."""
+    return bool(
         (memory.memory_valid == geometry.memory_length).all()
         & (memory.compressed_memory_valid == geometry.compressed_memory_length).all()
     )
+
+
+def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_starts: Tensor | None) -> View:
+    """What the windows of a chunk of `num_codes` may see, and where their rows stand."""
+    rows = memory.memory
+    steady = document_starts is None and is_full(geometry, memory)
     documents = None
     if steady:
         visible = causal_mask(geometry, rows.device)
@@ -232,8 +237,9 @@ def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, "S"]:
     return torch.cat([mean_positions, positions[compressed:]])
 
 
-def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, view: View) -> LayerMemory:
-    """The next memory of a layer: newest rows and compressed rows, those of other documents zeroed and not counted.
+def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, view: View | None) -> LayerMemory:
+    """The next memory of a layer: newest rows and compressed rows, those of other documents zeroed and not counted;
+    without a view, all are valid.
 
     They are copies: a view would keep all rows of the chunk alive as long as the memory is.
     """
@@ -242,7 +248,7 @@ def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, v
     if new_compressed is not None:
         compressed = torch.cat([compressed, new_compressed], dim=1)
         compressed = compressed[:, compressed.shape[1] - length :]
-    documents = view.documents
+    documents = None if view is None else view.documents
     if documents is None:
         return memory._replace(memory=rows.clone(), compressed_memory=compressed.clone())
     current, stream, compressed_stream = documents.stream[:, -1], documents.stream, documents.compressed_stream
