@@ -119,9 +119,9 @@ def test_an_actors_process_that_dies_is_named() -> None:
         weights = weights_of(LocalActor(make_config(), 0)._actor.agent)
         actor.start(weights)
         assert actor.result().rewards.shape == (24, 8)
-        actor._process.terminate()
+        actor._process.kill()
         actor._process.join()
-        with pytest.raises(RuntimeError, match="the process of actor 3 has ended with status -15"):
+        with pytest.raises(RuntimeError, match="the process of actor 3 has ended with status -9"):
             actor.state(0)
     finally:
         actor.close()
