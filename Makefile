@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+EXTRAS := --extra agent --extra av --extra dev --extra docs --extra play --extra test --extra wandb
 NO_CPU_INDEX := no builds for CPUs only from $(CPU_INDEX): taking the usual ones
 
 .PHONY: demo test lint docs lock clean
@@ -38,9 +39,9 @@ $(VENV)/.installed-%: $(VENV)/.installed
 	$(PIP) --editable '.[$*]'
 	touch $@
 
-lock: # exact versions for all extras and systems, of what setup.py allows; `make lock UPGRADE=--upgrade` takes the newest
+lock: # exact versions for all systems and all extras but rllib, which holds others back; UPGRADE=--upgrade takes the newest
 	$(VENV)/bin/python -m pip install --quiet uv
-	$(VENV)/bin/uv pip compile setup.py --all-extras --universal --python-version 3.11 --no-annotate --no-header \
+	$(VENV)/bin/uv pip compile setup.py $(EXTRAS) --universal --python-version 3.11 --no-annotate --no-header \
 		--quiet $(UPGRADE) --output-file requirements.lock
 
 clean:

@@ -15,6 +15,7 @@ assert VERSION
 AV = ["av>=14,<19"]  # webm, m4a and what else phones record
 WANDB = ["wandb>=0.19,<1"]  # train.logger: wandb
 AGENT = ["gymnasium>=1.1,<2"]  # ct-audio agent
+RLLIB = ["ray[rllib]>=2.60,<2.61"]  # agents/rllib.py; not in requirements.lock: it holds gymnasium back, at 1.2.2
 PLAY = ["gradio>=6,<7", "sounddevice>=0.5,<1"]  # ct-audio play
 DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.27,<2"]  # make docs
 TEST = [
@@ -66,7 +67,16 @@ setup(
         "shtab>=1.7,<2",  # completion in shells
         "espeakng-loader==0.2.4",  # recipes/espeak: speech (GPL-3.0, only run, never linked); another version differs
     ],
-    extras_require={"av": AV, "wandb": WANDB, "agent": AGENT, "play": PLAY, "docs": DOCS, "test": TEST, "dev": DEV},
+    extras_require={
+        "av": AV,
+        "wandb": WANDB,
+        "agent": AGENT,
+        "rllib": RLLIB,
+        "play": PLAY,
+        "docs": DOCS,
+        "test": TEST,
+        "dev": DEV,
+    },
     classifiers=[
         "Development Status :: 4 - Beta",
         "Environment :: Console",

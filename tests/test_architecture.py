@@ -26,6 +26,7 @@ ONLY_IMPORTER = {
     "soundfile": "data.audio_files",
     "av": "data.av_files",
     "wandb": "runs.weights_and_biases",
+    "ray": "agents.rllib",
     "torch.distributed": "training.parallel",
     "torch.utils.tensorboard": "runs.metrics",
     "tensorboard": "runs.metrics",

@@ -118,7 +118,8 @@ def test_every_module_can_be_imported_without_what_linux_alone_has():
         import ct_audio
 
         for module in pkgutil.walk_packages(ct_audio.__path__, "ct_audio."):
-            importlib.import_module(module.name)
+            if module.name != "ct_audio.agents.rllib":  # its classes are those of ray, an extra
+                importlib.import_module(module.name)
         from ct_audio.common.machine import usable_cpus
         from ct_audio.common.signals import SIGNALS
         from ct_audio.runs.metrics import memory_use_mib

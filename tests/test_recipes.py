@@ -12,9 +12,9 @@ from ct_audio.models import build_model
 from ct_audio.runs.config import load_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-AGENTS = "object_matching"
-"""Its YAMLs are of agents; tests/test_agent_runs.py compares them."""
-YAMLS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != AGENTS)
+AGENTS = ("object_matching", "popgym")
+"""Their YAMLs are of agents; tests/test_agent_runs.py compares them."""
+YAMLS = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name not in AGENTS)
 SIZES: dict[str, tuple[float, float]] = {
     "paper": (38e6, 42e6),
     "small": (0.3e6, 1e6),

@@ -239,7 +239,7 @@ class ProcessActor:
             self._connection.send(("close", None))
         self._process.join(timeout=10)
         if self._process.is_alive():
-            self._process.terminate()
+            self._process.kill()  # it ignores all other signals
 
     def _send(self, command: str, argument: Any) -> None:
         try:
