@@ -61,7 +61,10 @@ def steps(
             (torch.stack([nll.mean(), *auxiliary.values()]).sum() / update_period).backward()
         memory = detach_memory(memory)
         if updates:
-            norms.append(clip_gradients(model.gradient_groups(), OPTIM.max_gradient_norm))
+            found = clip_gradients(model.gradient_groups(), OPTIM.max_gradient_norm)
+            norms.append(
+                {name: float(whole(torch.as_tensor(norm, dtype=torch.float64))) for name, norm in found.items()}
+            )
             optimizer.step()
             model.after_update()
             optimizer.zero_grad()

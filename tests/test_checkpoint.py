@@ -389,20 +389,22 @@ def test_a_damaged_run_is_never_taken_for_a_new_one(tmp_path: Path):
         find_checkpoint(trained.config.run_dir, "last")
 
 
-def test_another_number_of_processes(tmp_path: Path):
-    trained = Trained(tiny_run(tmp_path), num_updates=1)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_number_of_processes(tmp_path: Path, rank: int):
+    """Each gets its lane, and draws numbers of its own."""
+    trained = Trained(tiny_run(tmp_path), num_updates=2)
     trained.save(3)
     path = find_checkpoint(trained.config.run_dir, "last")
     assert path is not None
-    with pytest.raises(UserError, match="is of 1 processes, this session has 2"):
-        load_checkpoint(
-            path,
-            model=trained.model,
-            optimizer=trained.optimizer,
-            num_lanes=1,
-            num_micro_batches=1,
-            world=World(0, 2, 0),
-        )
+    where: dict[str, Any] = {"model": trained.model, "optimizer": trained.optimizer, "num_micro_batches": 1}
+    (memory,), _ = load_checkpoint(path, **where, num_lanes=1, world=World(rank, 2, rank))
+    draws = torch.rand(3)
+    for (name, whole), (_, own) in zip(named_tensors(trained.memory), named_tensors(memory), strict=True):
+        assert torch.equal(own, whole[rank : rank + 1]), name
+    load_checkpoint(path, **where, num_lanes=1, world=World(1 - rank, 2, 1 - rank))
+    assert not torch.equal(draws, torch.rand(3))
+    with pytest.raises(UserError, match="expected 6 lanes in 1 files, got"):
+        load_checkpoint(path, **where, num_lanes=3, world=World(rank, 2, rank))
 
 
 def test_a_full_disk_keeps_the_checkpoint_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
