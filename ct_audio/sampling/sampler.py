@@ -297,7 +297,7 @@ def draw_codes(
             ranked[:, top_k:] = 0
         if top_p is not None and top_p < 1:
             more_probable = ranked.cumsum(-1) - ranked  # the probability of the codes before
-            ranked[more_probable >= top_p * ranked.sum(-1, keepdim=True)] = 0
+            ranked = ranked.masked_fill(more_probable >= top_p * ranked.sum(-1, keepdim=True), 0)
         probabilities = torch.zeros_like(ranked).scatter_(-1, order, ranked)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]

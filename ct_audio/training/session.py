@@ -31,6 +31,7 @@ from ct_audio.runs.metrics import MetricsWriter, read_metrics, tensorboard_page
 from ct_audio.runs.same_run import flat_config, require_same_run
 from ct_audio.runs.weights_and_biases import WandbLogger
 from ct_audio.training.checkpoint import load_checkpoint, split_memory
+from ct_audio.training.monitor import Monitor
 from ct_audio.training.parallel import World, data_parallel, on_first_rank
 from ct_audio.training.schedules import completes_update, make_optimizer, update_steps
 
@@ -101,9 +102,10 @@ class Progress:
 
 @dataclass
 class Session:
-    """What one call of the training command works with; signals that come and losses that are NaN are noted here.
+    """What one call of the training command works with; signals that come are noted here.
 
-    `optimizer` is None for a model without parameters; `last_has_held` says that a step from the last checkpoint has
+    `optimizer` is None for a model without parameters; `positions` are where in the corpus the lanes of each step and
+    micro-batch since the last look at `monitor` began; `last_has_held` says that a step from the last checkpoint has
     been finite.
     """
 
@@ -121,7 +123,8 @@ class Session:
     signals: list[int]
     began: float
     resumed: bool
-    failures: list[str] = field(default_factory=list)
+    monitor: Monitor = field(default_factory=Monitor)
+    positions: dict[tuple[int, int], Int[Tensor, "B"]] = field(default_factory=dict)
     last_has_held: bool = False
 
     @property

@@ -77,7 +77,12 @@ class CompressiveStack(Stack):
 
         queue_lengths = [self._convolution(index).queue_length for index in range(len(self.convolutions))]
         queues = tuple(weight.new_zeros(num_lanes, length, config.width) for length in queue_lengths)
-        return Memory(zeros(rows), zeros(compressed), counts(), counts(), queues)
+        memories = (zeros(rows), zeros(compressed))
+        until_full = (
+            self._layer(index).codes_until_full(part.shape[1], compressed_part.shape[1])
+            for index, (part, compressed_part) in enumerate(zip(*memories, strict=True))
+        )
+        return Memory(*memories, counts(), counts(), tuple(until_full), queues)
 
     def full_memory(self, num_lanes: int) -> Memory:
         memory = self.zero_memory(num_lanes)
@@ -85,7 +90,14 @@ class CompressiveStack(Stack):
         def full(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(torch.full((num_lanes,), part.shape[1], device=part.device) for part in parts)
 
-        return memory._replace(memory_valid=full(memory.memory), compressed_memory_valid=full(memory.compressed_memory))
+        counts = {"memory_valid": full(memory.memory), "compressed_memory_valid": full(memory.compressed_memory)}
+        return memory._replace(**counts, codes_until_full=(0,) * len(self.layers))
+
+    def recount_memory(self, memory: Memory) -> Memory:
+        until_full = tuple(
+            self._layer(index).recount(*parts) for index, parts in enumerate(zip(*memory[:4], strict=True))
+        )
+        return memory._replace(codes_until_full=until_full)
 
     def forward(
         self, rows: Float[Tensor, "B T D"], memory: Memory, *, document_starts: Bool[Tensor, "B T"] | None = None
