@@ -190,8 +190,16 @@ def pretended() -> Iterator[Waits]:
         module = move(module, *rest) if rest else module
         return to_cuda(module) if any(torch.device(place).type == "cuda" for place in places) else module
 
+    def enter(mode: torch.inference_mode) -> None:  # which knows no wrappers
+        mode._pretended = torch.set_grad_enabled(torch.is_grad_enabled() and not mode.mode)  # type: ignore[attr-defined]
+
+    def leave(mode: torch.inference_mode, *_: Any) -> None:
+        mode._pretended.__exit__(None, None, None)  # type: ignore[attr-defined]
+
     waits.found = {}
     with pytest.MonkeyPatch.context() as patch, _Places():
         patch.setattr(nn.Module, "to", to)
+        patch.setattr(torch.inference_mode, "__enter__", enter)
+        patch.setattr(torch.inference_mode, "__exit__", leave)
         patch.setattr(clip_grad, "_group_tensors_by_device_and_dtype", _group)
         yield waits

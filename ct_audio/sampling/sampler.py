@@ -314,7 +314,7 @@ class _LaneUniforms:
         words = [np.random.SeedSequence((seed, lane)).generate_state(1, np.uint32)[0] for lane in range(num_lanes)]
         self._generators = [torch.Generator().manual_seed(int(word)) for word in words]
         self._device, self._used = device, 0
-        self._ahead = torch.empty(num_lanes, 0, dtype=torch.float64)
+        self._ahead = torch.empty(num_lanes, 0, dtype=torch.float64, device=device)
 
     def next(self, num: int) -> Float64[Tensor, "B N"]:
         """The next numbers of each lane."""
