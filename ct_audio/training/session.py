@@ -24,6 +24,7 @@ from ct_audio.data.codecs import write_codec_files
 from ct_audio.data.corpus import Corpus, open_corpus
 from ct_audio.data.lanes import WindowStream
 from ct_audio.models import SequenceModel, build_model
+from ct_audio.models.state import map_memory
 from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
 from ct_audio.runs.config import DataConfig, RunConfig, TrainConfig, config_to_yaml, load_config
 from ct_audio.runs.device import choose_device
@@ -45,13 +46,32 @@ COMPARED_TAGS = ["nll/valid_nats", "nll/train_nats", "throughput/codes_per_secon
 
 
 class ChunkLoss(nn.Module):
-    """Forward pass and losses of a chunk as one module, so that data parallelism wraps all of it."""
+    """Forward pass and losses of a chunk as one module, so that data parallelism wraps all of it.
 
-    def __init__(self, model: SequenceModel, *, device_type: str, precision: str) -> None:
+    Args:
+        device_type: "cpu" or "cuda".
+        precision, compile: as in `TrainConfig`.
+        backend: of torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        *,
+        device_type: str,
+        precision: str,
+        compile: bool | str = False,
+        backend: str = "inductor",
+    ) -> None:
         super().__init__()
         self.model = model
         self._device_type = device_type
         self._autocast = precision == "bfloat16"
+        self._replays, self._compiled = compile == "cuda_graphs", None
+        if compile:
+            # A graph for a memory that fills, and one for a full memory; other shapes do not come.
+            mode = {"mode": "reduce-overhead"} if self._replays and backend == "inductor" else {}
+            self._compiled = torch.compile(self._losses, fullgraph=True, dynamic=None, backend=backend, **mode)
 
     def forward(
         self,
@@ -61,6 +81,19 @@ class ChunkLoss(nn.Module):
         document_starts: Bool[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T"], Any, dict[str, Float[Tensor, ""]]]:
         """NLL of each target in nats, next memory, auxiliary losses."""
+        if self._compiled is None:
+            return self._losses(inputs, targets, memory, document_starts)
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of the adaptive softmax
+            if not self._replays:
+                return self._compiled(inputs, targets, memory, document_starts)
+            torch.compiler.cudagraph_mark_step_begin()
+            nll, memory, losses = self._compiled(inputs, targets, memory, document_starts)
+            # The next replay writes where these lie.
+            return nll.clone(), map_memory(torch.clone, memory), {name: loss.clone() for name, loss in losses.items()}
+
+    def _losses(
+        self, inputs: Tensor, targets: Tensor, memory: Any, document_starts: Tensor | None
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
             output = self.model(inputs, memory, document_starts=document_starts)
             nll = self.model.nll(output.features, targets)  # type: ignore[operator]
@@ -179,7 +212,8 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     _check(config, corpus, num_lanes)
     model, optimizer = _build(config, device, world)
     memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
-    loss = ChunkLoss(model, device_type=device.type, precision=config.train.precision)
+    settings = config.train
+    loss = ChunkLoss(model, device_type=device.type, precision=settings.precision, compile=settings.compile)
     progress = Progress()
     if checkpoint is not None:
         lanes = {"num_lanes": num_lanes, "num_micro_batches": config.train.num_micro_batches}
