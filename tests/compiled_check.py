@@ -1,4 +1,4 @@
-"""torch.compile of tiny models against eager, as a program: the tests' checks of shapes are no part of what is compiled.
+"""torch.compile of tiny models against eager, as a program: the tests' checks of shapes are not to be compiled.
 
     python tests/compiled_check.py BACKEND MODEL ...
 

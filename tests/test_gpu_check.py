@@ -1,4 +1,4 @@
-"""What a GPU is asked first, tried out on the CPU with small sizes: every stage, and going on with those that are missing."""
+"""What a GPU is asked first, tried out on the CPU with small sizes: every stage, and going on with what is missing."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from handmade_runs import Output, Patch, Tool, refusal, tool
 from tiny_runs import tiny_run
 
 from ct_audio.commands import gpu_check as command_module
+from ct_audio.common.recipes import config_names
 from ct_audio.experiments import gpu_check
 from ct_audio.runs.config import config_to_yaml
 
@@ -33,7 +34,15 @@ def check(tmp_path: Path, monkeypatch: Patch) -> Tool:
     return lambda *words: run(*recipes, "--out", tmp_path / "check", *sizes, *words)
 
 
-def test_every_stage_runs_and_is_kept(tmp_path: Path, check: Tool, monkeypatch: Patch, capsys: Output) -> None:
+@pytest.mark.parametrize(
+    "models",
+    [("compressive_transformer", "wavenet"), pytest.param(tuple(gpu_check.SMALL_MODELS), marks=pytest.mark.slow)],
+)
+def test_every_stage_runs_and_is_kept(
+    tmp_path: Path, check: Tool, models: tuple[str, ...], monkeypatch: Patch, capsys: Output
+) -> None:
+    small = {name: gpu_check.SMALL_MODELS[name] for name in models}
+    monkeypatch.setattr(gpu_check, "SMALL_MODELS", small)
     assert check("--minutes", 100) == 0
     report = json.loads((tmp_path / "check" / "gpu_check.json").read_text())
     stages = report["stages"]
@@ -41,19 +50,21 @@ def test_every_stage_runs_and_is_kept(tmp_path: Path, check: Tool, monkeypatch: 
     assert list(stages) == ["machine", "equalities", "attention", *speeds, "sampling", "bfloat16", "training"]
     assert report["left_out"] == []
     held = [row["holds"] for row in stages["equalities"]["rows"]]
-    assert held.count(True) == len(held) - 1 == 5 * len(gpu_check.SMALL_MODELS) + 4
+    assert held.count(True) == len(held) - 1 == 5 * len(small) + 4
     assert {row["equality"].split(".")[0] for row in stages["equalities"]["rows"]} >= set("12345678") | {"2b"}
     assert all("flash" in row["kernels"] for row in stages["attention"]["rows"])
     for name in speeds:
         (row,) = stages[name]["rows"]
-        assert row["codes_per_second"] > 0 and row["teraflops"] > 0 and row["lanes"] == 2
+        assert min(row["codes_per_second"], row["teraflops"]) > 0
+        assert row["lanes"] == 2
     assert [row["lanes"] for row in stages["sampling"]["rows"]] == [1, 64, 1, 64]
     assert len(stages["bfloat16"]["rows"]) == 3
     assert all(abs(row["difference_nats"]) < 0.02 for row in stages["bfloat16"]["rows"])
     *lines, _ = stages["training"]["rows"]
     assert all(math.isfinite(line["nll/train_nats"]) for line in lines if "nll/train_nats" in line)
     text = (tmp_path / "check" / "gpu_check.md").read_text()
-    assert gpu_check.NOT_YET in text and "## equalities" in text
+    assert gpu_check.NOT_YET in text
+    assert "## equalities" in text
 
     monkeypatch.setattr(gpu_check, "_equalities", lambda *_: pytest.fail("it has been done"))
     del report["stages"]["sampling"]
@@ -85,8 +96,4 @@ def test_what_is_wrong_is_said_and_the_next_stage_runs(tmp_path: Path, check: To
 
 def test_sizes_are_checked(check: Tool, capsys: Output) -> None:
     assert "--minutes: expected a number above 0" in refusal(capsys, check, "--minutes", 0)
-    assert [Path(name).name for name in command_module.RECIPES] == [
-        "compressive_transformer",
-        "transformer_xl",
-        "wavenet",
-    ]
+    assert set(command_module.RECIPES) <= set(config_names("kathleen"))

@@ -346,7 +346,7 @@ def _attention_difference(device: torch.device) -> float:
 def _resume_difference(device: torch.device) -> float:
     """Of the weights after 6 steps, and after 3 and 3 more of a resumed run."""
     with tempfile.TemporaryDirectory() as place:
-        corpus = write_speechlike_corpus(Path(place) / "corpus", num_seconds=1)
+        corpus = write_speechlike_corpus(Path(place) / "corpus", num_seconds=1.0)
         for name, steps in (("straight", (6,)), ("resumed", (3, 6))):
             for num_steps in steps:
                 train(_small_run(Path(place), corpus, name, num_steps, device))
@@ -376,7 +376,7 @@ def _small_run(place: Path, corpus: Path, name: str, num_steps: int, device: tor
 
 
 def write_speechlike_corpus(path: Path, *, num_seconds: float, seed: int = 0) -> Path:
-    """Harmonics of a pitch that glides, with pauses and some noise: as much structure as a model can learn in minutes."""
+    """Harmonics of a pitch that glides, with pauses and some noise: structure that a model can learn in minutes."""
     numbers, writer = np.random.default_rng(seed), CorpusWriter(path, MuLaw(), source={}, preparation={})
     for split, share in (("train", 1.0), ("valid", 0.05)):
         length = max(4800, int(24_000 * num_seconds * share))
@@ -402,7 +402,7 @@ def _attention_kernels(plan: Plan, _: dict[str, Any]) -> Rows:
         for tensor in (case["content_query"], case["position_query"], case["keys"], case["values"]):
             tensor.requires_grad_()
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if plan.device.type == "cuda" else [])
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             output = ATTENTION_BACKENDS["fused"](**case)
             output.sum().backward()
             _wait(plan.device)

@@ -170,9 +170,9 @@ class OptimConfig:
 class TrainConfig:
     """The training loop.
 
-    When a run is resumed num_steps may grow; device, compile, num_threads, the `*_every_steps`, sample_seconds, logger and
-    validate_whole_split may change, without dropout num_micro_batches too; seed, precision and valid_codes may not, nor
-    may any key of model, optim or data, except the place of the same corpus.
+    When a run is resumed num_steps may grow; device, compile, num_threads, the `*_every_steps`, sample_seconds, logger
+    and validate_whole_split may change, without dropout num_micro_batches too; seed, precision and valid_codes may
+    not, nor may any key of model, optim or data, except the place of the same corpus.
 
     Attributes:
         num_steps: chunks a lane to train on.

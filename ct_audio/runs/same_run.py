@@ -27,8 +27,9 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
 def require_same_run(old: Any, new: Any) -> None:
     """Check that a resumed run keeps what decides what is learnt.
 
-    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device, compile, num_threads and logger may change, and
-    the place of the corpus; without dropout num_micro_batches too (each part draws its own numbers for dropout).
+    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device, compile, num_threads and logger may
+    change, and the place of the corpus; without dropout num_micro_batches too (each part draws its own numbers for
+    dropout).
 
     Args:
         old, new: of one kind, as `RunConfig`.
