@@ -23,7 +23,7 @@ def check(tmp_path: Path, monkeypatch: Patch) -> Tool:
     monkeypatch.setattr(
         gpu_check, "_stages", lambda plan: [item for item in stages(plan) if not item[0].endswith(", compiled")]
     )
-    monkeypatch.setattr(gpu_check, "read_codes", lambda path, codec: read(path, codec)[:3840])
+    monkeypatch.setattr(gpu_check, "read_codes", lambda path, codec: read(path, codec)[:640])
     recipes = []
     for name in ("compressive_transformer", "wavenet"):
         recipes.append(tmp_path / f"{name}.yaml")
