@@ -187,7 +187,7 @@ def pretended() -> Iterator[Waits]:
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         places = [part for part in (*args, *kwargs.values()) if isinstance(part, str | torch.device)]
         rest = [part for part in args if isinstance(part, torch.dtype)]
-        module = move(module, *rest) if rest else module
+        module = move(module, rest[0]) if rest else module
         return to_cuda(module) if any(torch.device(place).type == "cuda" for place in places) else module
 
     def enter(mode: torch.inference_mode) -> None:  # which knows no wrappers

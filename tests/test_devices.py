@@ -184,7 +184,7 @@ def test_torchs_fake_tensors_agree(name: str) -> None:
 def test_what_would_fail_on_a_gpu_fails_here(pretending: Waits) -> None:
     ours, theirs = torch.zeros(3, device="cuda"), torch.zeros(3)
     with pytest.raises(RuntimeError, match="add: a CPU tensor"):
-        ours + theirs
+        torch.add(ours, theirs)
     with pytest.raises(TypeError, match="can't convert"):
         ours.numpy()
     assert not pretending.found

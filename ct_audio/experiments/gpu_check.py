@@ -482,9 +482,8 @@ def _sampling(plan: Plan, _: dict[str, Any]) -> Rows:
     for label, config in plan.recipes.items():
         model = build_model(config).to(plan.device)
         for lanes in (1, 64):
-            seconds, _ = estimate_code_seconds(
-                model, num_lanes=lanes, budget_seconds=plan.case_seconds / 2, stepper="eager"
-            )
+            how: dict[str, Any] = {"budget_seconds": plan.case_seconds / 2, "stepper": "eager"}
+            seconds = estimate_code_seconds(model, num_lanes=lanes, **how)[0]
             rows.append({"model": label, "lanes": lanes, "codes_per_second": lanes / seconds})
     return rows
 

@@ -69,8 +69,7 @@ class ChunkLoss(nn.Module):
         self._autocast = precision == "bfloat16"
         self._replays, self._compiled = compile == "cuda_graphs", None
         if compile:
-            # A graph for a memory that fills, and one for a full memory; other shapes do not come.
-            mode = {"mode": "reduce-overhead"} if self._replays and backend == "inductor" else {}
+            mode: Any = {"mode": "reduce-overhead"} if self._replays and backend == "inductor" else {}
             self._compiled = torch.compile(self._losses, fullgraph=True, dynamic=None, backend=backend, **mode)
 
     def forward(
