@@ -340,6 +340,8 @@ def test_commands_run(document: Path, project: Path, recordings: Path) -> None:
             continue  # it is no dependency
         if "tools/play.py" in words:
             continue  # it serves a browser until it is ended, or needs a sound card; tested in test_playground.py
+        if "tools/gpu_check.py" in words:
+            continue  # it is for a GPU; tested with small sizes in test_gpu_check.py
         command = shortened(words, recordings)
         if words[0] == "tensorboard":
             assert_serves(command, project)

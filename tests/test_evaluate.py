@@ -211,11 +211,13 @@ def test_equal_odds_are_log_of_the_vocabulary() -> None:
 
 
 def test_lanes_of_memories_join_in_order() -> None:
-    first = Memory((torch.zeros(1, 2, 3),), (torch.zeros(1, 0, 3),), (torch.zeros(1).long(),), (torch.zeros(1).long(),))
-    second = Memory((torch.ones(2, 2, 3),), (torch.ones(2, 0, 3),), (torch.ones(2).long(),), (torch.ones(2).long(),))
+    counts = torch.zeros(1).long(), torch.ones(2).long()
+    first = Memory((torch.zeros(1, 2, 3),), (torch.zeros(1, 0, 3),), (counts[0],), (counts[0],), (16,))
+    second = Memory((torch.ones(2, 2, 3),), (torch.ones(2, 0, 3),), (counts[1],), (counts[1],), (0,))
     joined = concatenate_lanes(first, second)
     assert isinstance(joined, Memory)
     assert joined.final is False
+    assert joined.codes_until_full == (16,)  # that of the lane which is behind
     assert {name: len(tensor) for name, tensor in named_tensors(joined)} == {
         "memory/0": 3,
         "compressed_memory/0": 3,

@@ -36,6 +36,8 @@ WITHOUT_RUN = {
         ("--dynamic-max-gradient-norm 1", "--dynamic-max-gradient-norm: only with --dynamic"),
         ("--dynamic-decay 0.0", "--dynamic-decay: only with --dynamic"),
         ("--dynamic-chunk-length 8", "--dynamic-chunk-length: only with --dynamic"),
+        ("--dynamic sgd --precision bfloat16", "--precision: not with --dynamic"),
+        (f"{SWEEP} --precision bfloat16", "--precision" + IN_A_SWEEP),
         ("--warmup-seconds 0", "--warmup-seconds: only with --lanes above 1"),
         ("--threads -1", "--threads: expected at least 0, got -1"),
     ],
@@ -103,6 +105,7 @@ WITHOUT_RUN = {
     ],
     "page": [("a --out x.html --split test", "--split: only with --corpus")],
     "compare": [(f"a {OUT} --splits valid valid", "--splits: ['valid', 'valid'] has a value twice")],
+    "gpu_check": [("--out OUT --minutes 0", "--minutes: expected a number above 0, got 0.0")],
     "kill_test": [
         ("--kills 0", "--kills: expected at least 1, got 0"),
         ("--processes 3", "--processes: expected 1, 2 or 4"),

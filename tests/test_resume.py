@@ -23,10 +23,10 @@ def train_until(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -
     """Train, and end abruptly in the step after `step` steps, wherever the last checkpoint is."""
     original = train_module._forward_and_backward
 
-    def forward_and_backward(session: Any, current: int) -> dict[str, float]:
+    def forward_and_backward(session: Any, current: int) -> None:
         if current == step:
             raise Killed
-        return original(session, current)
+        original(session, current)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "_forward_and_backward", forward_and_backward)

@@ -258,7 +258,7 @@ def _update(learning: _Learning, unroll: Unroll) -> dict[str, float]:
     loss.backward()
     norms = clip_gradients(agent.gradient_groups(), config.max_gradient_norm)
     values = {tag: float(part.detach()) for tag, part in parts.items()}
-    values |= {f"gradient_norm/{group}": norm for group, norm in norms.items()}
+    values |= {f"gradient_norm/{group}": float(norm) for group, norm in norms.items()}
     bad = next((tag for tag, value in values.items() if not math.isfinite(value)), None)
     if bad is not None:
         raise UserError(

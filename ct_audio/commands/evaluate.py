@@ -108,6 +108,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         max_seconds=arguments.max_seconds,
         max_codes=arguments.max_codes,
         dynamic=dynamic,
+        precision=arguments.precision,
     )
 
 
@@ -132,6 +133,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--max-seconds", type=float, metavar="S", help="score only the beginning of the split")
     parser.add_argument("--max-codes", type=int, metavar="N", help="the same in codes, for text too")
+    parser.add_argument(
+        "--precision", choices=["bfloat16"], help="of the forward pass, as in training; default: that of the weights"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_kinds(parser)
     _add_sweep(parser)
@@ -147,13 +151,14 @@ def _refuse_useless(arguments: argparse.Namespace) -> None:
     is_sweep = not given.isdisjoint(sweeps)
     dynamic = [f"--dynamic-{name}" for name in ("learning-rate", "max-gradient-norm", "decay", "chunk-length")]
     lengths = ("--memory-length", "--compressed-memory-length")
-    alone = (*lengths, "--lanes", "--warmup-seconds", "--max-seconds", "--dynamic", "--by", *dynamic)
+    alone = (*lengths, "--lanes", "--warmup-seconds", "--max-seconds", "--dynamic", "--by", "--precision", *dynamic)
     refuse(arguments, *alone, unless=not is_sweep, why="not in a sweep over memory lengths; leave it out")
     refuse(arguments, "--test-split", "--no-test", unless=is_sweep, why=f"only with {' or '.join(sweeps)}")
     refuse(arguments, "--test-split", unless="--no-test" not in given, why="not with --no-test")
     useful = is_sweep or "--by" in given or ("--out" in given and _is_without_run(arguments.run))
     refuse(arguments, "--out", unless=useful, why=f"only with --by, {' or '.join(sweeps)}, or of an exported model")
     refuse(arguments, *dynamic, unless="--dynamic" in given, why="only with --dynamic")
+    refuse(arguments, "--precision", unless="--dynamic" not in given, why="not with --dynamic")
     refuse(arguments, "--warmup-seconds", unless=arguments.lanes != 1, why="only with --lanes above 1")
 
 

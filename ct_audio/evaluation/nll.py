@@ -183,13 +183,13 @@ def cut_lanes(num_codes: int, *, chunk_length: int, num_lanes: int, warmup_lengt
 
 
 def concatenate_lanes(first: Any, second: Any) -> Any:
-    """The lanes of two memories of one model, one after the other; leaves that are no tensors come from the second."""
+    """The lanes of two memories of one model, one after the other; of plain values, what holds for all: the larger."""
     if isinstance(first, Tensor):
         return torch.cat([first, second])
     if isinstance(first, tuple):
         parts = [concatenate_lanes(a, b) for a, b in zip(first, second, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
-    return second
+    return max(first, second)
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def _read(stretch: Stretch, piece: _Piece, model: SequenceModel) -> tuple[Tensor
             f"codes: expected all in [0, {model.vocab_size}), the model's vocabulary, got {targets.min()} to "
             f"{targets.max()}; use a corpus of the codec that the model was trained on"
         )
-    device = model.device
-    return inputs.to(device), targets.to(device), None if offsets is None else starts.to(device)
+    inputs, targets, starts = (tensor.to(model.device, non_blocking=True) for tensor in (inputs, targets, starts))
+    return inputs, targets, None if offsets is None else starts
 
 
 def _protocol(model: SequenceModel, stretch: Stretch, lanes: list[Lane], dtype: str) -> dict[str, Any]:

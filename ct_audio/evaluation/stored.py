@@ -15,9 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
@@ -47,6 +48,7 @@ class EvaluationSettings:
         max_seconds: score only the beginning of the split.
         max_codes: the same in codes, for text too.
         dynamic: let a copy of the model learn from each chunk after it has been scored.
+        precision: "bfloat16" runs the forward pass under autocast, as in training; None: in the type of the weights.
     """
 
     split: str = "valid"
@@ -57,6 +59,7 @@ class EvaluationSettings:
     max_seconds: float | None = None
     max_codes: int | None = None
     dynamic: DynamicSettings | None = None
+    precision: Literal["bfloat16"] | None = None
 
     def num_codes(self, split: Split) -> int:
         """Codes to score.
@@ -142,7 +145,10 @@ def evaluate_run(
         for collector in (blocks, *on_nll):
             collector(positions, nll)
 
-    evaluation = evaluate_nll(model, stretch, on_nll=collect, update=update, progress=progress)
+    if settings.precision and run.config.train.precision == "float64":
+        raise UserError(f"--precision {settings.precision}: the weights are float64, which autocast leaves alone")
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision is not None):
+        evaluation = evaluate_nll(model, stretch, on_nll=collect, update=update, progress=progress)
     if not math.isfinite(evaluation.nll_nats):
         advice = "use another checkpoint" if dynamic is None else "lower the learning rate of dynamic evaluation"
         raise UserError(f"the NLL is {evaluation.nll_nats}: the model has diverged; {advice}")

@@ -4,7 +4,8 @@ The weights are made again every few samples from a window of past samples alone
 windowed autocorrelation. Its reflection coefficients are below 1 and so all poles of the predictor lie inside the unit
 circle: a generative model that follows its own output cannot start to oscillate by itself. What is left over has a
 scale that follows the size of the last residuals, with a floor tied to the width of the mu-law cell that is predicted.
-All of it is float64 on the CPU: a loop over time in machine code (`kernels.follow`); lanes run in threads.
+All of it is float64 on the CPU: a loop over time in machine code (`kernels.follow`); lanes run in threads. What lies on
+another device is copied to the CPU and back, for which the device must be waited for at every call.
 Shape letters: B lanes, T codes of a chunk, P order, L samples of the window, V codes of the vocabulary.
 """
 
@@ -93,18 +94,17 @@ class AutocorrelationPredictor:
 
     def __init__(self, settings: AutocorrelationSettings, waveform: Float64[np.ndarray, "V"]) -> None:
         self.settings = settings
-        self._waveform = waveform
+        self._waveform = torch.from_numpy(waveform)
         position = np.arange(settings.window_length) / max(settings.window_length - 1, 1)
         rising = np.sin(0.5 * np.pi * position / RISING_SHARE) ** 2
         falling = np.cos(0.5 * np.pi * (position - RISING_SHARE) / (1 - RISING_SHARE)) ** 2
-        self._window = np.where(position < RISING_SHARE, rising, falling)
+        self._window = torch.from_numpy(np.where(position < RISING_SHARE, rising, falling))
+        self._numbers = [settings.hop_length, settings.scale_decay, settings.floor_cells, FIRST_RESIDUAL]
+        self._numbers = [float(number) for number in (*self._numbers, WHITE_NOISE_CORRECTION, BANDWIDTH_EXPANSION, 0.0)]
 
     def compiled(self) -> Any:
         """What the kernels need: a `kernels.Predictor`."""
-        settings = self.settings
-        numbers = [settings.hop_length, settings.scale_decay, settings.floor_cells, FIRST_RESIDUAL]
-        numbers += [WHITE_NOISE_CORRECTION, BANDWIDTH_EXPANSION, 0.0]
-        return _kernels().Predictor(self._waveform, self._window, np.array(numbers))
+        return _kernels().Predictor(self._waveform.numpy(), self._window.numpy(), np.array(self._numbers))
 
     def zero_memory(self, num_lanes: int, device: torch.device) -> AutocorrelationMemory:
         """Memory of streams that have not begun."""
@@ -125,29 +125,55 @@ class AutocorrelationPredictor:
         document_starts: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Float64[Tensor, "B T 2"], AutocorrelationMemory]:
         """Prediction in [-1, 1] and scale of the sample after each code, and the next memory; no gradients."""
-        device, settings = codes.device, self.settings
+        settings = self.settings
         if memory.history.shape != (len(codes), settings.window_length):
             raise UserError(
                 f"linear prediction: expected a memory of {len(codes)} lanes of {settings.window_length} samples, got "
                 f"{tuple(memory.history.shape)}; pass zero_memory or the memory of the chunk before"
             )
-        own = AutocorrelationMemory(*(tensor.detach().to("cpu", copy=True).contiguous() for tensor in memory))
-        starts = torch.zeros(codes.shape, dtype=torch.bool) if document_starts is None else document_starts.cpu()
-        features = torch.empty(*codes.shape, 2, dtype=torch.float64)
-        arrays = [tensor.numpy() for tensor in (codes.cpu().contiguous(), starts.contiguous(), *own, features)]
-        predictor, kernel = self.compiled(), _kernels().follow
+        own = [tensor.detach() for tensor in memory]
+        features, *own = _follow(codes, document_starts, *own, self._waveform, self._window, self._numbers)
+        return features, AutocorrelationMemory(*own)
 
-        def run(lane: int) -> None:
-            kernel(lane, predictor, *arrays)
 
-        num_threads = min(len(codes), torch.get_num_threads()) if codes.shape[1] > 1 else 1
-        if num_threads == 1:
-            for lane in range(len(codes)):
-                run(lane)
-        else:
-            with ThreadPoolExecutor(num_threads) as pool:
-                list(pool.map(run, range(len(codes))))
-        return features.to(device), AutocorrelationMemory(*(tensor.to(device) for tensor in own))
+@torch.library.custom_op("ct_audio::follow", mutates_args=())  # so that torch.compile takes it as one operation
+def _follow(
+    codes: Tensor,
+    document_starts: Tensor | None,
+    history: Tensor,
+    weights: Tensor,
+    residual: Tensor,
+    count: Tensor,
+    waveform: Tensor,
+    window: Tensor,
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Features and the next memory; `waveform` and `window` are on the CPU, the others may be anywhere."""
+    device, kernels = codes.device, _kernels()
+    own = [tensor.to("cpu", copy=True).contiguous() for tensor in (history, weights, residual, count)]
+    starts = torch.zeros(codes.shape, dtype=torch.bool) if document_starts is None else document_starts.cpu()
+    features = torch.empty(*codes.shape, 2, dtype=torch.float64)
+    arrays = [tensor.numpy() for tensor in (codes.cpu().contiguous(), starts.contiguous(), *own, features)]
+    predictor = kernels.Predictor(waveform.numpy(), window.numpy(), np.array(numbers))
+
+    def run(lane: int) -> None:
+        kernels.follow(lane, predictor, *arrays)
+
+    num_threads = min(len(codes), torch.get_num_threads()) if codes.shape[1] > 1 else 1
+    if num_threads == 1:
+        for lane in range(len(codes)):
+            run(lane)
+    else:
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(run, range(len(codes))))
+    moved = [tensor.to(device) for tensor in (features, *own)]
+    return moved[0], moved[1], moved[2], moved[3], moved[4]
+
+
+@_follow.register_fake
+def _shapes(codes: Tensor, document_starts: Any, *tensors: Any) -> tuple[Tensor, ...]:
+    features = torch.empty(*codes.shape, 2, dtype=torch.float64, device=codes.device)
+    return (features, *(torch.empty_like(tensor) for tensor in tensors[:4]))
 
 
 def _kernels() -> Any:

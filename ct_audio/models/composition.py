@@ -68,6 +68,9 @@ class ComposedModel(SequenceModel):
     def full_memory(self, num_lanes: int) -> ModelMemory:
         return ModelMemory(self.front_end.zero_memory(num_lanes), self.stack.full_memory(num_lanes))
 
+    def recount_memory(self, memory: ModelMemory) -> ModelMemory:
+        return memory._replace(stack=self.stack.recount_memory(memory.stack))
+
     def forward(
         self, codes: Int[Tensor, "B T"], memory: ModelMemory, *, document_starts: Bool[Tensor, "B T"] | None = None
     ) -> ModelOutput:

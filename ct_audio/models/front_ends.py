@@ -98,8 +98,9 @@ class WaveformFeatures(CodeEmbedding):
         self, codes: Int[Tensor, "B T"], memory: Any, document_starts: Bool[Tensor, "B T"] | None
     ) -> tuple[Float[Tensor, "B T 2"], Float[Tensor, "B T 2"], Any]:
         """Prediction and scale, in float64, of each code's sample and of the next one; and the next memory."""
-        fixed = torch.tensor([0.0, SCALE_WITHOUT_PREDICTION], dtype=torch.float64, device=codes.device)
-        return fixed.expand(*codes.shape, 2), fixed.expand(*codes.shape, 2), memory
+        silence = torch.zeros(codes.shape, dtype=torch.float64, device=codes.device)
+        fixed = torch.stack([silence, silence + SCALE_WITHOUT_PREDICTION], dim=-1)
+        return fixed, fixed, memory
 
 
 class LinearPredictionFeatures(WaveformFeatures):
@@ -140,8 +141,9 @@ class LinearPredictionFeatures(WaveformFeatures):
         before = torch.cat([said[:, None], after], dim=1)
         begins = torch.zeros_like(codes, dtype=torch.bool) if document_starts is None else document_starts.clone()
         begins[:, :1] |= is_first[:, None]
-        first = before.new_tensor([0.0, FIRST_RESIDUAL / (2 * math.log(2))])
-        said_before = torch.where(begins[..., None], first, before[:, :-1])
+        first = (0.0, FIRST_RESIDUAL / (2 * math.log(2)))
+        parts = zip(before[:, :-1].unbind(-1), first, strict=True)
+        said_before = torch.stack([part.masked_fill(begins, value) for part, value in parts], dim=-1)
         return said_before, after, (followed, before[:, -1].clone())
 
 

@@ -182,6 +182,10 @@ class StatefulModule(nn.Module, abc.ABC):
         """Zeros that count as a memory that a long stream has filled: for measurements of speed."""
         return self.zero_memory(num_lanes)
 
+    def recount_memory(self, memory: Any) -> Any:
+        """A memory whose tensors came from outside, as from a file: what it knows of them on the host is read anew."""
+        return memory
+
     @abc.abstractmethod
     def clone_state(self, state: Any) -> Any:
         """An independent copy of a step state."""
@@ -372,7 +376,7 @@ def refuse_lengths(model_name: str, **lengths: int | None) -> None:
             raise UserError(f"{model_name}: the {name.replace('_', ' ')} cannot be set (got {length}); leave it out")
 
 
-def clip_gradients(groups: Mapping[str, Sequence[nn.Parameter]], max_norm: float) -> dict[str, float]:
+def clip_gradients(groups: Mapping[str, Sequence[nn.Parameter]], max_norm: float) -> dict[str, Float[Tensor, ""]]:
     """Scale each group's gradients, in place, to a global norm of at most `max_norm`.
 
     f_c's group apart from the model's: one norm over both would couple the two losses again.
@@ -381,8 +385,6 @@ def clip_gradients(groups: Mapping[str, Sequence[nn.Parameter]], max_norm: float
         groups: parameters by group (`model.gradient_groups()`).
         max_norm: above 0.
     Returns:
-        Each group's norm before clipping; not finite where a gradient is not.
+        Each group's norm before clipping, on its device; not finite where a gradient is not.
     """
-    return {
-        name: float(nn.utils.clip_grad_norm_(parameters, max_norm)) for name, parameters in groups.items() if parameters
-    }
+    return {name: nn.utils.clip_grad_norm_(parameters, max_norm) for name, parameters in groups.items() if parameters}

@@ -11,6 +11,7 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
     "data.corpus",  # a corpus may move; its fingerprint is compared when it is opened
     "train.num_steps",
     "train.device",
+    "train.compile",
     "train.num_threads",
     "train.validate_whole_split",
     "train.log_every_steps",
@@ -29,7 +30,7 @@ _MAY_CHANGE = {  # keys that do not decide what is learnt; all others must stay 
 def require_same_run(old: Any, new: Any) -> None:
     """Check that a resumed run keeps what decides what is learnt.
 
-    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device, num_threads, parallel,
+    num_steps, the `*_every_steps`, sample_seconds, validate_whole_split, device, compile, num_threads, parallel,
     checkpoint_layers, timeout_seconds and logger may change, and the place of the corpus; without dropout
     num_micro_batches too (each part draws its own numbers for dropout).
 

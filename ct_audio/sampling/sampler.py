@@ -258,7 +258,7 @@ def draw_codes(
             ranked[:, top_k:] = 0
         if top_p is not None and top_p < 1:
             more_probable = ranked.cumsum(-1) - ranked  # the probability of the codes before
-            ranked[more_probable >= top_p * ranked.sum(-1, keepdim=True)] = 0
+            ranked = ranked.masked_fill(more_probable >= top_p * ranked.sum(-1, keepdim=True), 0)
         probabilities = torch.zeros_like(ranked).scatter_(-1, order, ranked)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]
@@ -275,7 +275,7 @@ class _LaneUniforms:
         words = [np.random.SeedSequence((seed, lane)).generate_state(1, np.uint32)[0] for lane in range(num_lanes)]
         self._generators = [torch.Generator().manual_seed(int(word)) for word in words]
         self._device, self._used = device, 0
-        self._ahead = torch.empty(num_lanes, 0, dtype=torch.float64)
+        self._ahead = torch.empty(num_lanes, 0, dtype=torch.float64, device=device)
 
     def next(self, num: int) -> Float64[Tensor, "B N"]:
         """The next numbers of each lane."""

@@ -153,7 +153,7 @@ def load_checkpoint(
     """
     like = model.zero_memory(num_lanes)
     memory, state = load_session(checkpoint, model=model, optimizer=optimizer, like=like, world=world)
-    return split_memory(memory, num_lanes, num_micro_batches), state
+    return split_memory(model.recount_memory(memory), num_lanes, num_micro_batches), state
 
 
 def load_session(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from ct_audio.common.progress import Progress
 from ct_audio.common.signals import SIGNALS, caught_signals
 from ct_audio.common.units import nats_to_bits
 from ct_audio.data.audio_files import write_wav
-from ct_audio.data.lanes import Chunk, split_chunk
+from ct_audio.data.lanes import split_chunk
 from ct_audio.evaluation.nll import evaluate_nll, stretch_of
 from ct_audio.models.interface import clip_gradients
 from ct_audio.models.state import detach_memory, named_tensors
@@ -34,6 +33,7 @@ from ct_audio.runs.config import RunConfig
 from ct_audio.runs.metrics import memory_use_mib
 from ct_audio.sampling.sampler import Sampler
 from ct_audio.training.checkpoint import drop_previous, go_back, save_checkpoint
+from ct_audio.training.monitor import Failure
 from ct_audio.training.parallel import (
     World,
     all_gather,
@@ -52,7 +52,7 @@ from ct_audio.training.session import Session, enter_run, require_shared_directo
 
 
 class NonFiniteLossError(UserError):
-    """The loss, or a gradient, is NaN or infinite; the weights have not been touched by it."""
+    """The loss, or a gradient, is NaN or infinite; nothing of it has been saved."""
 
 
 def train(config: RunConfig) -> int:
@@ -94,12 +94,13 @@ def _loop(session: Session) -> int:
     with tqdm(total=num_steps, initial=progress.step, unit="step", disable=hidden, leave=False) as bar:
         for step in range(progress.step, num_steps):
             step_began, stop = time.perf_counter(), 0
-            progress.add(_forward_and_backward(session, step))
+            _forward_and_backward(session, step)
             if completes_update(step, config.optim):
-                stop = _agree(session)
+                stop = _agree_on_signal(session)
                 norms = clip_gradients(session.model.gradient_groups(), config.optim.max_gradient_norm)
-                _require_finite_gradients(session, norms, step)
-                _has_held(session)
+                norms = {f"gradient_norm/{group}": norm.double() for group, norm in norms.items()}
+                session.monitor.check_norms(step, norms)
+                session.monitor.add(norms, progress.sums)
                 if not has_updated:  # what is slow once, as compilation, has been done on every rank
                     set_timeout(config.train.timeout_seconds)
                     has_updated = True
@@ -107,8 +108,10 @@ def _loop(session: Session) -> int:
                 optimizer.step()
                 session.model.after_update()
                 optimizer.zero_grad()
-                progress.add({"updates": 1.0, **{f"gradient_norm/{group}": norm for group, norm in norms.items()}})
+                progress.add({"updates": 1.0})
             progress.step = step + 1
+            if stop or _is_anything_due(session):
+                _look(session)
             seconds = time.perf_counter() - step_began
             progress.training_seconds += seconds
             progress.add({"steps": 1.0, "seconds": seconds})
@@ -142,7 +145,7 @@ def _without_steps(session: Session) -> int:
                 _validate(session)
     if progress.is_due("sample", settings.sample_every_steps, settings.num_steps):
         _sample(session)
-    stop = _agree(session)
+    stop = _agree_on_signal(session)
     if stop:
         return 128 + stop
     if progress.is_due("checkpoint", settings.checkpoint_every_steps, settings.num_steps):
@@ -150,31 +153,59 @@ def _without_steps(session: Session) -> int:
     return 0
 
 
-def _forward_and_backward(session: Session, step: int) -> dict[str, float]:
-    """Add a step's gradients, weighted so that an update's are means over its period; returns mean losses by tag."""
+def _forward_and_backward(session: Session, step: int) -> None:
+    """Add a step's gradients, weighted so that an update's are means over its period; never waits for the device."""
     period, parts = (
         update_steps(step, session.config.optim),
         split_chunk(session.stream.next_chunk(), len(session.memories)),
     )
-    means: dict[str, float] = {}
+    means: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
         synchronises = step + 1 == period.stop and index + 1 == len(parts)
         inputs, targets, document_starts = (
-            None if tensor is None else tensor.to(session.device) for tensor in part[:3]
+            None if tensor is None else tensor.to(session.device, non_blocking=True) for tensor in part[:3]
         )
         with contextlib.nullcontext() if synchronises else no_synchronisation(session.loss):
             nll, memory, auxiliary = session.loss(inputs, targets, session.memories[index], document_starts)
             losses = {"nll/train_nats": nll.mean(), **auxiliary}
             (torch.stack(list(losses.values())).sum() / (len(parts) * len(period))).backward()
         session.memories[index] = detach_memory(memory)
-        values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
-        if not all(map(math.isfinite, values)):
-            session.failures.append(
-                _describe_failure(session, step, index, part, nll.detach(), dict(zip(losses, values, strict=True)))
-            )
-        for tag, value in zip(losses, values, strict=True):
-            means[tag] = means.get(tag, 0.0) + value / len(parts)
-    return means
+        session.monitor.check_losses(step, index, losses, nll)
+        session.positions[step, index] = part.positions
+        for tag, loss in losses.items():
+            means[tag] = means.get(tag, 0.0) + loss.detach().double() / len(parts)
+    session.monitor.add(means, session.progress.sums)
+
+
+def _is_anything_due(session: Session) -> bool:
+    """Whether the loop logs now or, at the end of an update, validates, samples or saves."""
+    settings = session.config.train
+    if session.progress.is_due("log", settings.log_every_steps, settings.num_steps):
+        return True
+    periods = {
+        "valid": settings.valid_every_steps,
+        "sample": settings.sample_every_steps,
+        "checkpoint": settings.checkpoint_every_steps,
+    }
+    due = any(session.progress.is_due(what, every, settings.num_steps) for what, every in periods.items())
+    return due and completes_update(session.progress.step - 1, session.config.optim)
+
+
+def _look(session: Session) -> None:
+    """Wait for the device and see what has been since the last look, on any rank.
+
+    Raises:
+        NonFiniteLossError: on every rank, with what the rank concerned has to say.
+    """
+    progress = session.progress
+    failure, positions = session.monitor.look(progress.sums), session.positions
+    session.positions = {}
+    if all_reduce_sum(torch.tensor([float(failure is not None)])).item():
+        own = None if failure is None else (failure.step, _describe_failure(session, failure, positions))
+        num_finite, what = min(found for found in all_gather(own) if found is not None)
+        _note_held(session, num_finite)
+        raise NonFiniteLossError(what + _last_good(session))
+    _note_held(session, progress.step)
 
 
 def _when_due(session: Session, *, stop: int) -> None:
@@ -190,40 +221,31 @@ def _when_due(session: Session, *, stop: int) -> None:
             _has_held(session)
 
 
-def _agree(session: Session) -> int:
-    """What has come on any rank since the last update, before it reaches the weights: a signal's number, or 0.
-
-    Raises:
-        NonFiniteLossError: on every rank, with what the rank concerned has to say.
-    """
-    flags = torch.tensor([float(bool(session.failures))] + [float(number in session.signals) for number in SIGNALS])
-    flags = all_reduce_sum(flags).tolist()
-    if flags[0]:
-        failures = [failure for part in all_gather(session.failures) for failure in part]
-        raise NonFiniteLossError(failures[0] + _last_good(session))
-    return next((int(number) for number, flag in zip(SIGNALS, flags[1:], strict=True) if flag), 0)
+def _agree_on_signal(session: Session) -> int:
+    """The number of a signal that has come on any rank since the last update, or 0."""
+    flags = all_reduce_sum(torch.tensor([float(number in session.signals) for number in SIGNALS])).tolist()
+    return next((int(number) for number, flag in zip(SIGNALS, flags, strict=True) if flag), 0)
 
 
-def _describe_failure(
-    session: Session, step: int, index: int, part: Chunk, nll: Float[Tensor, "B T"], values: dict[str, float]
-) -> str:
-    bad = (~torch.isfinite(nll)).nonzero()
-    if not len(bad):
-        name = next(tag for tag, value in values.items() if not math.isfinite(value))
-        return f"step {step + 1}: the loss {name} is {values[name]}"
-    lane, offset = (int(place) for place in bad[0])
-    first_lane = session.world.rank * len(session.memories) + index
-    position = (int(part.positions[lane]) + offset) % session.stream.num_codes_used
+def _describe_failure(session: Session, failure: Failure, positions: dict[tuple[int, int], Tensor]) -> str:
+    where = f"step {failure.step + 1}"
+    if failure.part is None:
+        return f"{where}: the gradient norm of {failure.tag.removeprefix('gradient_norm/')} is {failure.value}"
+    if failure.place is None:
+        return f"{where}: the loss {failure.tag} is {failure.value}"
+    (lane, offset), first_codes = failure.place, positions[failure.step, failure.part]
+    first_lane = session.world.rank * len(session.memories) + failure.part
+    position = (int(first_codes[lane]) + offset) % session.stream.num_codes_used
     return (
-        f"step {step + 1}: the loss is {nll[lane, offset].item()} in lane {first_lane * len(part.inputs) + lane}, "
+        f"{where}: the loss is {failure.value} in lane {first_lane * len(first_codes) + lane}, "
         f"corpus position {position} of the train split"
     )
 
 
-def _require_finite_gradients(session: Session, norms: dict[str, float], step: int) -> None:
-    for group, norm in norms.items():
-        if not math.isfinite(norm):
-            raise NonFiniteLossError(f"step {step + 1}: the gradient norm of {group} is {norm}" + _last_good(session))
+def _note_held(session: Session, num_finite: int) -> None:
+    """Note whether a whole update from the last checkpoint was finite, given that so many steps of the run were."""
+    if update_steps(num_finite, session.config.optim).start > session.progress.last.get("checkpoint", 0):
+        _has_held(session)
 
 
 def _has_held(session: Session) -> None:
@@ -256,8 +278,6 @@ def _log(session: Session, bar: tqdm) -> None:
     means = _mean_sums(session)
     steps, updates, seconds = means.pop("steps"), means.pop("updates", 0), means.pop("seconds")
     values = {tag: total / (updates if tag.startswith("gradient_norm/") else steps) for tag, total in means.items()}
-    if not all(map(math.isfinite, values.values())):  # in the middle of an update, at whose end the run stops
-        return
     values["nll/train_bits"] = nats_to_bits(values["nll/train_nats"])
     values["optim/learning_rate"] = learning_rate(progress.step - 1, config.optim)
     values["optim/update_period"] = len(update_steps(progress.step - 1, config.optim))
@@ -307,7 +327,7 @@ def _validate_whole_split(session: Session) -> int:
         return 0
     nll_nats = _valid_nll(session, max_codes=None)
     if nll_nats is None:
-        return 128 + _agree(session)
+        return 128 + _agree_on_signal(session)
     if not math.isfinite(nll_nats):
         raise NonFiniteLossError(f"whole validation split: the NLL is {nll_nats}" + _last_good(session))
     _has_held(session)

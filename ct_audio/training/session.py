@@ -29,6 +29,7 @@ from ct_audio.data.codecs import write_codec_files
 from ct_audio.data.corpus import Corpus, open_corpus
 from ct_audio.data.lanes import WindowStream
 from ct_audio.models import SequenceModel, build_model
+from ct_audio.models.state import map_memory
 from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
 from ct_audio.runs.config import DataConfig, RunConfig, TrainConfig, config_to_yaml, load_config
 from ct_audio.runs.device import choose_device
@@ -36,6 +37,7 @@ from ct_audio.runs.metrics import MetricsWriter, read_metrics, tensorboard_page
 from ct_audio.runs.same_run import flat_config, require_same_run
 from ct_audio.runs.weights_and_biases import WandbLogger
 from ct_audio.training.checkpoint import load_checkpoint, split_memory
+from ct_audio.training.monitor import Monitor
 from ct_audio.training.parallel import World, all_gather, data_parallel, on_first_rank
 from ct_audio.training.schedules import completes_update, make_optimizer, update_steps
 
@@ -53,13 +55,31 @@ COMPARED_TAGS = ["nll/valid_nats", "nll/train_nats", "throughput/codes_per_secon
 
 
 class ChunkLoss(nn.Module):
-    """Forward pass and losses of a chunk as one module, so that data parallelism wraps all of it."""
+    """Forward pass and losses of a chunk as one module, so that data parallelism wraps all of it.
 
-    def __init__(self, model: SequenceModel, *, device_type: str, precision: str) -> None:
+    Args:
+        device_type: "cpu" or "cuda".
+        precision, compile: as in `TrainConfig`.
+        backend: of torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        *,
+        device_type: str,
+        precision: str,
+        compile: bool | str = False,
+        backend: str = "inductor",
+    ) -> None:
         super().__init__()
         self.model = model
         self._device_type = device_type
         self._autocast = precision == "bfloat16"
+        self._replays, self._compiled = compile == "cuda_graphs", None
+        if compile:
+            mode: Any = {"mode": "reduce-overhead"} if self._replays and backend == "inductor" else {}
+            self._compiled = torch.compile(self._losses, fullgraph=True, dynamic=None, backend=backend, **mode)
 
     def forward(
         self,
@@ -69,6 +89,19 @@ class ChunkLoss(nn.Module):
         document_starts: Bool[Tensor, "B T"] | None,
     ) -> tuple[Float[Tensor, "B T"], Any, dict[str, Float[Tensor, ""]]]:
         """NLL of each target in nats, next memory, auxiliary losses."""
+        if self._compiled is None:
+            return self._losses(inputs, targets, memory, document_starts)
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of the adaptive softmax
+            if not self._replays:
+                return self._compiled(inputs, targets, memory, document_starts)
+            torch.compiler.cudagraph_mark_step_begin()
+            nll, memory, losses = self._compiled(inputs, targets, memory, document_starts)
+            # The next replay writes where these lie.
+            return nll.clone(), map_memory(torch.clone, memory), {name: loss.clone() for name, loss in losses.items()}
+
+    def _losses(
+        self, inputs: Tensor, targets: Tensor, memory: Any, document_starts: Tensor | None
+    ) -> tuple[Tensor, Any, dict[str, Tensor]]:
         with torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
             output = self.model(inputs, memory, document_starts=document_starts)
             nll = self.model.nll(output.features, targets)  # type: ignore[operator]
@@ -114,9 +147,10 @@ class Progress:
 
 @dataclass
 class Session:
-    """What one call of the training command works with; signals that come and losses that are NaN are noted here.
+    """What one call of the training command works with; signals that come are noted here.
 
-    `optimizer` is None for a model without parameters; `last_has_held` says that a step from the last checkpoint has
+    `optimizer` is None for a model without parameters; `positions` are where in the corpus the lanes of each step and
+    micro-batch since the last look at `monitor` began; `last_has_held` says that a step from the last checkpoint has
     been finite.
     """
 
@@ -134,7 +168,8 @@ class Session:
     signals: list[int]
     began: float
     resumed: bool
-    failures: list[str] = field(default_factory=list)
+    monitor: Monitor = field(default_factory=Monitor)
+    positions: dict[tuple[int, int], Int[Tensor, "B"]] = field(default_factory=dict)
     last_has_held: bool = False
 
     @property
@@ -222,14 +257,14 @@ def set_up(config: RunConfig, world: World, signals: list[int]) -> Session:
     stream = _open_stream(config.data, corpus, world)
     num_lanes = config.data.num_lanes // world.world_size
     _check(config, corpus, num_lanes)
-    model = _build(config, world)
-    if config.train.checkpoint_layers:
+    settings, model = config.train, _build(config, world)
+    if settings.checkpoint_layers:
         checkpoint_layers(model)
-    loss = ChunkLoss(model, device_type=device.type, precision=config.train.precision)
-    how: dict[str, Any] = {"device": device, "kind": config.train.parallel, "units": model.shard_units()}
+    loss = ChunkLoss(model, device_type=device.type, precision=settings.precision, compile=settings.compile)
+    how: dict[str, Any] = {"device": device, "kind": settings.parallel, "units": model.shard_units()}
     loss = data_parallel(loss, world, **how)
     optimizer = make_optimizer(model, config.optim) if model.has_parameters else None
-    memories = split_memory(model.zero_memory(num_lanes), num_lanes, config.train.num_micro_batches)
+    memories = split_memory(model.zero_memory(num_lanes), num_lanes, settings.num_micro_batches)
     progress, before = Progress(), world.world_size
     if checkpoint is not None:
         lanes = {"num_lanes": num_lanes, "num_micro_batches": config.train.num_micro_batches}

@@ -8,17 +8,25 @@ With rotary positions the score is Rot_i q . Rot_j k / sqrt(E): queries and keys
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 QUERY_BLOCK_LENGTH = 768
 """Queries a call of the kernel: windows of the paper's length are one block."""
 CPU_QUERY_BLOCK_LENGTH = 256
 """The same on a CPU, whose calls cost little: fewer keys of the window are read only to be masked."""
+
+
+class Distances(NamedTuple):
+    """How far each query is from each key: values i - j that come, and which of them each pair has."""
+
+    values: Float[Tensor, "R"]
+    index: Int[Tensor, "T S"]
 
 
 def sinusoids(positions: Float[Tensor, "*S"], width: int) -> Float[Tensor, "*S P"]:
@@ -68,6 +76,7 @@ def fused_attention(
     key_positions: Float[Tensor, "S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
     share: None = None,
+    distances: None = None,
 ) -> Float[Tensor, "N H T E"]:
     """Relative attention as plain attention over widened heads, in one fused kernel.
 
@@ -112,6 +121,7 @@ def reference_attention(
     key_positions: Float[Tensor, "S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
     share: Float[Tensor, "H 1 S"] | None = None,
+    distances: Distances | None = None,
 ) -> Float[Tensor, "N H T E"]:
     """Relative attention as the formula says; it makes every weight, T x S a head.
 
@@ -123,6 +133,7 @@ def reference_attention(
         mask: additive, 0 or -inf; every query sees at least one key.
         share: in [0, 1], by which each weight is multiplied before they are normalised (adaptive spans); above 0 for
             at least one key that the query sees. The fused backend takes none.
+        distances: of these positions, where they are known; else they are found, for which a GPU must be waited for.
     Source: Dai et al. 2019 (Transformer-XL), section 3.3.
     """
     weights = attention_weights(
@@ -133,6 +144,7 @@ def reference_attention(
         key_positions=key_positions,
         mask=mask,
         share=share,
+        distances=distances,
     )
     return einsum(weights, values, "n h t s, n h s e -> n h t e")
 
@@ -146,10 +158,13 @@ def attention_weights(
     key_positions: Float[Tensor, "S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
     share: Float[Tensor, "H 1 S"] | None = None,
+    distances: Distances | None = None,
 ) -> Float[Tensor, "N H T S"]:
     """The weights of relative attention, summing to 1 over the keys; arguments as in `reference_attention`."""
-    distances, index = torch.unique(query_positions[:, None] - key_positions[None, :], return_inverse=True)
-    table = sinusoids(distances, position_query.shape[-1]).to(keys.dtype)
+    if distances is None:
+        distances = Distances(*torch.unique(query_positions[:, None] - key_positions[None, :], return_inverse=True))
+    values, index = distances
+    table = sinusoids(values, position_query.shape[-1]).to(keys.dtype)
     by_distance = einsum(position_query, table, "n h t p, r p -> n h t r")
     by_position = by_distance.gather(-1, index.expand(*by_distance.shape[:2], *index.shape))
     scores = einsum(content_query, keys, "n h t e, n h s e -> n h t s") + by_position

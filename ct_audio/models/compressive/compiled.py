@@ -104,7 +104,9 @@ class CompiledCompressiveStack(CompiledStack):
             compressed = torch.from_numpy(state.compressed[lanes, index, places % max(num_compressed, 1)])
             valid = torch.from_numpy(state.valid[:, index].copy()).unbind(1)
             memory = (_zero_invalid(*pair) for pair in zip((rows[:, :length], compressed), valid, strict=True))
-            remembered.append(LayerMemory(*memory, *(count.clone() for count in valid)))
+            kept, kept_compressed = memory
+            parts = (kept, kept_compressed, valid[0].clone(), valid[1].clone())
+            remembered.append(LayerMemory(*parts, self._module.layers[index].recount(*parts)))
         num_taps = state.queues.shape[2]
         places = (state.count[:, None] + np.arange(num_taps)[1:]) % max(num_taps, 1)
         caches = tuple(map(new_cache, self._module.layers, remembered, inputs, [None] * len(inputs)))

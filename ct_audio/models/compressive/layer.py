@@ -22,12 +22,13 @@ from ct_audio.models.compressive.attention import (
 )
 from ct_audio.models.compressive.compression import COMPRESSION_FUNCTIONS, Decoder, autoencoding_loss, choose_most_used
 from ct_audio.models.compressive.config import StackConfig
-from ct_audio.models.compressive.memory import push
+from ct_audio.models.compressive.memory import codes_until_full, push
 from ct_audio.models.compressive.reconstruction import attention_reconstruction_loss
 from ct_audio.models.compressive.windows import (
     Geometry,
     LayerMemory,
     View,
+    distances_of,
     geometry_of,
     old_rows_valid,
     remember,
@@ -161,6 +162,22 @@ class CompressiveLayer(nn.Module):
             keeps_straddling=self.config.straddling_groups == "zero" and not self.chooses_most_used,
         )
 
+    def codes_until_full(self, memory_length: int, compressed_memory_length: int, **valid: int) -> int:
+        """Of a memory of these lengths; see `memory.codes_until_full`."""
+        return codes_until_full(
+            window_length=self.config.window_length,
+            compression_rate=self.compression_rate,
+            memory_length=memory_length,
+            compressed_memory_length=compressed_memory_length,
+            most_used=self.chooses_most_used,
+            **valid,
+        )
+
+    def recount(self, memory: Tensor, compressed_memory: Tensor, valid: Tensor, compressed_valid: Tensor) -> int:
+        """`codes_until_full` from the counts on the device, of the lane that has fewest."""
+        lengths, fewest = (memory.shape[1], compressed_memory.shape[1]), int(valid.min())
+        return self.codes_until_full(*lengths, memory_valid=fewest, compressed_memory_valid=int(compressed_valid.min()))
+
     def spans(self) -> Float[Tensor, "H"]:
         """How far each head looks back before it fades, in rows of memory and compressed memory."""
         assert self.span is not None
@@ -200,7 +217,8 @@ class CompressiveLayer(nn.Module):
     def _attend(self, query: Tensor, keys_values: Float[Tensor, "N S E2"], view: View) -> Float[Tensor, "B T D"]:
         content_query, position_query, keys, values = self._heads(query, keys_values, view)
         attend = ATTENTION_BACKENDS[self.config.attention_backend]
-        attended = attend(content_query, position_query, keys, values, **self._seen(view))
+        seen = self._seen(view, with_distances=self.config.attention_backend == "reference")
+        attended = attend(content_query, position_query, keys, values, **seen)
         return rearrange(attended, "(b w) h t e -> b (w t) (h e)", b=query.shape[0])
 
     def _heads(self, query: Tensor, keys_values: Tensor, view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -221,11 +239,13 @@ class CompressiveLayer(nn.Module):
 
     def _weights(self, query: Tensor, keys_values: Tensor, view: View) -> Float[Tensor, "N H T S"]:
         content_query, position_query, keys, _ = self._heads(query, keys_values, view)
-        return attention_weights(content_query, position_query, keys, **self._seen(view))
+        return attention_weights(content_query, position_query, keys, **self._seen(view, with_distances=True))
 
-    def _seen(self, view: View) -> dict[str, Any]:
+    def _seen(self, view: View, *, with_distances: bool) -> dict[str, Any]:
         """Where the keys stand and how much of each is seen, as arguments of an attention."""
-        positions = {"query_positions": view.query_positions, "key_positions": view.key_positions}
+        positions: dict[str, Any] = {"query_positions": view.query_positions, "key_positions": view.key_positions}
+        if with_distances:
+            positions["distances"] = distances_of(view.geometry, view.key_positions)
         return {**positions, "mask": view.mask, "share": self.share(view.geometry)}
 
     def finish(self, rows: Tensor, attended: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ class Memory(NamedTuple):
         compressed_memory: L tensors [B, K_l, D], oldest first.
         memory_valid: L int64 tensors [B], how many of the last rows of `memory` are valid.
         compressed_memory_valid: L int64 tensors [B], likewise.
+        codes_until_full: L numbers on the host: after so many more codes all rows of the layer are valid in every lane
+            (they may be earlier, where documents have begun); 0: they are. It spares asking the device.
         queues: what the layers' convolutions carry: tensors [B, Q, D], one a layer, or none at all.
         final: True once a shorter last window has ended the stream.
     """
@@ -27,6 +29,7 @@ class Memory(NamedTuple):
     compressed_memory: tuple[Float[Tensor, "B _ D"], ...]
     memory_valid: tuple[Int[Tensor, "B"], ...]
     compressed_memory_valid: tuple[Int[Tensor, "B"], ...]
+    codes_until_full: tuple[int, ...]
     queues: tuple[Float[Tensor, "B Q D"], ...] = ()
     final: bool = False
 
@@ -38,17 +41,45 @@ class LayerMemory(NamedTuple):
     compressed_memory: Float[Tensor, "B K D"]
     memory_valid: Int[Tensor, "B"]
     compressed_memory_valid: Int[Tensor, "B"]
+    codes_until_full: int
 
 
 def layer_memory(memory: Memory, index: int) -> LayerMemory:
     """The part of a memory that belongs to one layer."""
-    return LayerMemory(*(part[index] for part in memory[:4]))
+    rows, compressed, valid, compressed_valid, until_full = memory[:5]
+    return LayerMemory(rows[index], compressed[index], valid[index], compressed_valid[index], until_full[index])
 
 
 def join_layers(layers: list[LayerMemory], queues: tuple[Tensor, ...]) -> Memory:
     """The memory of all layers; the inverse of `layer_memory`."""
-    rows, compressed, valid, compressed_valid = zip(*layers, strict=True)
-    return Memory(rows, compressed, valid, compressed_valid, queues)
+    rows, compressed, valid, compressed_valid, until_full = zip(*layers, strict=True)
+    return Memory(rows, compressed, valid, compressed_valid, until_full, queues)
+
+
+def codes_until_full(
+    *,
+    window_length: int,
+    compression_rate: int,
+    memory_length: int,
+    compressed_memory_length: int,
+    memory_valid: int = 0,
+    compressed_memory_valid: int = 0,
+    most_used: bool = False,
+) -> int:
+    """Codes, in whole windows, after which all rows of both memories are valid, if no document begins before.
+
+    Args:
+        memory_valid, compressed_memory_valid: rows that are valid already.
+        most_used: of rows that leave together, valid ones are kept before others, in place of one of each group.
+    """
+    missing = memory_length - memory_valid
+    windows = -(-missing // window_length)
+    if missing:
+        leaving = windows * window_length - missing  # valid rows that leave with the window that fills the memory
+        kept = min(leaving, window_length // compression_rate) if most_used else leaving // compression_rate
+        compressed_memory_valid += kept
+    missing = max(0, compressed_memory_length - compressed_memory_valid)
+    return (windows + -(-missing // (window_length // compression_rate))) * window_length
 
 
 def push(

@@ -26,7 +26,7 @@ from ct_audio.models.compressive.stepping import (
     shift_cache,
     step_layer,
 )
-from ct_audio.models.compressive.windows import Geometry, View, is_full, make_view, remember
+from ct_audio.models.compressive.windows import Geometry, View, make_view, remember
 from ct_audio.models.interface import CompiledStack, Stack, StackOutput
 from ct_audio.models.layers import document_age
 from ct_audio.models.state import map_memory, tensor_options
@@ -85,7 +85,12 @@ class CompressiveStack(Stack):
 
         queue_lengths = [self._convolution(index).queue_length for index in range(len(self.convolutions))]
         queues = tuple(torch.zeros(num_lanes, length, config.width, **like) for length in queue_lengths)
-        return Memory(zeros(rows), zeros(compressed), counts(), counts(), queues)
+        memories = (zeros(rows), zeros(compressed))
+        until_full = (
+            self._layer(index).codes_until_full(part.shape[1], compressed_part.shape[1])
+            for index, (part, compressed_part) in enumerate(zip(*memories, strict=True))
+        )
+        return Memory(*memories, counts(), counts(), tuple(until_full), queues)
 
     def full_memory(self, num_lanes: int) -> Memory:
         memory = self.zero_memory(num_lanes)
@@ -93,7 +98,14 @@ class CompressiveStack(Stack):
         def full(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(torch.full((num_lanes,), part.shape[1], device=part.device) for part in parts)
 
-        return memory._replace(memory_valid=full(memory.memory), compressed_memory_valid=full(memory.compressed_memory))
+        counts = {"memory_valid": full(memory.memory), "compressed_memory_valid": full(memory.compressed_memory)}
+        return memory._replace(**counts, codes_until_full=(0,) * len(self.layers))
+
+    def recount_memory(self, memory: Memory) -> Memory:
+        until_full = tuple(
+            self._layer(index).recount(*parts) for index, parts in enumerate(zip(*memory[:4], strict=True))
+        )
+        return memory._replace(codes_until_full=until_full)
 
     def forward(
         self, rows: Float[Tensor, "B T D"], memory: Memory, *, document_starts: Bool[Tensor, "B T"] | None = None
@@ -263,7 +275,7 @@ class CompressiveStack(Stack):
             layer, memory = self._layer(index), layer_memory(state.memory, index)
             geometry = layer.geometry(memory, length)
             if geometry not in views:  # as in `_run`; None while all rows are valid
-                is_steady = state.starts is None and is_full(geometry, memory)
+                is_steady = state.starts is None and memory.codes_until_full == 0
                 views[geometry] = None if is_steady else make_view(geometry, memory, length, state.starts)
             view = views[geometry]
             old_memory, next_memory = push(memory.memory, cache.inputs)

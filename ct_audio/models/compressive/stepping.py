@@ -107,8 +107,7 @@ def compress_ahead(
     layer: CompressiveLayer, memory: LayerMemory, window_length: int
 ) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B _ KV"]] | None:
     """`LayerCache.ahead`: f_c of the memory's oldest rows, where these are all that leave with the window."""
-    is_known = layer.compression is not None and memory.memory.shape[1] >= window_length
-    if not is_known or not memory.compressed_memory.shape[1]:
+    if layer.compression is None or memory.memory.shape[1] < window_length or not memory.compressed_memory.shape[1]:
         return None
     compressed = layer.compression(memory.memory[:, :window_length])
     return compressed, layer.key_value(layer.read(compressed))

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ct_audio.models.compressive.attention import additive_mask
+from ct_audio.models.compressive.attention import Distances, additive_mask
 from ct_audio.models.compressive.memory import LayerMemory
 
 
@@ -64,12 +64,14 @@ class View(NamedTuple):
     Attributes:
         mask: additive, [T, S] for all windows, or [B W, 1, T, S] where some row is not valid or a document starts.
         documents: None where all rows are valid.
+        codes_until_full: of the layer's memory after the chunk.
         query_positions, key_positions: [T] and [S], in codes, relative to the window's first code.
     """
 
     geometry: Geometry
     mask: Tensor
     documents: Documents | None
+    codes_until_full: int
     query_positions: Tensor
     key_positions: Tensor
 
@@ -194,20 +196,13 @@ def geometry_of(
     return Geometry(window_length, rows, compressed, compression_rate, temporal, keeps_straddling)
 
 
-def is_full(geometry: Geometry, memory: LayerMemory) -> bool:
-    """Whether all rows of all lanes are valid."""
-    return bool(
-        (memory.memory_valid == geometry.memory_length).all()
-        & (memory.compressed_memory_valid == geometry.compressed_memory_length).all()
-    )
-
-
 def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_starts: Tensor | None) -> View:
-    """What the windows of a chunk of `num_codes` may see, and where their rows stand."""
-    rows = memory.memory
-    steady = document_starts is None and is_full(geometry, memory)
-    documents = None
-    if steady:
+    """What the windows of a chunk of `num_codes` may see, and where their rows stand; it never waits for the device."""
+    rows, documents = memory.memory, None
+    until_full = max(0, memory.codes_until_full - num_codes)
+    if document_starts is not None:  # the device alone knows where: perhaps at the end of the chunk
+        until_full = geometry.memory_length + geometry.compressed_memory_length * geometry.compression_rate
+    if document_starts is None and memory.codes_until_full == 0:
         visible = causal_mask(geometry, rows.device)
     else:
         documents = document_numbers(
@@ -221,7 +216,8 @@ def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_
     query_positions = torch.arange(geometry.window_length, dtype=rows.dtype, device=rows.device)
     device_type = rows.device.type  # in the type of attention at once, or each layer would keep a copy for its gradient
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else rows.dtype
-    return View(geometry, additive_mask(visible, dtype), documents, query_positions, key_positions(geometry, rows))
+    positions = (query_positions, key_positions(geometry, rows))
+    return View(geometry, additive_mask(visible, dtype), documents, until_full, *positions)
 
 
 def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, "S"]:
@@ -237,6 +233,23 @@ def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, "S"]:
     return torch.cat([mean_positions, positions[compressed:]])
 
 
+def distances_of(geometry: Geometry, like: Tensor) -> Distances:
+    """Distances from the queries of a window to its keys, without looking at numbers on the device."""
+    rate, compressed, length = geometry.compression_rate, geometry.compressed_memory_length, geometry.window_length
+    at_index = 0 if geometry.temporal else compressed  # compressed rows that stand where their index is, as others do
+    near = geometry.num_keys - compressed + at_index
+    queries = torch.arange(length, device=like.device)[:, None]
+    index = queries + (near - 1 - torch.arange(near, device=like.device))
+    values = torch.arange(1 - length, near, dtype=like.dtype, device=like.device)
+    if geometry.temporal and compressed:
+        far = queries + rate * torch.arange(compressed - 1, -1, -1, device=like.device)
+        index = torch.cat([far + len(values), index], dim=1)
+        first = geometry.memory_length + (rate + 1) / 2  # from the first query to the newest compressed row
+        far_values = torch.arange(length + rate * (compressed - 1), dtype=like.dtype, device=like.device) + first
+        values = torch.cat([values, far_values])
+    return Distances(values, index)
+
+
 def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, view: View | None) -> LayerMemory:
     """The next memory of a layer: newest rows and compressed rows, those of other documents zeroed and not counted;
     without a view, all are valid.
@@ -248,14 +261,14 @@ def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, v
     if new_compressed is not None:
         compressed = torch.cat([compressed, new_compressed], dim=1)
         compressed = compressed[:, compressed.shape[1] - length :]
-    documents = None if view is None else view.documents
-    if documents is None:
-        return memory._replace(memory=rows.clone(), compressed_memory=compressed.clone())
-    current, stream, compressed_stream = documents.stream[:, -1], documents.stream, documents.compressed_stream
+    if view is None or view.documents is None:
+        return memory._replace(memory=rows.clone(), compressed_memory=compressed.clone())  # as full as it was
+    stream, compressed_stream = view.documents.stream, view.documents.compressed_stream
+    current = stream[:, -1]
     rows, valid = keep_valid(rows, stream[:, stream.shape[1] - rows.shape[1] :], current)
     kept = compressed_stream[:, compressed_stream.shape[1] - length :]
     compressed, compressed_valid = keep_valid(compressed, kept, current)
-    return LayerMemory(rows, compressed, valid, compressed_valid)
+    return LayerMemory(rows, compressed, valid, compressed_valid, view.codes_until_full)
 
 
 def _valid_tail(valid: Int[Tensor, "B"], length: int) -> Int[Tensor, "B M"]:
