@@ -260,3 +260,15 @@ def test_the_precision_of_the_forward_pass_stands_in_the_protocol(run_dir: Path)
     older = plain | {"protocol": {key: value for key, value in plain["protocol"].items() if key != "precision"}}
     require_alike({"plain": plain, "older": older})
     require_alike({"older": older, "plain": plain})
+
+
+def test_bfloat16_is_a_protocol_of_its_own(run_dir: Path) -> None:
+    exact = evaluate_and_store(run_dir)[1]
+    path, report, settings = evaluate_and_store(run_dir, precision="bfloat16")
+    assert path.stem.endswith("-precision_bfloat16")
+    assert (exact["protocol"]["precision"], report["protocol"]["precision"]) == ("float32", "bfloat16")
+    assert 0 < abs(report["nll_nats"] - exact["nll_nats"]) < 0.02
+    run = load_run_model(run_dir)
+    assert find_evaluation(run_dir, run, settings) != find_evaluation(run_dir, run, EvaluationSettings())
+    with pytest.raises(UserError, match="precision"):
+        require_alike({"exact": exact, "rounded": report})

@@ -8,6 +8,7 @@ only for the same weights, configuration and codes, and as many of them.
 Shape letters: B lanes, T codes of a piece, K blocks.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -147,7 +148,8 @@ def evaluate_run(
 
     if settings.precision and run.config.train.precision == "float64":
         raise UserError(f"--precision {settings.precision}: the weights are float64, which autocast leaves alone")
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.precision is not None):
+    autocast = torch.autocast(model.device.type, torch.bfloat16) if settings.precision else contextlib.nullcontext()
+    with autocast:
         evaluation = evaluate_nll(model, stretch, on_nll=collect, update=update, progress=progress)
     if not math.isfinite(evaluation.nll_nats):
         advice = "use another checkpoint" if dynamic is None else "lower the learning rate of dynamic evaluation"
