@@ -19,7 +19,15 @@ from ct_audio.commands import describe
 from ct_audio.commands.command_line import run_tool
 from ct_audio.commands.program import command_modules, main
 from ct_audio.common.errors import UserError
-from ct_audio.common.recipes import PROGRAM, RECIPES, config_file, config_names, recipe_folder, recipe_names
+from ct_audio.common.recipes import (
+    PROGRAM,
+    RECIPES,
+    config_file,
+    config_names,
+    model_names,
+    recipe_folder,
+    recipe_names,
+)
 from ct_audio.runs.config import load_config
 
 Output = pytest.CaptureFixture[str]
@@ -212,3 +220,7 @@ def test_a_wheel_in_a_fresh_environment_prepares_trains_and_samples(tmp_path: Pa
     run("train", "folder/wavenet_small", *few, "optim.warmup_steps=1", "optim.decay_steps=4")
     run("sample", "runs/folder_wavenet_small", "--seconds", "0.05", "--num", "1", "--out", "samples")
     assert (outside / "samples" / "sample_0.wav").stat().st_size == 44 + 2 * 1200
+    for name in model_names():  # the shipped models, by name
+        run("sample", name, "--seconds", "0.05", "--num", "1", "--out", name.replace("/", "_"))
+        assert (outside / name.replace("/", "_") / "sample_0.wav").stat().st_size == 44 + 2 * 1200
+    assert "kathleen/compressive_transformer" in model_names()
