@@ -19,15 +19,7 @@ from ct_audio.commands import describe
 from ct_audio.commands.command_line import run_tool
 from ct_audio.commands.program import command_modules, main
 from ct_audio.common.errors import UserError
-from ct_audio.common.recipes import (
-    PROGRAM,
-    RECIPES,
-    config_file,
-    config_names,
-    model_names,
-    recipe_folder,
-    recipe_names,
-)
+from ct_audio.common.recipes import PROGRAM, RECIPES, config_file, config_names, recipe_folder, recipe_names
 from ct_audio.runs.config import load_config
 
 Output = pytest.CaptureFixture[str]
@@ -169,7 +161,7 @@ def test_requirements_are_ranges_and_the_lock_lies_within(monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_wheel_in_a_fresh_environment_prepares_trains_and_samples(tmp_path: Path) -> None:
     """Built from the files in version control; what it depends on is that of this environment."""
     source, outside = tmp_path / "source", tmp_path / "outside"
@@ -220,7 +212,5 @@ def test_a_wheel_in_a_fresh_environment_prepares_trains_and_samples(tmp_path: Pa
     run("train", "folder/wavenet_small", *few, "optim.warmup_steps=1", "optim.decay_steps=4")
     run("sample", "runs/folder_wavenet_small", "--seconds", "0.05", "--num", "1", "--out", "samples")
     assert (outside / "samples" / "sample_0.wav").stat().st_size == 44 + 2 * 1200
-    for name in model_names():  # the shipped models, by name
-        run("sample", name, "--seconds", "0.05", "--num", "1", "--out", name.replace("/", "_"))
-        assert (outside / name.replace("/", "_") / "sample_0.wav").stat().st_size == 44 + 2 * 1200
-    assert "kathleen/compressive_transformer" in model_names()
+    run("sample", "kathleen/compressive_transformer", "--seconds", "0.05", "--num", "1", "--out", "shipped")
+    assert (outside / "shipped" / "sample_0.wav").stat().st_size == 44 + 2 * 1200
