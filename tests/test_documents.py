@@ -83,7 +83,10 @@ def commands(document: Path) -> list[list[str]]:
 
 
 def as_script(words: list[str]) -> list[str]:
-    """`ct-audio train x` as `python tools/train.py x`."""
+    """`ct-audio train x` as `python tools/train.py x`; `torchrun -m ct_audio train x` likewise."""
+    if words[0] == "torchrun" and "ct_audio" in words:
+        at = words.index("ct_audio")
+        return [*words[: at - 1], f"tools/{words[at + 1]}.py", *words[at + 2 :]]
     if words[0] != "ct-audio":
         return words
     is_command = not words[1].startswith("-")
@@ -310,7 +313,7 @@ def shortened(words: list[str], recordings: Path) -> list[str]:
         words[words.index("--seconds") + 1] = "0.1"  # a report measures spectra and pitch
     scripts = Path(sys.executable).parent
     if words[0] == "sbatch":
-        return shortened(shlex.split(words[words.index("--wrap") + 1]), recordings)
+        return shortened(as_script(shlex.split(words[words.index("--wrap") + 1])), recordings)
     if "tools/train.py" in words:
         kept = [word for word in words if not word.startswith(("train.num_steps=", "train.log_every"))]
         words = kept + FEW_STEPS + SMALL_AUDIO_MODEL

@@ -168,7 +168,7 @@ def delay_figure(runs: list[Run]) -> Figure:
     panel.minorticks_off()
     panel.set(xlabel="delay in steps (dashed: how far each memory reaches)", ylim=(0.4, 1.02))
     panel.set_ylabel("share of trials won at the end (dotted: chance)")
-    panel.legend(fontsize="small", loc="lower left")
+    panel.legend(fontsize="small", loc="center left")
     panel.grid(alpha=0.3)
     return figure
 
