@@ -40,6 +40,8 @@ SAMPLED_CODES = 512
 STEP_PERIODS = 15
 """Repetitions of each step whose time is taken, for such a model."""
 _LATE_WINDOWS = 50
+_WAYS = ((4, 1, 1), (4, 4, 1), (16, 1, 1), (16, 8, 1), (4, 2, 2), (16, 8, 2))
+"""Lanes, how many of them side by side, threads."""
 _PYPI_PACKAGE = "compressive_transformer_pytorch"
 
 
@@ -164,10 +166,12 @@ def sample_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int
             label = f"{name}, {stepper}"
             cases[f"{label}, first codes"] = Case(_sampling(model, num_lanes, stepper, anew=True))
             cases[f"{label}, memories full"] = Case(_sampling(model, num_lanes, stepper))
-        for lanes in (4, 16):
+        is_large = _scale(model) < 0.1  # the states of many lanes would fill the machine
+        for lanes in (4,) if is_large else (4, 16):
             cases[f"{name}, eager, {lanes} lanes"] = Case(_sampling(model, lanes, "eager"))
         if "compiled" in steppers:
-            for lanes, together, threads in ((4, 1, 1), (4, 4, 1), (16, 1, 1), (16, 8, 1), (4, 2, 2), (16, 8, 2)):
+            ways = ((4, 4, 1), (4, 2, 2)) if is_large else _WAYS
+            for lanes, together, threads in ways:
                 how = "one after another" if together == 1 else f"{together} side by side"
                 label = f"{name}, compiled, {lanes} lanes, {how}" + (f", {threads} threads" if threads > 1 else "")
                 run = _sampling(model, lanes, "compiled", together=together, threads=threads)
@@ -175,7 +179,7 @@ def sample_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int
         if (others := _generate_of_others(config)) is not None:
             cases[f"{name}'s sizes, compressive-transformer-pytorch (PyPI), generate, 1 lane"] = Case(others)
         yield cases
-        if "compiled" in steppers and _scale(model) > 0.1:
+        if "compiled" in steppers and not is_large:
             prime = _random_codes(num_lanes, _LATE_WINDOWS * window, model.vocab_size)
             late = _sampling(model, num_lanes, "compiled", prime=prime)
             first = Case(_sampling(model, num_lanes, "compiled"))
@@ -344,6 +348,8 @@ def sampling_facts(
     for name, config in configs.items():
         model = build_model(config)
         for stepper in _steppers(model):
+            if stepper == "eager" and _scale(model) < 0.1:
+                continue  # minutes
             steps = _step_seconds(model, stepper)
             median, window = float(np.median(steps)), model.window_length
             yield fact(f"{stepper}, median step", 1e6 * median, "us")

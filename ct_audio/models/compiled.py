@@ -25,7 +25,6 @@ from ct_audio.models.front_ends import (
 )
 from ct_audio.models.heads import FLOOR_CELLS, Categorical, LogisticMixture
 from ct_audio.models.interface import BlockSampler, CompiledStack, FrontEnd, Head, Stack
-from ct_audio.models.linear_prediction import LinearPredictionMemory
 
 _OUTPUTS = 16
 """Outputs of a head come in multiples of this: whole vectors."""
@@ -120,14 +119,20 @@ class CompiledPrediction(BlockSampler):
     Args:
         predictor: `kernels.AdaptivePredictor`, or `kernels.Predictor` of the autocorrelation method.
         edges: of the codes' cells.
-        begin_steps: the model's.
+        begin_steps, memory_class: the model's, and the class of its memory.
     """
 
     def __init__(
-        self, predictor: Any, edges: Float64[np.ndarray, "_"], uniform_share: float, begin_steps: Callable[..., Any]
+        self,
+        predictor: Any,
+        edges: Float64[np.ndarray, "_"],
+        uniform_share: float,
+        begin_steps: Callable[..., Any],
+        memory_class: type,
     ) -> None:
         self._predictor, self._cells = predictor, kernels.LogisticCells(edges, np.array([uniform_share]))
-        self._begin_steps, self._is_adaptive = begin_steps, isinstance(predictor, kernels.AdaptivePredictor)
+        self._begin_steps, self._memory_class = begin_steps, memory_class
+        self._is_adaptive = isinstance(predictor, kernels.AdaptivePredictor)
 
     def begin(self, state: Any) -> Any:
         own = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in state.memory)
@@ -137,8 +142,7 @@ class CompiledPrediction(BlockSampler):
 
     def end(self, state: Any) -> Any:
         own = [tensor.clone() for tensor in (state if self._is_adaptive else state[:4])]
-        memory = LinearPredictionMemory(*own) if self._is_adaptive else AutocorrelationMemory(*own)
-        return self._begin_steps(memory, own[-1].new_zeros(len(own[0]), 0))
+        return self._begin_steps(self._memory_class(*own), own[-1].new_zeros(len(own[0]), 0))
 
     @torch.inference_mode()
     def sample_block(

@@ -298,8 +298,11 @@ class LinearPrediction(SequenceModel):
         if self.device.type != "cpu":
             raise UserError(f"compiled stepping: expected the CPU, got {self.device.type}; use the eager stepper")
         edges = torch.cat([self.lower_edges, self.upper_edges[-1:]]).numpy()
-        predictor = self._adaptive_predictor() if self._predictor is None else self._predictor.compiled()
-        return CompiledPrediction(predictor, edges, self.config.uniform_share, self.begin_steps)
+        if self._predictor is None:
+            predictor, memory_class = self._adaptive_predictor(), LinearPredictionMemory
+        else:
+            predictor, memory_class = self._predictor.compiled(), AutocorrelationMemory
+        return CompiledPrediction(predictor, edges, self.config.uniform_share, self.begin_steps, memory_class)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Buffers move between devices and stay float64: `.float()` must not round them."""

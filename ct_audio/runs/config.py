@@ -224,6 +224,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_bounds("train", vars(self))
+        if self.compile and self.parallel == "fsdp":
+            raise UserError(
+                f"train.compile = {str(self.compile).lower()}: a forward pass on shards (train.parallel=fsdp) is no "
+                "single graph; write train.compile=false, or train.parallel=ddp"
+            )
 
 
 def require_directory_name(name: str) -> None:

@@ -4,7 +4,6 @@ What is counted is what stands as the backward pass begins: weights, gradients a
 of a chunk; the memories of the lanes. Not counted are single tensors that come and go, and what the allocator wastes.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ct_audio.common.errors import UserError
 from ct_audio.common.text import markdown_table
@@ -117,12 +115,9 @@ def _activations(config: RunConfig, num_lanes: int, *, with_checkpoints: bool) -
     """Bytes that autograd keeps of a chunk of lanes whose memories are full."""
     if config.train.precision == "float64":  # a fake model stays in the type in which it was made
         return None
-    plain = config.model
-    if getattr(plain, "front_end", "") == "linear_prediction":  # it needs numbers; this one makes rows of the same form
-        plain = dataclasses.replace(plain, front_end="waveform")
     try:
-        with FakeTensorMode(), _EveryRowIsValid():
-            model = build_model(plain)
+        with FakeTensorMode():
+            model = build_model(config)
             if with_checkpoints:
                 checkpoint_layers(model)
             codes = torch.zeros(num_lanes, config.data.chunk_length, dtype=torch.int64)
@@ -154,12 +149,3 @@ def kept_bytes(loss: ChunkLoss, codes: Tensor, memory: Any) -> tuple[int, Any]:
 def _sizes(tensors: Any) -> dict[int, int]:
     """Bytes of each storage, by its place."""
     return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-
-
-class _EveryRowIsValid(TorchDispatchMode):
-    """Answers the stack's question whether its memory is full, which is all that is asked of fake numbers."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return True
-        return function(*args, **(kwargs or {}))

@@ -46,6 +46,7 @@ from ct_audio.training.parallel import (
     own_part,
     run_sharded,
     set_timeout,
+    whole,
 )
 from ct_audio.training.schedules import completes_update, learning_rate, set_learning_rate, update_steps
 from ct_audio.training.session import Session, enter_run, require_shared_directory, say, set_up
@@ -98,7 +99,7 @@ def _loop(session: Session) -> int:
             if completes_update(step, config.optim):
                 stop = _agree_on_signal(session)
                 norms = clip_gradients(session.model.gradient_groups(), config.optim.max_gradient_norm)
-                norms = {f"gradient_norm/{group}": norm.double() for group, norm in norms.items()}
+                norms = {f"gradient_norm/{group}": whole(norm).double() for group, norm in norms.items()}
                 session.monitor.check_norms(step, norms)
                 session.monitor.add(norms, progress.sums)
                 if not has_updated:  # what is slow once, as compilation, has been done on every rank

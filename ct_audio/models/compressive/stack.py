@@ -19,10 +19,10 @@ from ct_audio.models.compressive.layer import CompressiveLayer
 from ct_audio.models.compressive.memory import Memory, join_layers, layer_memory, push
 from ct_audio.models.compressive.stepping import (
     StackState,
-    compress_ahead,
     hide_earlier_rows,
     new_cache,
     refill_cache,
+    renew_ahead,
     shift_cache,
     step_layer,
 )
@@ -191,13 +191,8 @@ class CompressiveStack(Stack):
                 queues.append(queue)
             cache.inputs[:, position] = rows
             rows = step_layer(self._layer(index), rows, cache, position, rotation)
-            if cache.ahead is not None and position == (index + 1) * self.config.window_length // (
-                len(self.layers) + 1
-            ):
-                ahead = compress_ahead(self._layer(index), layer_memory(state.memory, index), cache.inputs.shape[1])
-                state = state._replace(
-                    caches=(*state.caches[:index], cache._replace(ahead=ahead), *state.caches[index + 1 :])
-                )
+            if state.starts is None and position == (index + 1) * self.config.window_length // (len(state.caches) + 1):
+                renew_ahead(self._layer(index), cache, layer_memory(state.memory, index))
         state = state._replace(position=position + 1, queues=tuple(queues))
         return self.final_norm(rows), state if state.position < self.config.window_length else self._next_window(state)
 

@@ -107,10 +107,18 @@ def compress_ahead(
     layer: CompressiveLayer, memory: LayerMemory, window_length: int
 ) -> tuple[Float[Tensor, "B _ D"], Float[Tensor, "B _ KV"]] | None:
     """`LayerCache.ahead`: f_c of the memory's oldest rows, where these are all that leave with the window."""
-    if layer.compression is None or memory.memory.shape[1] < window_length or not memory.compressed_memory.shape[1]:
+    is_kept = memory.memory.shape[1] >= window_length and memory.compressed_memory.shape[1] > 0
+    if layer.compression is None or not is_kept:
         return None
     compressed = layer.compression(memory.memory[:, :window_length])
     return compressed, layer.key_value(layer.read(compressed))
+
+
+def renew_ahead(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory) -> None:
+    """`compress_ahead` into the cache's buffers, of a layer that knows what will leave."""
+    new = None if cache.ahead is None else compress_ahead(layer, memory, cache.inputs.shape[1])
+    for kept, part in zip(cache.ahead or (), new or (), strict=True):
+        kept.copy_(part)
 
 
 def refill_cache(layer: CompressiveLayer, cache: LayerCache, memory: LayerMemory) -> LayerCache:
