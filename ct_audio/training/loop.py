@@ -202,8 +202,10 @@ def _look(session: Session) -> None:
     failure, positions = session.monitor.look(progress.sums), session.positions
     session.positions = {}
     if all_reduce_sum(torch.tensor([float(failure is not None)])).item():
-        own = None if failure is None else (failure.step, _describe_failure(session, failure, positions))
-        num_finite, what = min(found for found in all_gather(own) if found is not None)
+        own = None  # a loss before a norm of gradients, into which it has gone on all ranks
+        if failure is not None:
+            own = (failure.step, failure.part is None, _describe_failure(session, failure, positions))
+        num_finite, _, what = min(found for found in all_gather(own) if found is not None)
         _note_held(session, num_finite)
         raise NonFiniteLossError(what + _last_good(session))
     _note_held(session, progress.step)
