@@ -382,7 +382,7 @@ def _step_seconds(model: SequenceModel, stepper: Stepper) -> Any:
             times.flat[index] = time.process_time() - between
             calls.append(between - began)
             last = codes[:, 0]
-    return np.median(times, axis=0) - statistics.median(calls)
+    return np.maximum(np.median(times, axis=0) - statistics.median(calls), 1e-9)
 
 
 def _bytes_per_second(num_bytes: float) -> float:
