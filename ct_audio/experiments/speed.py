@@ -429,7 +429,7 @@ def _step_seconds(model: SequenceModel, stepper: Stepper) -> Any:
             times.flat[index] = time.process_time() - between
             calls.append(between - began)
             last = codes[:, 0]
-    return np.median(times, axis=0) - statistics.median(calls)
+    return np.maximum(np.median(times, axis=0) - statistics.median(calls), 1e-9)
 
 
 def _bytes_per_second(num_bytes: float) -> float:
@@ -507,7 +507,7 @@ def markdown_report(command: str, report: dict[str, Any]) -> str:
         markdown_table([("measurement", "case", "codes/s", "ratio"), *rows]),
     ]
     if report["facts"]:
-        facts = [(row["case"], row["quantity"], f"{row['value']:,.3g} {row['unit']}") for row in report["facts"]]
+        facts = [(row["case"], row["quantity"], f"{_rounded(row['value'])} {row['unit']}") for row in report["facts"]]
         lines += [
             "",
             "Sampling, one lane, one thread, CPU time. Steps: median over repetitions of each step of a period.",
@@ -515,6 +515,11 @@ def markdown_report(command: str, report: dict[str, Any]) -> str:
             markdown_table([("model", "quantity", "value"), *facts]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _rounded(value: float) -> str:
+    """To three digits, whole from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 APPLIES: dict[str, Callable[[RunConfig], bool]] = {

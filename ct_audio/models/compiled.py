@@ -6,7 +6,6 @@ Shape letters: B lanes, N codes of a block, V codes of the vocabulary, D width.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ct_audio.common.errors import UserError
 from ct_audio.models import kernels
 from ct_audio.models.autocorrelation import FIRST_RESIDUAL, AutocorrelationMemory
+from ct_audio.models.compiled_prediction import arrays, drawing, spread
 from ct_audio.models.front_ends import (
     SCALE_WITHOUT_PREDICTION,
     CodeEmbedding,
@@ -74,14 +74,14 @@ class CompiledModel(BlockSampler):
         if self._predicts:
             followed, said = front_end
         own: Any = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (*followed, said))
-        arrays = self._stack.from_state(stack)
-        return CompiledState(kernels.PredictorState(*own), type(arrays)(*map(torch.from_numpy, arrays)))
+        made = self._stack.from_state(stack)
+        return CompiledState(kernels.PredictorState(*own), type(made)(*map(torch.from_numpy, made)))
 
     @torch.inference_mode()
     def end(self, state: CompiledState) -> Any:
         *followed, said = (tensor.clone() for tensor in state.front_end)
         front_end = (AutocorrelationMemory(*followed), said) if self._predicts else ()
-        return self._make_state(front_end, self._stack.to_state(_arrays(state.stack)))
+        return self._make_state(front_end, self._stack.to_state(arrays(state.stack)))
 
     @torch.inference_mode()
     def sample_block(
@@ -97,101 +97,20 @@ class CompiledModel(BlockSampler):
         lanes_together: int | None = None,
     ) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"], CompiledState]:
         num_lanes, num_codes = uniforms.shape
-        drawing = _drawing(len(self._front_end.table), temperature, top_k, top_p)
+        how = drawing(len(self._front_end.table), temperature, top_k, top_p)
         last, numbers = codes.numpy().copy(), np.ascontiguousarray(uniforms.numpy())
         out_codes, out_logs = np.empty((num_lanes, num_codes), np.int64), np.empty((num_lanes, num_codes), np.float32)
 
-        parts, weights = [_arrays(part) for part in state], (self._front_end, self._predictor, self._head)
+        parts, weights = [arrays(part) for part in state], (self._front_end, self._predictor, self._head)
 
         def run(lanes: slice) -> None:
             front_end, stack = (type(part)(*(array[lanes] for array in part)) for part in parts)
             of_lanes = (last[lanes], numbers[lanes], out_codes[lanes], out_logs[lanes])
-            self._stack.sample(*weights, front_end, self._stack.weights, stack, drawing, *of_lanes)
+            self._stack.sample(*weights, front_end, self._stack.weights, stack, how, *of_lanes)
 
         together = min(lanes_together or self._stack.lanes_together, -(-num_lanes // num_threads))
-        _spread(run, num_lanes, together, num_threads)
+        spread(run, num_lanes, together, num_threads)
         return torch.from_numpy(out_codes), torch.from_numpy(out_logs), state
-
-
-class CompiledPrediction(BlockSampler):
-    """Samples blocks of codes from linear prediction, all of it in float64.
-
-    Args:
-        predictor: `kernels.AdaptivePredictor`, or `kernels.Predictor` of the autocorrelation method.
-        edges: of the codes' cells.
-        begin_steps, memory_class: the model's, and the class of its memory.
-    """
-
-    def __init__(
-        self,
-        predictor: Any,
-        edges: Float64[np.ndarray, "_"],
-        uniform_share: float,
-        begin_steps: Callable[..., Any],
-        memory_class: type,
-    ) -> None:
-        self._predictor, self._cells = predictor, kernels.LogisticCells(edges, np.array([uniform_share]))
-        self._begin_steps, self._memory_class = begin_steps, memory_class
-        self._is_adaptive = isinstance(predictor, kernels.AdaptivePredictor)
-
-    def begin(self, state: Any) -> Any:
-        own = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in state.memory)
-        if self._is_adaptive:
-            return kernels.AdaptiveState(*own)  # type: ignore[arg-type] (tensors, as those of `CompiledState`)
-        return kernels.PredictorState(*own, said=torch.zeros(len(own[0]), 2, dtype=torch.float64))  # type: ignore[arg-type]
-
-    def end(self, state: Any) -> Any:
-        own = [tensor.clone() for tensor in (state if self._is_adaptive else state[:4])]
-        return self._begin_steps(self._memory_class(*own), own[-1].new_zeros(len(own[0]), 0))
-
-    @torch.inference_mode()
-    def sample_block(
-        self,
-        codes: Int[Tensor, "B"],
-        state: Any,
-        uniforms: Float64[Tensor, "B N"],
-        *,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        num_threads: int = 1,
-        lanes_together: int | None = None,
-    ) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N"], Any]:
-        drawing = _drawing(len(self._predictor.waveform), temperature, top_k, top_p)
-        last, numbers, parts = codes.numpy().copy(), np.ascontiguousarray(uniforms.numpy()), _arrays(state)
-        out_codes, out_logs = np.empty(numbers.shape, np.int64), np.empty(numbers.shape)
-        kernel = kernels.sample_adaptive if self._is_adaptive else kernels.sample_autocorrelation
-
-        def run(lanes: slice) -> None:
-            own = type(parts)(*(array[lanes] for array in parts))
-            of_lanes = (last[lanes], numbers[lanes], out_codes[lanes], out_logs[lanes])
-            kernel(self._predictor, self._cells, own, drawing, *of_lanes)
-
-        _spread(run, len(last), lanes_together or 1, num_threads)
-        return torch.from_numpy(out_codes), torch.from_numpy(out_logs), state
-
-
-def _drawing(vocab_size: int, temperature: float, top_k: int | None, top_p: float | None) -> Any:
-    """`kernels.Drawing`."""
-    return kernels.Drawing(
-        float(temperature), vocab_size if top_k is None else top_k, 1.0 if top_p is None else float(top_p)
-    )
-
-
-def _spread(run: Callable[[slice], None], num_lanes: int, together: int, num_threads: int) -> None:
-    """Groups of lanes one after another, or over threads."""
-    groups = [slice(begin, begin + together) for begin in range(0, num_lanes, together)]
-    if num_threads == 1 or len(groups) == 1:
-        for lanes in groups:
-            run(lanes)
-    else:
-        with ThreadPoolExecutor(min(num_threads, len(groups))) as pool:
-            list(pool.map(run, groups))
-
-
-def _arrays(part: Any) -> Any:
-    """The numpy arrays of a NamedTuple of tensors, in the same memory."""
-    return type(part)(*(tensor.numpy() for tensor in part))
 
 
 def packed(tensor: Tensor) -> Any:

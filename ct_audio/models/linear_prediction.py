@@ -293,16 +293,14 @@ class LinearPrediction(SequenceModel):
         return _kernels().AdaptivePredictor(self._waveform, weights, np.array(numbers))
 
     def block_sampler(self) -> BlockSampler:
-        from ct_audio.models.compiled import CompiledPrediction  # imports numba
+        from ct_audio.models.compiled_prediction import CompiledPrediction  # imports numba
 
         if self.device.type != "cpu":
             raise UserError(f"compiled stepping: expected the CPU, got {self.device.type}; use the eager stepper")
         edges = torch.cat([self.lower_edges, self.upper_edges[-1:]]).numpy()
-        if self._predictor is None:
-            predictor, memory_class = self._adaptive_predictor(), LinearPredictionMemory
-        else:
-            predictor, memory_class = self._predictor.compiled(), AutocorrelationMemory
-        return CompiledPrediction(predictor, edges, self.config.uniform_share, self.begin_steps, memory_class)
+        predictor = self._adaptive_predictor() if self._predictor is None else self._predictor.compiled()
+        memory = type(self.zero_memory(1))
+        return CompiledPrediction(predictor, edges, self.config.uniform_share, lambda own: StepState(memory(*own)))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Buffers move between devices and stay float64: `.float()` must not round them."""
