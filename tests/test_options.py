@@ -42,7 +42,7 @@ WITHOUT_RUN = {
         ("--threads -1", "--threads: expected at least 0, got -1"),
     ],
     "sample": [
-        ("", "expected --out (or --stdout, --play)"),
+        ("", "expected --out, --stdout or --play"),
         ("--stdout --play --num 1", "--stdout and --play: expected one of them"),
         ("--play", "--play is for one sample: pass --num 1 and one --temperature"),
         ("--play --num 1 --plots", "--plots: only with --out"),

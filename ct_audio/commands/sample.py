@@ -153,7 +153,7 @@ def _parse() -> argparse.Namespace:
     )
     arguments = parse(parser)
     if arguments.out is None and not arguments.stdout and not arguments.play:
-        raise UserError("expected --out (or --stdout, --play): where the samples go")
+        raise UserError("expected --out, --stdout or --play: where the samples go")
     if arguments.stdout and arguments.play:
         raise UserError("--stdout and --play: expected one of them")
     needs_out = ("--resume", "--save-every", "--plots", "--temperatures", "--page")

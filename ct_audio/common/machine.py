@@ -4,8 +4,6 @@ import os
 import platform
 from pathlib import Path
 
-import platformdirs
-
 
 def usable_cpus() -> int:
     """CPU cores that this process may use, at least 1: those that it is bound to, else (macOS, Windows) all."""
@@ -26,4 +24,6 @@ def cpu_name() -> str:
 
 def user_cache() -> Path:
     """The folder for what can be measured again; it may not be there. CT_AUDIO_CACHE_DIR names another."""
+    import platformdirs  # --help needs no installation
+
     return Path(os.environ.get("CT_AUDIO_CACHE_DIR") or platformdirs.user_cache_path("ct_audio"))
