@@ -39,7 +39,7 @@ def test_a_command_gets_the_other_words(capsys: Output, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
-    assert capsys.readouterr().out.startswith("usage: ct-audio train [-h] config")
+    assert capsys.readouterr().out.startswith("usage: ct-audio train [-h] [--branch RUN] config")
     assert main(["train", "missing.yaml"]) == 2
     assert "cannot read the configuration missing.yaml" in capsys.readouterr().err
 

@@ -86,9 +86,7 @@ def play(run: LoadedRun, codec: Codec, wish: Wish, *, piece_seconds: float = PIE
     Raises:
         UserError: the model is one of text, or something that is wished for is out of its range.
     """
-    rate = codec.sample_rate_hz
-    if rate is None:
-        raise UserError("expected a model of audio; for a text, sample with ct-audio sample")
+    rate = _rate_of(codec)
     for name, seconds in (("seconds", wish.seconds), ("prime seconds", wish.prime_seconds)):
         if not (math.isfinite(seconds) and 1 <= round(seconds * rate) <= MAX_SECONDS * rate):
             raise UserError(f"{name}: expected more than 0 and at most {MAX_SECONDS:g}, got {seconds}")
@@ -101,6 +99,12 @@ def play(run: LoadedRun, codec: Codec, wish: Wish, *, piece_seconds: float = PIE
     if prime is not None:
         yield Piece(codec.decode(prime[0].cpu().numpy()), 0, total, 0.0)
     yield from _pieces(sampler, codec, rate, total, piece_seconds)
+
+
+def _rate_of(codec: Codec) -> int:
+    if codec.sample_rate_hz is None:
+        raise UserError("expected a model of audio; for a text, sample with ct-audio sample")
+    return codec.sample_rate_hz
 
 
 def _pieces(sampler: Sampler, codec: Codec, rate: int, total: int, piece_seconds: float) -> Iterator[Piece]:
@@ -194,7 +198,7 @@ def play_to_speaker(run: LoadedRun, codec: Codec, wish: Wish) -> None:
     Raises:
         UserError: as `Speaker` and `play`.
     """
-    rate, piece = codec.sample_rate_hz or 0, None
+    rate, piece = _rate_of(codec), None
     with contextlib.closing(Speaker(rate, round(wish.seconds * rate))) as speaker:
         speaker.write(b"")  # the sampling begins
         for piece in play(run, codec, wish):
