@@ -50,6 +50,17 @@ def test_what_was_there_before_is_not_counted_as_speed(monkeypatch: Patch, capsy
     assert capsys.readouterr().err == "prepare: 55%, about 90 s left\n"
 
 
+def test_the_very_first_of_it_gives_no_estimate(monkeypatch: Patch, capsys: Output) -> None:
+    """It may have waited for a compiler: 10 s for a millionth are not 100 days."""
+    clock = Clock(monkeypatch)
+    with Progress(total=1_000_000, desc="sample", unit="code") as bar:
+        clock.now += 10
+        bar.update(1)
+        clock.now += 60
+        bar.update(99_999)
+    assert capsys.readouterr().err == "sample: 0%\nsample: 10%, about 10 min left\n"
+
+
 def test_without_a_total_it_counts(monkeypatch: Patch, capsys: Output) -> None:
     clock = Clock(monkeypatch)
     with Progress(desc="hash", unit="file") as bar:

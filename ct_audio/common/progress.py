@@ -50,6 +50,9 @@ class Progress(tqdm):
         if not self.total or done <= 0:
             print(f"{self._what}: {self.n:,} so far", file=sys.stderr, flush=True)
             return
+        if done < self.total / 1000:  # the first of it says little: it may have waited for a compiler
+            print(f"{self._what}: {self.n / self.total:.0%}", file=sys.stderr, flush=True)
+            return
         left = (self.total - self.n) / done * seconds
         if left >= FIRST_SECONDS or seconds > EVERY_SECONDS:
             print(f"{self._what}: {self.n / self.total:.0%}, about {_time(left)} left", file=sys.stderr, flush=True)
