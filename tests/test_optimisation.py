@@ -80,7 +80,7 @@ def test_a_branch_by_the_command(source: RunConfig, tmp_path: Path, monkeypatch:
     before = weights(longer)
     assert train_command.main() == 0  # it is complete: nothing happens
     assert weights(longer) == before
-    monkeypatch.setattr("sys.argv", ["train", str(base), "name=source", "--branch", str(source.run_dir)])
+    monkeypatch.setattr("sys.argv", ["train", str(base), "--branch", str(source.run_dir), "name=source"])
     with pytest.raises(UserError, match=r"there is no branch\.json .*choose another name"):
         train_command.main()
     monkeypatch.setenv("WORLD_SIZE", "2")

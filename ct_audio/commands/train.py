@@ -22,7 +22,7 @@ def main() -> int:
         metavar="RUN",
         help="begin at the last checkpoint of this run, with another name and schedule; RUN stays as it is",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # keys may stand after --branch RUN
     if arguments.branch and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--branch: not under torchrun; branch in one process with train.num_steps as it is in RUN")
     from ct_audio.runs.config import load_config
