@@ -24,7 +24,10 @@ def main() -> int:
     )
     arguments = parser.parse_intermixed_args()  # keys may stand after --branch RUN
     if arguments.branch and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--branch: not under torchrun; branch in one process with train.num_steps as it is in RUN")
+        raise UserError(
+            "--branch: not under torchrun; run this once without it, with train.num_steps=STEPS that RUN has, then "
+            "under torchrun without --branch"
+        )
     from ct_audio.runs.config import load_config
     from ct_audio.training.branch import branch_run
     from ct_audio.training.loop import train
