@@ -2,8 +2,8 @@
 
     python tests/compiled_check.py BACKEND MODEL ...
 
-prints a line of JSON for each model: graphs compiled after each chunk, and the largest difference of NLL, memory and
-gradients in float64.
+prints a line of JSON for each model: graphs compiled after each chunk, the largest difference of NLL, memory and
+gradients in float64, and whether the numbers that memories hold on the host are equal.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch
 from tiny import tiny_model
 from torch._dynamo.utils import counters
 
-from ct_audio.models.state import detach_memory, named_tensors
+from ct_audio.models.state import detach_memory, named_leaves, named_tensors
 from ct_audio.training.session import ChunkLoss
 
 NUM_CHUNKS = 4
@@ -35,7 +35,7 @@ def check(name: str, backend: str, compile: bool | str) -> dict[str, object]:
     )
     memories = [part.model.zero_memory(2) for part in (eager, compiled)]
     codes = torch.randint(32, (2, 16 * NUM_CHUNKS + 1))
-    graphs, differences = [], []
+    graphs, differences, counts_equal = [], [], True
     for begin in range(0, 16 * NUM_CHUNKS, 16):
         found = []
         for index, loss in enumerate((eager, compiled)):
@@ -49,9 +49,17 @@ def check(name: str, backend: str, compile: bool | str) -> dict[str, object]:
         assert found[0].keys() == found[1].keys()
         pairs = [(found[0][name], found[1][name]) for name in found[0] if found[0][name].numel()]
         differences += [(ours.double() - theirs.double()).abs().max().item() for ours, theirs in pairs]
+        counts = [[leaf for _, leaf in named_leaves(memory) if isinstance(leaf, int)] for memory in memories]
+        counts_equal &= counts[0] == counts[1]
         graphs.append(counters["stats"]["unique_graphs"])
     breaks = sum(counters["graph_break"].values())
-    return {"model": name, "graphs": graphs, "graph_breaks": breaks, "largest_difference": max(differences)}
+    return {
+        "model": name,
+        "graphs": graphs,
+        "graph_breaks": breaks,
+        "largest_difference": max(differences),
+        "counts_equal": counts_equal,
+    }
 
 
 if __name__ == "__main__":

@@ -66,6 +66,9 @@ def test_all_measurements(tmp_path: Path, bench: Tool, capsys: Output) -> None:
     ]
     assert all(row["codes_per_second"] > 0 and row["ratio"] > 0 for row in report["rows"])
     assert all(math.isfinite(fact["value"]) for fact in report["facts"])  # differences of times, some of them tiny
+    memory = {fact["case"]: fact["value"] for fact in report["facts"] if fact["unit"] == "MiB"}
+    assert memory.keys() == {"compressive_transformer", "wavenet"}
+    assert min(memory.values()) > 0.1
     found = [fact["quantity"] for fact in report["facts"] if fact["case"] == "compressive_transformer"]
     for stepper in ("eager", "compiled"):
         assert f"{stepper}, longest step : median step" in found

@@ -9,10 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +25,7 @@ from ct_audio.common.text import markdown_table
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.data.lanes import WindowStream
-from ct_audio.experiments.speed import training_step
+from ct_audio.experiments.speed import MEMORY, in_own_process, peak_memory, training_step
 from ct_audio.models import build_model
 from ct_audio.runs.config import RunConfig, load_config
 from ct_audio.runs.same_run import flat_config
@@ -48,7 +45,6 @@ CORPUS_HOURS = (1.0, 10.0, 100.0, 1000.0)
 RECORDING_SECONDS = 10
 """Length of a recording of the corpora that are made up: their number is what start-up may depend on."""
 SAMPLE, CORPUS = "sample (s)", "corpus (h)"
-_MEMORY = Path("/proc/self/status")
 
 
 class Point(NamedTuple):
@@ -88,7 +84,7 @@ def measure_scaling(
     Raises:
         UserError: a size does not exist or cannot be had, or this is not Linux.
     """
-    if not _MEMORY.exists():
+    if not MEMORY.exists():
         raise UserError("the memory of a process is read from /proc: expected Linux")
     base = load_config(recipe, list(overrides))
     curves = dict(_axis(word) for word in vary) if vary else _own_sizes(base)
@@ -102,12 +98,10 @@ def measure_scaling(
     ]
     jobs += [(SAMPLE, value, _sample_point, (recipe, list(overrides), value)) for value in sample_seconds]
     jobs += [(CORPUS, value, _corpus_point, (value,)) for value in corpus_hours]
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, and not by every point
-    points = []
-    for curve, value, function, arguments in Progress(jobs, desc="scaling", unit="point"):
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            points.append(Point(curve, value, *pool.submit(function, *arguments).result()))
+    points = [
+        Point(curve, value, *in_own_process(function, *arguments))
+        for curve, value, function, arguments in Progress(jobs, desc="scaling", unit="point")
+    ]
     table = scaling_table(points)
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "scaling.csv", [point._asdict() for point in points])
@@ -191,7 +185,7 @@ def _own_sizes(config: RunConfig) -> dict[str, list[int | float]]:
 def _train_point(recipe: str | Path, overrides: list[str], num_steps: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     config = load_config(recipe, overrides)
-    with _peak_memory() as mebibytes:
+    with peak_memory() as mebibytes:
         step = training_step(config, config.data.num_lanes)
         times = []
         for _ in range(2 + num_steps):
@@ -211,7 +205,7 @@ def _sample_point(recipe: str | Path, overrides: list[str], seconds: float) -> t
             pass  # nothing is kept: what grows is the sampler's own
 
     sample(64)  # compiles
-    with _peak_memory() as mebibytes:
+    with peak_memory() as mebibytes:
         began = time.process_time()
         sample(round(seconds * 24_000))
         spent = time.process_time() - began
@@ -222,7 +216,7 @@ def _corpus_point(hours: float) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "corpus"
         write_sparse_corpus(path, hours)
-        with _peak_memory() as mebibytes:
+        with peak_memory() as mebibytes:
             began = time.process_time()
             split = open_corpus(path).split("train")
             stream = WindowStream(split.codes, split.document_offsets, start_code=128, chunk_length=3840, num_lanes=32)
@@ -248,18 +242,3 @@ def write_sparse_corpus(path: Path, hours: float) -> None:
     }
     write_json(path / "corpus.json", description)
     os.truncate(path / "train.codes", count * length)
-
-
-@contextmanager
-def _peak_memory() -> Iterator[Callable[[], float]]:
-    """The most memory held within, in MiB above what was held before."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
-    found: list[float] = []
-    yield lambda: found[0]
-    found.append(max(0.0, (_status("VmHWM") - before) / 1024))
-
-
-def _status(key: str) -> int:
-    line = next(line for line in _MEMORY.read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1])

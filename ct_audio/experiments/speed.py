@@ -16,8 +16,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +47,13 @@ _LATE_WINDOWS = 50
 _WAYS = ((4, 1, 1), (4, 4, 1), (16, 1, 1), (16, 8, 1), (4, 2, 2), (16, 8, 2))
 """Lanes, how many of them side by side, threads."""
 _PYPI_PACKAGE = "compressive_transformer_pytorch"
+_PYPI_NAMES = {True: "PyPI compressive-transformer-pytorch", False: "the same without GRU gates"}
+"""With its gates, as it comes, and without."""
+MEMORY = Path("/proc/self/status")
+"""Where Linux says how much memory a process holds."""
+
+
+T = TypeVar("T")
 
 
 class Case(NamedTuple):
@@ -82,6 +93,18 @@ def measure_speed(
     for name, applies in APPLIES.items():
         if name in what and not any(map(applies, configs.values())):
             raise UserError(f"--what {name}: none of the recipes has anything to compare there; leave it out")
+    rows = [
+        row
+        for name in what
+        for cases in MEASUREMENTS[name](configs, num_lanes, num_rounds)
+        for row in compare(name, cases, num_rounds, num_threads)
+    ]
+    facts: list[dict[str, Any]] = []
+    if "train" in what and MEMORY.exists():
+        trained = [row["case"] for row in rows if row["measurement"] == "train"]
+        facts += training_facts(trained, configs, num_lanes, num_threads)
+    if "sample" in what:
+        facts += sampling_facts(dict(zip(configs, recipes, strict=True)), configs, overrides)
     return {
         "torch": torch.__version__,
         "machine": platform.machine(),
@@ -89,15 +112,8 @@ def measure_speed(
         "threads": num_threads,
         "lanes": num_lanes,
         "rounds": num_rounds,
-        "rows": [
-            row
-            for name in what
-            for cases in MEASUREMENTS[name](configs, num_lanes, num_rounds)
-            for row in compare(name, cases, num_rounds, num_threads)
-        ],
-        "facts": list(sampling_facts(dict(zip(configs, recipes, strict=True)), configs, overrides))
-        if "sample" in what
-        else [],
+        "rows": rows,
+        "facts": facts,
     }
 
 
@@ -127,7 +143,7 @@ def train_cases(configs: dict[str, RunConfig], num_lanes: int, _num_rounds: int)
     """A training step of each recipe: forward, backward, clipping, Adam; and of PyPI's package where it is there."""
     cases = {name: Case(training_step(config, num_lanes)) for name, config in configs.items()}
     first = next(iter(configs.values()))
-    for name, gated in (("PyPI compressive-transformer-pytorch", True), ("the same without GRU gates", False)):
+    for gated, name in _PYPI_NAMES.items():
         step = _training_of_others(first, num_lanes, gated=gated)
         if step is not None:
             cases[name] = Case(step)
@@ -336,6 +352,52 @@ def _training_of_others(config: RunConfig, num_lanes: int, *, gated: bool) -> Ca
     return step
 
 
+def training_facts(
+    cases: Sequence[str], configs: dict[str, RunConfig], num_lanes: int, num_threads: int
+) -> Iterator[dict[str, Any]]:
+    """The most memory of three training steps of each case of `train_cases`, weights and Adam's moments included."""
+    makers: dict[str, Callable[[], Any]] = {
+        name: partial(training_step, config, num_lanes) for name, config in configs.items()
+    }
+    first = next(iter(configs.values()))
+    makers |= {name: partial(_training_of_others, first, num_lanes, gated=g) for g, name in _PYPI_NAMES.items()}
+    for name in cases:
+        value = in_own_process(_peak_of_training, makers[name], num_threads)
+        yield {"case": name, "quantity": "most memory of training steps", "value": value, "unit": "MiB"}
+
+
+def _peak_of_training(maker: Callable[[], Callable[[], int]], num_threads: int) -> float:
+    torch.set_num_threads(num_threads)
+    with peak_memory() as mebibytes:
+        step = maker()
+        for _ in range(3):
+            step()
+    return mebibytes()
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a new process, so that it pays for no other's memory; torch is imported once for all."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """The most memory held within, in MiB above what was held before (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    found: list[float] = []
+    yield lambda: found[0]
+    found.append(max(0.0, (_status("VmHWM") - before) / 1024))
+
+
+def _status(key: str) -> int:
+    line = next(line for line in MEMORY.read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1])
+
+
 def sampling_facts(
     recipes: dict[str, str], configs: dict[str, RunConfig], overrides: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
@@ -510,7 +572,8 @@ def markdown_report(command: str, report: dict[str, Any]) -> str:
         facts = [(row["case"], row["quantity"], f"{_rounded(row['value'])} {row['unit']}") for row in report["facts"]]
         lines += [
             "",
-            "Sampling, one lane, one thread, CPU time. Steps: median over repetitions of each step of a period.",
+            "Memory: above what was held before the model was built, each case in a process of its own. Sampling: one "
+            "lane, one thread, CPU time; steps: median over repetitions of each step of a period.",
             "",
             markdown_table([("model", "quantity", "value"), *facts]),
         ]

@@ -20,6 +20,14 @@ def map_memory(function: Callable[[Tensor], Tensor], memory: Any) -> Any:
     return memory
 
 
+def map_counts(function: Callable[[int], int], memory: Any) -> Any:
+    """Apply `function` to every number that a memory holds on the host (see `Memory.codes_until_full`)."""
+    if isinstance(memory, tuple):
+        parts = [map_counts(function, part) for part in memory]
+        return type(memory)(*parts) if hasattr(memory, "_fields") else tuple(parts)
+    return function(memory) if type(memory) is int else memory  # no truth value
+
+
 def tensor_options(like: Tensor) -> dict[str, Any]:
     """Type and device of a tensor, for plain new tensors beside it: `like` may be a shard of a parameter."""
     return {"dtype": like.dtype, "device": like.device}

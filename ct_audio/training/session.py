@@ -29,7 +29,7 @@ from ct_audio.data.codecs import write_codec_files
 from ct_audio.data.corpus import Corpus, open_corpus
 from ct_audio.data.lanes import WindowStream
 from ct_audio.models import SequenceModel, build_model
-from ct_audio.models.state import map_memory
+from ct_audio.models.state import map_counts, map_memory, named_leaves
 from ct_audio.runs.checkpoint_files import find_checkpoint, read_state
 from ct_audio.runs.config import DataConfig, RunConfig, TrainConfig, config_to_yaml, load_config
 from ct_audio.runs.device import choose_device
@@ -91,13 +91,21 @@ class ChunkLoss(nn.Module):
         """NLL of each target in nats, next memory, auxiliary losses."""
         if self._compiled is None:
             return self._losses(inputs, targets, memory, document_starts)
+        # A graph for a memory that is full and one for all others, not one for each number of codes that it lacks.
+        until_full = [leaf for _, leaf in named_leaves(memory) if type(leaf) is int]
+        until_any = int(any(until_full))
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of the adaptive softmax
-            if not self._replays:
-                return self._compiled(inputs, targets, memory, document_starts)
-            torch.compiler.cudagraph_mark_step_begin()
-            nll, memory, losses = self._compiled(inputs, targets, memory, document_starts)
-            # The next replay writes where these lie.
-            return nll.clone(), map_memory(torch.clone, memory), {name: loss.clone() for name, loss in losses.items()}
+            if self._replays:
+                torch.compiler.cudagraph_mark_step_begin()
+            given = map_counts(lambda _: until_any, memory)
+            nll, next_memory, losses = self._compiled(inputs, targets, given, document_starts)
+        if self._replays:  # the next replay writes where these lie
+            nll, next_memory = nll.clone(), map_memory(torch.clone, next_memory)
+            losses = {name: loss.clone() for name, loss in losses.items()}
+        if document_starts is None:
+            left = iter(max(0, count - inputs.shape[1]) for count in until_full)
+            next_memory = map_counts(lambda _: next(left), next_memory)
+        return nll, next_memory, losses
 
     def _losses(
         self, inputs: Tensor, targets: Tensor, memory: Any, document_starts: Tensor | None

@@ -262,7 +262,8 @@ def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, v
         compressed = torch.cat([compressed, new_compressed], dim=1)
         compressed = compressed[:, compressed.shape[1] - length :]
     if view is None or view.documents is None:
-        return memory._replace(memory=rows.clone(), compressed_memory=compressed.clone())  # as full as it was
+        copies = (part.clone(memory_format=torch.contiguous_format) for part in (rows, compressed))  # empty ones too
+        return LayerMemory(*copies, *memory[2:])  # as full as it was
     stream, compressed_stream = view.documents.stream, view.documents.compressed_stream
     current = stream[:, -1]
     rows, valid = keep_valid(rows, stream[:, stream.shape[1] - rows.shape[1] :], current)
