@@ -3,7 +3,7 @@
     python tests/compiled_check.py BACKEND MODEL ...
 
 prints a line of JSON for each model: graphs compiled after each chunk, the largest difference of NLL, memory and
-gradients in float64, and whether the numbers that memories hold on the host are equal.
+gradients (in float64, with inductor in float32), and whether the numbers that memories hold on the host are equal.
 """
 
 import copy
@@ -20,15 +20,15 @@ from ct_audio.training.session import ChunkLoss
 NUM_CHUNKS = 4
 
 
-def check(name: str, backend: str, compile: bool | str) -> dict[str, object]:
+def check(name: str, backend: str, compile: bool | str, dtype: torch.dtype) -> dict[str, object]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()
-    model = tiny_model(name).double()
+    model = tiny_model(name).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    settings = {"device_type": "cpu", "precision": "float64"}
+    settings = {"device_type": "cpu", "precision": str(dtype).removeprefix("torch.")}
     eager, compiled = (
         ChunkLoss(copy.deepcopy(model), **settings),
         ChunkLoss(model, **settings, compile=compile, backend=backend),
@@ -65,4 +65,6 @@ def check(name: str, backend: str, compile: bool | str) -> dict[str, object]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[2:]:
-        print(json.dumps(check(name, sys.argv[1], True)), flush=True)
+        # Inductor takes the CPU kernel of attention for one that sums in float32, and fails in float64.
+        dtype = torch.float32 if sys.argv[1] == "inductor" else torch.float64
+        print(json.dumps(check(name, sys.argv[1], True, dtype)), flush=True)

@@ -54,7 +54,7 @@ def test_compiled_equals_eager_without_graph_breaks(name: str) -> None:
 def test_inductors_machine_code_is_close_to_eager(name: str) -> None:
     line = found("inductor", name)[name]
     assert line["graph_breaks"] == 0
-    assert line["largest_difference"] <= 1e-9
+    assert line["largest_difference"] <= 1e-4
 
 
 @pytest.mark.slow

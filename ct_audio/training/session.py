@@ -93,11 +93,11 @@ class ChunkLoss(nn.Module):
             return self._losses(inputs, targets, memory, document_starts)
         # A graph for a memory that is full and one for all others, not one for each number of codes that it lacks.
         until_full = [leaf for _, leaf in named_leaves(memory) if type(leaf) is int]
-        until_any = int(any(until_full))
+        not_within = (inputs.shape[1] + 1) * any(until_full)
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of the adaptive softmax
             if self._replays:
                 torch.compiler.cudagraph_mark_step_begin()
-            given = map_counts(lambda _: until_any, memory)
+            given = map_counts(lambda _: not_within, memory)
             nll, next_memory, losses = self._compiled(inputs, targets, given, document_starts)
         if self._replays:  # the next replay writes where these lie
             nll, next_memory = nll.clone(), map_memory(torch.clone, next_memory)
