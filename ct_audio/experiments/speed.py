@@ -38,6 +38,7 @@ from ct_audio.models.state import detach_memory
 from ct_audio.runs.config import RunConfig, load_config
 from ct_audio.sampling.sampler import Sampler, Stepper
 from ct_audio.training.schedules import make_optimizer
+from ct_audio.training.session import ChunkLoss
 
 SAMPLED_CODES = 512
 """Codes that the eager stepper makes a round with a model of at most a million parameters; the compiled one 8 times."""
@@ -211,12 +212,16 @@ def _steppers(model: SequenceModel) -> tuple[Stepper, ...]:
 
 
 def training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None = None) -> Callable[[], int]:
-    """A step on random codes with memory carried from call to call; `piece_length` codes a forward pass at a time."""
+    """A step on random codes with memory carried from call to call; `piece_length` codes a forward pass at a time.
+
+    As the recipe says: in its precision, and compiled where `train.compile` is set.
+    """
     torch.manual_seed(0)
     length = config.data.chunk_length
     piece_length = piece_length or length
     model = build_model(config)
     optimizer = make_optimizer(model, config.optim)
+    chunk_loss = ChunkLoss(model, device_type="cpu", precision=config.train.precision, compile=config.train.compile)
     codes = _random_codes(num_lanes, length + 1, model.vocab_size)
     memory = model.zero_memory(num_lanes)
 
@@ -224,8 +229,8 @@ def training_step(config: RunConfig, num_lanes: int, *, piece_length: int | None
         nonlocal memory
         for begin in range(0, length, piece_length):
             piece = codes[:, begin : begin + piece_length + 1]
-            features, memory, auxiliary_losses = model(piece[:, :-1], memory)
-            loss = model.nll(features, piece[:, 1:]).sum() / (num_lanes * length)
+            nll, memory, auxiliary_losses = chunk_loss(piece[:, :-1], piece[:, 1:], memory, None)
+            loss = nll.sum() / (num_lanes * length)
             (loss + sum(auxiliary_losses.values()) * piece_length / length).backward()
             memory = detach_memory(memory)
         clip_gradients(model.gradient_groups(), config.optim.max_gradient_norm)
