@@ -136,7 +136,7 @@ def test_training_of_the_package_of_others(tmp_path: Path, monkeypatch: Patch) -
 
 
 def test_generate_of_the_package_of_others(tmp_path: Path, monkeypatch: Patch, capsys: Output) -> None:
-    """It gets a model's sizes, memory that fills, and two windows to make; where it is missing, that is said."""
+    """It gets a model's sizes, memory that fills, and a window to make; where it is missing, that is said."""
     made: list[Any] = []
 
     class Wrapper:
@@ -158,7 +158,7 @@ def test_generate_of_the_package_of_others(tmp_path: Path, monkeypatch: Patch, c
     config = tiny_run(tmp_path, "compressive_transformer")
     run = speed._generate_of_others(config)
     assert run is not None
-    assert run() == 2 * config.model.window_length
+    assert run() == config.model.window_length
     sizes, shape, length = made[0]
     assert (sizes["dim"], sizes["depth"], sizes["seq_len"]) == (
         config.model.width,
@@ -166,7 +166,7 @@ def test_generate_of_the_package_of_others(tmp_path: Path, monkeypatch: Patch, c
         config.model.window_length,
     )
     assert shape[1] >= config.model.memory_length + 4 * sizes["cmem_len"]
-    assert length == 2 * config.model.window_length
+    assert length == config.model.window_length
     assert speed._generate_of_others(tiny_run(tmp_path, "wavenet")) is None
     monkeypatch.setitem(sys.modules, speed._PYPI_PACKAGE, None)
     assert speed._generate_of_others(config) is None

@@ -318,7 +318,7 @@ def _lengths_of_others(config: RunConfig) -> tuple[int, int, int]:
 
 
 def _generate_of_others(config: RunConfig) -> Callable[[], int] | None:
-    """Two windows by the `generate` of the package of `_model_of_others` after as much as fills its memories."""
+    """A window by the `generate` of the package of `_model_of_others` after as much as fills its memories."""
     net = _model_of_others(config, gated=False)
     if net is None:
         return None
@@ -327,8 +327,8 @@ def _generate_of_others(config: RunConfig) -> Callable[[], int] | None:
     start = _random_codes(1, memory + 4 * compressed + window, config.model.vocab_size)
 
     def run() -> int:
-        wrapper.generate(start, 2 * window)  # returns less than it has made where it was primed with several windows
-        return 2 * window
+        wrapper.generate(start, window)  # returns less than it has made where it was primed with several windows
+        return window
 
     return run
 
