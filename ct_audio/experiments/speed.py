@@ -558,7 +558,7 @@ def _random_codes(num_lanes: int, length: int, vocab_size: int) -> Int[Tensor, "
 def markdown_report(command: str, report: dict[str, Any]) -> str:
     """BENCHMARKS.md: the command and what `measure_speed` returned."""
     rows = [
-        (row["measurement"], row["case"], f"{row['codes_per_second']:,.0f}", f"{row['ratio']:.2f}")
+        (row["measurement"], row["case"], _rounded(row["codes_per_second"]), f"{row['ratio']:.2f}")
         for row in report["rows"]
     ]
     lines = [
