@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +99,20 @@ def measure_speed(
         if "sample" in what
         else [],
     }
+
+
+def quick_rate(recipe: str, what: Literal["train", "sample"]) -> float:
+    """Codes a second of one CPU thread, by two rounds after one that warms up: of a training step of one lane, or of
+    one sample by the fastest stepper, with memories that are full."""
+    torch.set_num_threads(1)
+    config = load_config(recipe)
+    if what == "train":
+        run = training_step(config, 1)
+    else:
+        model = build_model(config)
+        run = _sampling(model, 1, _steppers(model)[-1])
+    (row,) = compare(f"measuring the speed of {what}", {recipe: Case(run)}, num_rounds=2, num_threads=1)
+    return row["codes_per_second"]
 
 
 def compare(what: str, cases: dict[str, Case], num_rounds: int, num_threads: int) -> list[dict[str, Any]]:
