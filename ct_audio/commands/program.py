@@ -103,10 +103,8 @@ def _completion(shell: str, modules: dict[str, str]) -> str:
                     action.choices = [*config_names()]
                 if action.dest == "recipe":
                     action.choices = recipe_names()
-                if (
-                    action.dest in ("run", "runs") and not action.option_strings
-                ):  # folders, too: bash offers them where no name matches
-                    if shell == "bash":
+                if action.dest in ("run", "runs") and not action.option_strings:
+                    if shell == "bash":  # which offers folders, too, where no name matches
                         action.choices = model_names()
                     else:
                         action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

@@ -111,7 +111,7 @@ def quick_rate(recipe: str, what: Literal["train", "sample"]) -> float:
     else:
         model = build_model(config)
         run = _sampling(model, 1, _steppers(model)[-1])
-    (row,) = compare(f"measuring the speed of {what}", {recipe: Case(run)}, num_rounds=2, num_threads=1)
+    (row,) = compare(f"measuring the speed: {what}", {recipe: Case(run)}, num_rounds=2, num_threads=1)
     return row["codes_per_second"]
 
 
