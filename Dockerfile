@@ -1,4 +1,4 @@
-# CPU only: docker build -t ct_audio . ; docker run --shm-size=1g -v "$PWD:/work" ct_audio train kathleen/wavenet_small
+# CPU only (never built yet): docker build -t ct_audio . ; docker run --shm-size=1g -v "$PWD:/work" ct_audio train kathleen/wavenet_small
 FROM python:3.12-slim
 WORKDIR /source
 COPY . .

@@ -24,7 +24,7 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs
 	rm -rf site_source && mkdir site_source
-	git ls-files -z '*.md' '*.png' '*.yaml' '*.yml' '*.lock' '*.tsv' LICENSE | tar --null -T - -cf - | tar -xf - -C site_source
+	git ls-files -z '*.md' '*.ipynb' '*.png' '*.yaml' '*.yml' '*.lock' '*.tsv' LICENSE | tar --null -T - -cf - | tar -xf - -C site_source
 	$(VENV)/bin/mkdocs build --strict
 
 $(VENV)/.installed: setup.py requirements.lock

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from handmade_runs import tool
 from recordings import ROOT
+from scipy.signal import correlate
 
 from ct_audio.common.errors import UserError
 from ct_audio.data import av_files
@@ -23,7 +24,15 @@ KINDS = {
     "aac": ("adts", "aac"),
     "webm": ("webm", "libopus"),
     "mka": ("matroska", "libopus"),
+    "mov": ("mov", "alac"),
+    "wma": ("asf", "wmav2"),
+    "mp2": ("mp2", "mp2"),
+    "ac3": ("ac3", "ac3"),
+    "eac3": ("eac3", "eac3"),
+    "wv": ("wv", "wavpack"),
+    "tta": ("tta", "tta"),
 }
+"""Formats and encoders; PyAV has none for amr, awb and ape, which are therefore not tested."""
 every_kind = pytest.mark.parametrize("suffix", KINDS)
 
 
@@ -63,9 +72,9 @@ def test_what_was_recorded_is_read(suffix: str, num_channels: int, tmp_path: Pat
     assert found.dtype == np.float32
     assert abs(len(found) - len(waveform)) <= 4096  # frames of an encoder, and its delay: these files do not tell it
     original = waveform.mean(axis=1)
-    delay = int(np.correlate(found, original[2000:20_000], "valid").argmax()) - 2000
-    assert 0 <= delay <= 4096
-    assert similarity(found[delay:], original) > 0.98
+    delay = int(correlate(found, original[4096:20_000], "valid").argmax()) - 4096
+    assert (-2048 if suffix == "wma" else 0) <= delay <= 4096  # FFmpeg's decoder gives nothing for a first frame of wma
+    assert similarity(found[max(delay, 0) :], original[max(-delay, 0) :]) > 0.98
 
 
 @every_kind

@@ -160,6 +160,12 @@ def test_a_closed_pipe_is_quiet():
 def test_help_shows_defaults():
     parser = build_parser("What it does.")
     parser.add_argument("--rate", type=int, default=24_000, help="a rate")
-    assert "(default: 24000)" in parser.format_help()
+    parser.add_argument("--rates", type=int, nargs="+", default=[2, 3], help="some of them")
+    parser.add_argument("--out", help="default: RUN/scores")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    shown = parser.format_help()
+    assert "a rate (default: 24000)" in shown
+    assert "(default: 2 3)" in shown
+    assert shown.count("(default") == 2  # nothing of None and False
     with pytest.raises(SystemExit):
         parser.parse_args(["--ra", "3"])

@@ -239,9 +239,10 @@ def test_a_healthy_place_has_no_faults_and_a_broken_one_hides_nothing(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_speeds_are_measured() -> None:
+def test_speeds_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
     for name, check in checks(Path("runs"), quick=False).items():
         if name not in QUICK:
             result = run_check(name, check)
             assert result.status in ("ok", "warning"), result
             assert float(result.found.split()[0].replace(",", "")) > 1
+    assert capsys.readouterr().err == ""  # nothing of what a benchmark of all steppers would say

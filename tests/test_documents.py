@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -175,6 +176,16 @@ def test_links_lead_somewhere(document: Path) -> None:
         path, _, anchor = target.partition("#")
         assert target.startswith("https://") or (document.parent / path).exists(), target
         assert not anchor or anchor in anchors(document.parent / path if path else document), target
+
+
+@every_document
+def test_pages_have_what_they_link_to(document: Path) -> None:
+    """`make docs` copies files of some kinds, and a link to any other is a warning there, which is an error."""
+    (kinds,) = re.findall(r"git ls-files -z (.+) \|", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+        file = document.parent / target.partition("#")[0]
+        if not target.startswith("https://") and file.is_file():
+            assert any(fnmatch(file.name, kind) for kind in shlex.split(kinds)), target
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/stack.md"])

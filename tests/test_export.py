@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 import ct_audio
 from ct_audio.common import recipes
 from ct_audio.common.errors import UserError
+from ct_audio.common.recipes import recipe_names
 from ct_audio.data.audio_files import read_blocks, write_wav
 from ct_audio.data.codecs import MuLaw, read_codes
 from ct_audio.data.corpus import open_corpus
 from ct_audio.data.vocabulary_codecs import Word
 from ct_audio.evaluation.stored import EvaluationSettings, evaluate_run
-from ct_audio.export import model_folder
+from ct_audio.export import model_card, model_folder
 from ct_audio.export.model_card import CardText
 from ct_audio.export.model_folder import CLIP_TOLERANCE_NATS, check_clip, export_model
 from ct_audio.runs.checkpoint_files import digest
@@ -95,6 +96,10 @@ def test_nothing_of_the_machine_is_in_it_and_everybody_can_read_it(run_dir: Path
     assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
+def test_data_and_licence_of_every_recipe_are_known() -> None:
+    assert model_card.RECIPES.keys() == set(recipe_names()) - {"folder"}
+
+
 def test_the_card_has_metadata_training_and_nll(
     clip: Path, tmp_path: Path, evaluate: Any, sample: Any, capsys: Output
 ) -> None:
@@ -121,6 +126,12 @@ def test_the_card_has_metadata_training_and_nll(
     for part in (f"{stored['nll_nats']:.4f}", f"{other['nll_nats']:.4f}", "Noise.", "For tests.", "7 of 1 x 64 codes"):
         assert part in body
     assert "samples/sample_1.wav" in body
+    assert "| split | recordings | codes | minutes |" in body
+    plain = {"training": {"best_valid_nll_nats": 1.0, "splits": {"valid": {"num_codes": 40}}}, "evaluations": []}
+    for scored, stretch in ((48, "all"), (40, "all"), (0, "all"), (32, "the first 32 codes")):
+        assert f"on {stretch} of the validation" in model_card._nll(
+            {**plain, "train": {"valid_codes": scored}}, MuLaw()
+        )
     assert soundfile.info(out / "samples" / "sample_1.wav").frames == 480
     assert [each["split"] for each in json.loads((out / "config.json").read_text())["evaluations"]] == ["test", "valid"]
     again = export_model(out, tmp_path / "again", clip=clip, text=CardText(licence="mit"))

@@ -19,7 +19,15 @@ from ct_audio.commands import describe
 from ct_audio.commands.command_line import run_tool
 from ct_audio.commands.program import command_modules, main
 from ct_audio.common.errors import UserError
-from ct_audio.common.recipes import PROGRAM, RECIPES, config_file, config_names, recipe_folder, recipe_names
+from ct_audio.common.recipes import (
+    PROGRAM,
+    RECIPES,
+    config_file,
+    config_names,
+    model_names,
+    recipe_folder,
+    recipe_names,
+)
 from ct_audio.runs.config import load_config
 
 Output = pytest.CaptureFixture[str]
@@ -32,7 +40,7 @@ def test_every_command_has_a_script_and_a_line_of_help(capsys: Output) -> None:
     shown = capsys.readouterr().err
     for name in command_modules():
         assert re.search(rf"^  {name} +[A-Z].{{10,80}}$", shown, re.MULTILINE), name
-    assert all(name in shown for name in recipe_names())
+    assert all(name in shown for name in [*recipe_names(), *model_names()])
 
 
 def test_a_command_gets_the_other_words(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +94,7 @@ def test_completion_knows_commands_options_and_recipes(shell: str, capsys: Outpu
         for words, number, expected in (
             ("ev", 1, ["evaluate"]),
             ("evaluate --sweep-m", 2, ["--sweep-memory"]),
+            ("sample kathleen/comp", 2, [name for name in model_names() if name.startswith("kathleen/comp")]),
             ("train wikitext103/transf", 2, ["wikitext103/transformer_xl", "wikitext103/transformer_xl_small"]),
         ):
             asked = f"{script}\n{ask.format(words, number)}"

@@ -168,7 +168,9 @@ def test_a_folder_holds_the_samples_of_one_call(corpus: Path, tmp_path: Path, sa
 
 
 def test_sample_needs_a_checkpoint_and_a_place(tmp_path: Path, corpus: Path, sample: Tool, capsys: Output) -> None:
-    assert "no checkpoint" in refusal(capsys, sample, tmp_path / "no_run", "--out", tmp_path / "out")
+    assert "no such folder; models that are shipped: kathleen/" in refusal(
+        capsys, sample, tmp_path / "no_run", "--out", tmp_path / "out"
+    )
     (tmp_path / "file").write_text("")
     words = [make_run(corpus, tmp_path / "b"), "--seconds", 0.01, "--out", tmp_path / "file"]
     assert "--out" in refusal(capsys, sample, *words)

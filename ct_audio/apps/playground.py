@@ -302,7 +302,7 @@ def playground(run: LoadedRun, codec: Codec, wish: Wish, *, title: str) -> tuple
             with gradio.Column():
                 progress = gradio.Markdown("Sound is played while it is sampled.", elem_id="progress")
                 whole = gradio.Audio(label="the sample", interactive=False, elem_id="whole")
-                picture = gradio.Plot(label="waveform and spectrogram")
+                picture = gradio.Plot(show_label=False)  # a label lies upon the picture
                 message = gradio.Textbox(visible="hidden")
         outputs = [message, progress, whole, picture]
         event = start.click(sample, [prime, *numbers], outputs, show_progress="hidden")

@@ -1,4 +1,4 @@
-"""Measure speed, see `experiments.speed`; BENCHMARKS.md is written by it."""
+"""Measure the speed of training and sampling, see `experiments.speed`; BENCHMARKS.md is written by it."""
 
 import json
 import shlex

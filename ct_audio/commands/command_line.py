@@ -43,6 +43,18 @@ class ParserOnly(Exception):  # noqa: N818 (it says what was asked for)
         self.parser = parser
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: none of flags and of what is left out, lists as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default is None or default is False or default in ([], ""):
+            return action.help
+        if isinstance(default, list):
+            return f"{action.help} (default: {' '.join(map(str, default)).replace('%', '%%')})"
+        return super()._get_help_string(action)
+
+
 class _Parser(argparse.ArgumentParser):
     is_wanted = False
 
@@ -64,7 +76,7 @@ def parsers_only() -> Iterator[None]:
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """A parser whose help shows the defaults; abbreviations of options are not accepted."""
-    return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    return _Parser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
@@ -110,7 +122,7 @@ def refuse_overrides(overrides: list[str], own_keys: Iterable[str]) -> None:
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
     """The model that a command opens: a run, one of its checkpoints, an exported folder, or a model that is shipped."""
-    which = "directory of a run, as runs/NAME, of a checkpoint, or exported; or the name of a model that a recipe ships"
+    which = "directory of a run, as runs/NAME, of a checkpoint, or exported; or a shipped model, as kathleen/wavenet"
     parser.add_argument("run", type=model_folder, help=which)
 
 

@@ -1,4 +1,4 @@
-"""Statistics of prepared corpora of text, what is known of trained models, what a training needs, as Markdown.
+"""Show what is known of a corpus of text or a trained model, and the memory that a training needs, as Markdown.
 
 The columns of the corpora are those of the paper's Tables 1 and 2: documents, words and mean length of each split.
 """

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
+from typing import Literal
 
 from ct_audio import __version__
 from ct_audio.commands.command_line import build_parser
@@ -362,7 +363,7 @@ def check_locale() -> str:
 
 def check_training() -> str:
     """Speed of a small training step, on one thread of the CPU."""
-    rate = _rates("train")[0]
+    rate = _rate("train")
     found = f"{rate:,.0f} codes per second of {SPEED_RECIPE} on one CPU thread"
     if rate < GOOD_RATE:
         raise Doubt(found, "end other programs; look at OMP_NUM_THREADS and at the power settings")
@@ -371,15 +372,14 @@ def check_training() -> str:
 
 def check_sampling() -> str:
     """Speed of sampling a small model, on one thread of the CPU."""
-    rate = _rates("sample")[-1]
+    rate = _rate("sample")
     return f"{rate:,.0f} codes per second of {SPEED_RECIPE} on one CPU thread; real time would be 24,000"
 
 
-def _rates(what: str) -> list[float]:
-    from ct_audio.experiments.speed import measure_speed
+def _rate(what: Literal["train", "sample"]) -> float:
+    from ct_audio.experiments.speed import quick_rate
 
-    report = measure_speed([SPEED_RECIPE], [what], num_rounds=2)
-    return [row["codes_per_second"] for row in report["rows"]]
+    return quick_rate(SPEED_RECIPE, what)
 
 
 def _existing(place: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The optimisation experiment of Rae et al. 2019, section 5.5.1 and Figure 3, see `experiments.update_frequency`."""
+"""Compare a lower learning rate with fewer updates: Rae et al. 2019, 5.5.1; see `experiments.update_frequency`."""
 
 from pathlib import Path
 

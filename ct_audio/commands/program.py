@@ -13,7 +13,7 @@ from pathlib import Path
 from ct_audio import __version__, commands
 from ct_audio.commands.command_line import ParserOnly, build_parser, parsers_only, run_tool
 from ct_audio.common.errors import UserError
-from ct_audio.common.recipes import RECIPES, config_names, recipe_names
+from ct_audio.common.recipes import RECIPES, config_names, model_names, recipe_names
 
 NAME = "ct-audio"
 _NO_COMMANDS = {"command_line", "program"}
@@ -65,10 +65,14 @@ def _parser(modules: dict[str, str]) -> argparse.ArgumentParser:
     width = max(map(len, modules))
     lines = [f"  {name:{width}}  {_summary(module)}" for name, module in modules.items()]
     recipes = f"recipes, as in `{NAME} prepare NAME` and `{NAME} train NAME/FILE`: {', '.join(recipe_names())}"
-    parser.epilog = "\n".join(["commands:", *lines, "", recipes, f"  in {RECIPES}"])
+    shipped = f"shipped models, as in `{NAME} sample NAME --out DIR`: {', '.join(model_names())}"
+    parser.epilog = "\n".join(["commands:", *lines, "", recipes, shipped, f"  in {RECIPES}"])
     parser.add_argument("--version", action="version", version=f"{NAME} {__version__}")
     parser.add_argument(
-        "--print-completion", choices=SHELLS, metavar="SHELL", help=f"for {', '.join(SHELLS)}; see docs"
+        "--print-completion",
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"print a script for {', '.join(SHELLS)}; see docs/install.md",
     )
     return parser
 
@@ -99,6 +103,11 @@ def _completion(shell: str, modules: dict[str, str]) -> str:
                     action.choices = [*config_names()]
                 if action.dest == "recipe":
                     action.choices = recipe_names()
+                if action.dest in ("run", "runs") and not action.option_strings:
+                    if shell == "bash":  # which offers folders, too, where no name matches
+                        action.choices = model_names()
+                    else:
+                        action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
             subparsers.add_parser(name, parents=[parser], add_help=False, help=_summary(module))
     return shtab.complete(program, shell)
 

@@ -1,4 +1,4 @@
-"""How time and memory grow, see `experiments.scaling`."""
+"""How time and memory grow with sizes and lengths, see `experiments.scaling`."""
 
 from pathlib import Path
 

@@ -39,6 +39,18 @@ RECIPES = {
         "One native U.S. English speaker reads isolated CMU ARCTIC sentences (`rhasspy/dataset-voice-kathleen` on "
         "GitHub, public domain dedication CC0 1.0), as 24 kHz mu-law codes.",
     ),
+    "ljspeech": _Data("other", "en", "LJ Speech 1.1: one reader of LibriVox (public domain), as 24 kHz mu-law codes."),
+    "libritts": _Data(
+        "cc-by-4.0", "en", "LibriTTS: many readers of LibriVox (CC BY 4.0; Zen et al. 2019), as 24 kHz mu-law codes."
+    ),
+    "vctk": _Data(
+        "cc-by-4.0",
+        "en",
+        "VCTK 0.92: 110 readers of English (CC BY 4.0; Yamagishi, Veaux and MacDonald 2019), as 24 kHz mu-law codes.",
+    ),
+    "espeak": _Data(
+        "apache-2.0", "en", "Sentences of the project, spoken by the synthesizer eSpeak NG, as 24 kHz mu-law codes."
+    ),
     "enwik8": _Data("cc-by-sa-3.0", "en", "enwik8: the first 10^8 bytes of a dump of Wikipedia (CC BY-SA and GFDL)."),
     "wikitext103": _Data(
         "cc-by-sa-3.0", "en", "WikiText-103: articles of Wikipedia (CC BY-SA 3.0; Merity et al. 2016)."
@@ -73,7 +85,7 @@ def card(
         f"---\n{to_yaml(_metadata(plain, codec, licence=licence, language=language))}---",
         f"# {markdown_code(plain['name'])}\n\n{_introduction(run, plain, codec)}",
         f"## Use\n\n{_examples(codec, folder)}",
-        f"## Data and licence\n\n{_data(plain, text.data or (known.sentence if known else None), licence)}",
+        f"## Data and licence\n\n{_data(plain, codec, text.data or (known.sentence if known else None), licence)}",
         f"## Training\n\n{markdown_table(_training_rows(plain))}",
         f"## NLL\n\n{_nll(plain, codec)}\n\n{_clip(plain, codec)}",
         f"## Samples\n\n{_samples(samples, folder)}",
@@ -161,13 +173,14 @@ ct-audio export {folder} --check
 ```"""
 
 
-def _data(plain: dict[str, Any], sentence: str | None, licence: str) -> str:
+def _data(plain: dict[str, Any], codec: Codec, sentence: str | None, licence: str) -> str:
     training = plain["training"]
     paragraphs = [sentence or f"The corpus `{training['corpus']}`; who exported the model has said no more about it."]
     if splits := training.get("splits"):
-        rows: list[list[Any]] = [["split", "documents", "codes", "minutes"]]
+        documents = "recordings" if codec.sample_rate_hz else "documents"
+        rows: list[list[Any]] = [["split", documents, "codes", "minutes"]]
         for name, split in splits.items():
-            minutes = "" if split["seconds"] is None else f"{split['seconds'] / 60:.1f}"
+            minutes = "" if split["seconds"] is None else f"{split['seconds'] / 60:.3g}"
             rows.append([name, f"{split['num_documents']:,}", f"{split['num_codes']:,}", minutes])
         paragraphs.append(markdown_table(rows))
     paragraphs.append(f"Licence of the weights: `{licence}`. The package ct_audio is under Apache-2.0.")
@@ -209,7 +222,8 @@ def _nll(plain: dict[str, Any], codec: Codec) -> str:
         paragraphs.append(f"{markdown_table(rows)}\n\nMean of a code; every code is scored once, memory is carried.")
     if best is not None:
         where = plain["train"]["valid_codes"]
-        stretch = f"the first {where:,} codes" if where else "all"
+        num_codes = (plain["training"].get("splits") or {}).get("valid", {}).get("num_codes", where)
+        stretch = f"the first {where:,} codes" if where and where < num_codes else "all"
         paragraphs.append(f"In training, on {stretch} of the validation split: {best:.4f} nats.")
     return "\n\n".join(paragraphs or ["It has not been scored."])
 

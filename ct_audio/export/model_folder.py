@@ -83,7 +83,10 @@ def export_model(
     run = load_run_model(path, which=which)
     codec = run_codec(run)
     evaluations = _evaluations(run, nll_files)
-    say(f"{run.checkpoint_path.name}: {len(evaluations)} evaluations" + ("" if evaluations else "; see --nll-file"))
+    say(
+        f"{run.checkpoint_path.name}: {len(evaluations)} evaluations"
+        + ("" if evaluations else " of it are stored; ct-audio evaluate makes them")
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.writing")
     shutil.rmtree(beside, ignore_errors=True)

@@ -6,22 +6,23 @@ features, V codes of the vocabulary.
 A model is front end, stack, head (`composition.py` puts them together): the front end makes a row of each code, the
 stack makes features of rows, the head makes probabilities of features. Linear prediction is a model as a whole.
 
-The contract in prose
-    * A *lane* is one contiguous stream of the batch. `codes[:, t]` are integers in [0, vocab_size).
-    * `features[:, t]` predict the code that follows `codes[:, t]`. A stream is preceded by the codec's start code, so
-      that its first code is scored too.
-    * NLL goes through `nll`; training makes no [B, T, V] tensor of log-probabilities if the model can avoid it.
-    * Memory is an immutable nest of tuples of tensors, the lane first in every tensor (`memory.py` has helpers that
-      map over it). `forward` never detaches what it returns; the caller does, between chunks. Inside a chunk memories
-      are detached where they are read.
-    * T is any number of whole windows. A shorter last window may end a stream: it is scored, and the memory that comes
-      back is final: passing it to `forward` again raises.
-    * `document_starts[:, t]` is True where `codes[:, t]` is the first code of a document: nothing before t then has any
-      influence at t or later. None means that the streams are continuous.
-    * A model without parameters is not trained: the trainer calls `fit` with the train split's codes as one stream,
-      writes the checkpoint and stops.
-    * `begin_steps` and `step` are the incremental path. `step` consumes its state and may reuse its buffers;
-      `clone_state` makes an independent copy first.
+The contract in prose:
+
+* A *lane* is one contiguous stream of the batch. `codes[:, t]` are integers in [0, vocab_size).
+* `features[:, t]` predict the code that follows `codes[:, t]`. A stream is preceded by the codec's start code, so
+  that its first code is scored too.
+* NLL goes through `nll`; training makes no [B, T, V] tensor of log-probabilities if the model can avoid it.
+* Memory is an immutable nest of tuples of tensors, the lane first in every tensor (`memory.py` has helpers that
+  map over it). `forward` never detaches what it returns; the caller does, between chunks. Inside a chunk memories
+  are detached where they are read.
+* T is any number of whole windows. A shorter last window may end a stream: it is scored, and the memory that comes
+  back is final: passing it to `forward` again raises.
+* `document_starts[:, t]` is True where `codes[:, t]` is the first code of a document: nothing before t then has any
+  influence at t or later. None means that the streams are continuous.
+* A model without parameters is not trained: the trainer calls `fit` with the train split's codes as one stream,
+  writes the checkpoint and stops.
+* `begin_steps` and `step` are the incremental path. `step` consumes its state and may reuse its buffers;
+  `clone_state` makes an independent copy first.
 """
 
 import abc

@@ -540,4 +540,7 @@ def _suggest(key: str, allowed: list[str]) -> str:
 def _type_name(annotation: Any) -> str:
     if annotation is float:
         return "a finite number"
+    if get_origin(annotation) is Literal:
+        values = get_args(annotation)
+        return f"one of {', '.join(str(each).lower() if isinstance(each, bool) else str(each) for each in values)}"
     return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.recipes import model_names
 from ct_audio.data.codecs import Codec, codec_from_json
 from ct_audio.data.corpus import Corpus, open_corpus
 from ct_audio.models import SequenceModel, build_model
@@ -78,6 +79,9 @@ def load_run_model(path: str | Path, *, which: str = "best", device: str | torch
     for attempt in range(3):
         checkpoint = find_model(path, which) if is_run else path
         if checkpoint is None:
+            if not path.exists():
+                shipped = ", ".join(model_names())
+                raise UserError(f"{path}: no checkpoint: there is no such folder; models that are shipped: {shipped}")
             raise UserError(
                 f"{path}: no checkpoint {which!r}; expected a directory that ct-audio train or ct-audio export made"
             )

@@ -189,7 +189,7 @@ class SampleSet:
         signals: list[int],
         stream: SampleStream | None = None,
         save_every_seconds: float = SAVE_EVERY_SECONDS,
-        label: str = "sample",
+        label: str = "sampling",
         keep: int | None = None,
     ) -> None:
         """Sample what is left and save it, in between too; a signal or the end of the stream's reader ends it early.

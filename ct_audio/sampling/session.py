@@ -57,7 +57,7 @@ def sample_sets(
     for one in sets:
         if stream is not None and not one.num_resumed:
             stream.write(one.decoded_prime())
-        label = "sample" if corpus is None else f"temperature {one.request.temperature:g}"
+        label = "sampling" if corpus is None else f"temperature {one.request.temperature:g}"
         keep = None if stream is None or verify else STREAM_CODES
         _sample(one, signals=signals, stream=stream, save_every_seconds=save_every_seconds, label=label, keep=keep)
         if one.stopped_by:
