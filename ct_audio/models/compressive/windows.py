@@ -262,8 +262,9 @@ def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, v
         compressed = torch.cat([compressed, new_compressed], dim=1)
         compressed = compressed[:, compressed.shape[1] - length :]
     if view is None or view.documents is None:
-        copies = (part.clone(memory_format=torch.contiguous_format) for part in (rows, compressed))  # empty ones too
-        return LayerMemory(*copies, *memory[2:])  # as full as it was
+        # As full as it was. In one order, empty parts too: a compiled graph is of that order.
+        rows, compressed = (part.clone(memory_format=torch.contiguous_format) for part in (rows, compressed))
+        return memory._replace(memory=rows, compressed_memory=compressed)
     stream, compressed_stream = view.documents.stream, view.documents.compressed_stream
     current = stream[:, -1]
     rows, valid = keep_valid(rows, stream[:, stream.shape[1] - rows.shape[1] :], current)
