@@ -355,7 +355,7 @@ def test_commands_run(document: Path, project: Path, recordings: Path) -> None:
             continue  # of several machines; tested in test_distributed.py
         if any(word.startswith("recipes/popgym/") for word in words) and find_spec("popgym") is None:
             continue  # it is no dependency
-        if "tools/listen.py" in words or "--grid" in words:
+        if "tools/listen.py" in words or {"--grid", "--changes"} & {*words}:
             continue  # more speech, or time, than there is here; tested in test_listen.py and test_ablate.py
         if "tools/play.py" in words:
             continue  # it serves a browser until it is ended, or needs a sound card; tested in test_playground.py
