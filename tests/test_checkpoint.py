@@ -431,7 +431,7 @@ def test_loaded_model_is_the_saved_one(tmp_path: Path):
     found = loaded.model.state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert expected.keys() == found.keys()
-    with pytest.raises(UserError, match="no checkpoint 'last'"):
+    with pytest.raises(UserError, match="no checkpoint: there is no such folder"):
         load_run_model(tmp_path / "nothing", which="last")
 
 
