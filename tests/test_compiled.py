@@ -128,6 +128,7 @@ def test_states_are_converted_at_every_place_of_a_window(name: str) -> None:
     [
         "compressive_transformer_prediction",
         "wavenet",
+        "wavenet_pre_norm",
         "wavenet_waveform",
         "linear_prediction",
         "linear_prediction_autocorrelation",
@@ -152,6 +153,7 @@ def test_both_steppers_draw_the_same_codes(name: str, drawing: dict[str, Any]) -
         "compressive_transformer_prediction",
         "compressive_transformer_convolution",
         "wavenet",
+        "wavenet_pre_norm",
         "linear_prediction",
         "linear_prediction_autocorrelation",
     ],

@@ -36,7 +36,10 @@ def convolution_nll(model: Any, codes: Tensor, targets: Tensor, *, chunk_begins:
     stack = model.stack
     x, skip = model.front_end.table(codes).transpose(1, 2), 0
     for layer, dilation in enumerate(stack.dilations):
-        earlier, own = x[..., :chunk_begins].detach(), x[..., chunk_begins:]
+        heard = x
+        if stack.config.norm_position == "pre":
+            heard = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+        earlier, own = heard[..., :chunk_begins].detach(), heard[..., chunk_begins:]
         padded = F.pad(torch.cat([earlier, own], dim=-1), (dilation, 0))
         kernels = [
             torch.stack([stack.past_weight[layer, half], stack.now_weight[layer, half]], dim=-1) for half in (0, 1)
@@ -51,10 +54,11 @@ def convolution_nll(model: Any, codes: Tensor, targets: Tensor, *, chunk_begins:
     return -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
 
+@pytest.mark.parametrize("norm_position", ["none", "pre"])
 @pytest.mark.parametrize("chunk_begins", [0, 2, 40], ids=["first chunk", "after less than a dilation", "later chunk"])
-def test_equals_convolution_with_every_gradient(chunk_begins: int) -> None:
+def test_equals_convolution_with_every_gradient(chunk_begins: int, norm_position: str) -> None:
     """The chunk is the window: gradients cross all of it, and end where it begins."""
-    model = float64_wavenet(num_layers=8, layers_per_cycle=4)
+    model = float64_wavenet(num_layers=8, layers_per_cycle=4, norm_position=norm_position)
     codes, targets = random_codes(chunk_begins + 25), random_codes(25, seed=1)
     memory = model.zero_memory(2)
     if chunk_begins:
@@ -86,10 +90,11 @@ def test_chunks_of_any_lengths_equal_one(cuts: list[int]) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("norm_position", ["none", "pre"])
 @given(begins=st.lists(st.integers(0, 29), min_size=1, max_size=4, unique=True), cut=st.integers(1, 29))
-def test_documents_are_fresh_streams_wherever_they_begin(begins: list[int], cut: int) -> None:
+def test_documents_are_fresh_streams_wherever_they_begin(norm_position: str, begins: list[int], cut: int) -> None:
     """Lane 0 has document starts anywhere and its stream is cut anywhere; lane 1 goes on undisturbed."""
-    model = float64_wavenet()
+    model = float64_wavenet(norm_position=norm_position)
     codes, begins = random_codes(30), sorted(begins)
     starts = torch.zeros_like(codes, dtype=torch.bool)
     starts[0, begins] = True
@@ -124,9 +129,10 @@ def test_a_document_start_ends_even_nan() -> None:
     assert all(queue.isfinite().all() for queue in output.memory.stack.queues)
 
 
-def test_steps_after_more_codes_than_any_dilation() -> None:
+@pytest.mark.parametrize("norm_position", ["none", "pre"])
+def test_steps_after_more_codes_than_any_dilation(norm_position: str) -> None:
     """`begin_steps` takes any number of codes: a model without windows cannot have too many."""
-    model = float64_wavenet().eval()
+    model = float64_wavenet(norm_position=norm_position).eval()
     codes = random_codes(40)
     with torch.no_grad():
         expected = model(codes, model.zero_memory(2))
@@ -164,8 +170,9 @@ def test_dropout_is_for_training_only() -> None:
     assert torch.equal(model(codes, memory).features, without(codes, memory).features)
 
 
-def test_bfloat16_autocast_keeps_memory_and_nll_in_float32() -> None:
-    model: Any = tiny_model("wavenet")
+@pytest.mark.parametrize("norm_position", ["none", "pre"])
+def test_bfloat16_autocast_keeps_memory_and_nll_in_float32(norm_position: str) -> None:
+    model: Any = tiny_model("wavenet", norm_position=norm_position)
     codes, memory = random_codes(40), model.zero_memory(2)
     exact = model.nll(model(codes, memory).features, codes)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -66,6 +66,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "transformer_xl": _TRANSFORMER | {"memory_length": 16, "compressed_memory_length": 0},
     "compressive_transformer_prediction": _TRANSFORMER | _PREDICTION,
     "wavenet": _WAVENET,
+    "wavenet_pre_norm": _WAVENET | {"norm_position": "pre"},
     "wavenet_prediction": _WAVENET | _PREDICTION | {"head": "categorical"},
     "wavenet_waveform": _WAVENET | {"front_end": "waveform", "head": "logistic_mixture"},
     "linear_prediction": _LINEAR_PREDICTION | {"forgetting": 0.97},

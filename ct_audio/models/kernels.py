@@ -907,6 +907,7 @@ class WaveNetWeights(NamedTuple):
         gate: [L, 2 C, 2 C], past and present input to filter and gate. gate_bias: [L, 2 C].
         out: [L, C, C + S], gated output to the next input and to the skip sum (0 to the input after the last layer).
         skip_bias: [S]. hidden: [S, S]. hidden_bias: [S].
+        norm: [2, C], ones and zeros for `layer_norm`; [2, 0] without normalisation.
         offsets, dilations: [L] int64, the rows of a ring that each layer owns.
     """
 
@@ -916,6 +917,7 @@ class WaveNetWeights(NamedTuple):
     skip_bias: np.ndarray
     hidden: np.ndarray
     hidden_bias: np.ndarray
+    norm: np.ndarray
     offsets: np.ndarray
     dilations: np.ndarray
 
@@ -945,10 +947,10 @@ def step_wavenet(rows, w, state, pairs, totals, gated, carried, skips, features)
         oldest = w.offsets[layer] + count % w.dilations[layer]
         for lane in range(num_lanes):
             pair, own, ring = pairs[lane], carried[lane], state.rings[lane, oldest]
-            for i in range(width):
-                pair[i] = ring[i]
-                pair[width + i] = own[i]
-                ring[i] = own[i]
+            copy(ring[:width], pair)
+            copy(own[:width], ring)
+            layer_norm(own, w.norm, ring)
+            copy(ring[:width], pair[width:])
             copy(w.gate_bias[layer], totals[lane])
         accumulate(pairs, w.gate[layer], totals)
         for lane in range(num_lanes):

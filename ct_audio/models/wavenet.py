@@ -36,6 +36,8 @@ class Config(PartsConfig):
         width: residual channels C.
         skip_width: skip and head channels S.
         dropout: share of each layer's gated output that is dropped in training.
+        norm_position: "none" as in the paper, or "pre": each gated layer hears its input brought to mean 0 and variance
+            1 over the channels (as a pre-norm transformer's sublayer does), so that it cannot saturate tanh and sigmoid.
         The others: see `PartsConfig`.
     """
 
@@ -45,6 +47,7 @@ class Config(PartsConfig):
     width: int = 472
     skip_width: int = 472
     dropout: float = 0.0
+    norm_position: Literal["none", "pre"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +83,8 @@ class WaveNetMemory(NamedTuple):
     """What a lane remembers.
 
     Attributes:
-        queues: L tensors [B, dilation, C], each layer's last inputs, oldest first; zeros before the stream begins.
+        queues: L tensors [B, dilation, C], what each layer heard last (its inputs, normalised with `norm_position:
+            pre`), oldest first; zeros before the stream begins.
     """
 
     queues: tuple[Float[Tensor, "B _ C"], ...]
@@ -91,7 +95,7 @@ class LayerViews(NamedTuple):
 
     Attributes:
         total: sums before tanh and sigmoid; `filter` and `gate` are its halves.
-        inputs, gated: the layer's input and gated output.
+        inputs, heard, gated: the layer's input, that input as the gate hears it, and the gated output.
         now_weight, residual_weight: as matrices that rows are multiplied by.
         next_inputs: the input of the next layer; None, as `residual_weight`, for the last layer.
     """
@@ -100,6 +104,7 @@ class LayerViews(NamedTuple):
     filter: Float[Tensor, "B C"]
     gate: Float[Tensor, "B C"]
     inputs: Float[Tensor, "B C"]
+    heard: Float[Tensor, "B C"]
     gated: Float[Tensor, "B C"]
     now_weight: Float[Tensor, "C C2"]
     residual_weight: Float[Tensor, "C C"] | None
@@ -112,8 +117,9 @@ class StepState:
 
     Attributes:
         rings: the queues of all layers one below the other; layer l owns `dilations[l]` rows from `offsets[l]`.
-        count: rows stepped so far; the oldest input of layer l lies in its row `count % dilations[l]`.
+        count: rows stepped so far; the oldest row of layer l lies in its row `count % dilations[l]`.
         inputs, totals, gated: room for each layer's input, for its sums before tanh and sigmoid, and for its output.
+        heard: the inputs as the gates hear them; without normalisation `inputs` itself.
         offsets, dilations: int64.
         layers: views of these buffers.
     """
@@ -121,6 +127,7 @@ class StepState:
     rings: Float[Tensor, "Q B C"]
     count: Int[Tensor, ""]
     inputs: Float[Tensor, "L B C"]
+    heard: Float[Tensor, "L B C"]
     totals: Float[Tensor, "L B C2"]
     gated: Float[Tensor, "L B C"]
     offsets: Int[Tensor, "L"]
@@ -144,7 +151,8 @@ class WaveNetStack(Stack):
     Parameters of one kind are stacked over layers: the optimizer meets a dozen tensors however deep the model is.
     Source: equation 2 and figure 4 of the paper. Differs: no bias in the residual and in each skip projection (the
     embedding and `skip_bias` have it); the last layer has no residual projection, which would never get a gradient;
-    before a stream begins, each layer sees zeros.
+    before a stream begins, each layer sees zeros. Not in the paper: with `norm_position: pre` the gate hears N(x_l) in place
+    of x_l; N is layer normalisation without gain and bias, which the weights after it would take up.
     """
 
     def __init__(self, config: Config) -> None:
@@ -195,12 +203,13 @@ class WaveNetStack(Stack):
         skip = self.skip_bias
         queues = []
         for layer in range(len(self.dilations)):
-            past, queue = _shift(memory.queues[layer].detach(), x, age)
+            heard = self._heard(x)
+            past, queue = _shift(memory.queues[layer].detach(), heard, age)
             queues.append(queue)
             halves = []
             for half in (2 * layer, 2 * layer + 1):  # filter and gate apart: contiguous, hence fast tanh and sigmoid
                 total = torch.addmm(biases[half], past.flatten(0, 1), past_weights[half].t())
-                halves.append(torch.addmm(total, x.flatten(0, 1), now_weights[half].t()))
+                halves.append(torch.addmm(total, heard.flatten(0, 1), now_weights[half].t()))
             gated = (halves[0].tanh_() * halves[1].sigmoid_()).view(x.shape)
             gated = F.dropout(gated, self.config.dropout, self.training)
             skip = skip + F.linear(gated, skip_weights[layer])
@@ -235,12 +244,15 @@ class WaveNetStack(Stack):
         past_weights = rearrange(self.past_weight, "l half c_out c -> l c (half c_out)")
         torch.baddbmm(biases, past, past_weights, out=state.totals)
         state.layers[0].inputs.copy_(rows)
+        is_normalised = self.config.norm_position == "pre"
         for layer in state.layers:
-            layer.total.addmm_(layer.inputs, layer.now_weight)
+            if is_normalised:
+                layer.heard.copy_(self._heard(layer.inputs))
+            layer.total.addmm_(layer.heard, layer.now_weight)
             torch.mul(layer.filter.tanh_(), layer.gate.sigmoid_(), out=layer.gated)
             if layer.residual_weight is not None:
                 torch.addmm(layer.inputs, layer.gated, layer.residual_weight, out=layer.next_inputs)
-        state.rings.index_copy_(0, oldest, state.inputs)
+        state.rings.index_copy_(0, oldest, state.heard)
         state.count.add_(1)
         skip = torch.bmm(state.gated, self.skip_weight.mT).sum(0)
         return self._features(skip + self.skip_bias), state
@@ -257,14 +269,18 @@ class WaveNetStack(Stack):
         dilations = torch.tensor(self.dilations, device=rings.device)
         shape = (len(self.dilations), *rings.shape[1:])
         inputs, gated = rings.new_zeros(shape), rings.new_zeros(shape)
+        heard = torch.zeros_like(inputs) if self.config.norm_position == "pre" else inputs
         totals = rings.new_zeros(*shape[:2], 2 * shape[2])
         now_weights = rearrange(self.now_weight, "l half c_out c -> l c (half c_out)")
         filters, gates = totals.split(shape[2], dim=-1)
-        parts = (totals, filters, gates, inputs, gated, now_weights)
+        parts = (totals, filters, gates, inputs, heard, gated, now_weights)
         ahead = [*zip(self.residual_weight.mT, inputs[1:], strict=True), (None, None)]
         layers = [LayerViews(*views, *more) for *views, more in zip(*parts, ahead, strict=True)]
         offsets = dilations.cumsum(0) - dilations
-        return StepState(rings, count, inputs, totals, gated, offsets, dilations, layers)
+        return StepState(rings, count, inputs, heard, totals, gated, offsets, dilations, layers)
+
+    def _heard(self, x: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+        return F.layer_norm(x, x.shape[-1:]) if self.config.norm_position == "pre" else x
 
     def _features(self, skip: Float[Tensor, "*batch S"]) -> Float[Tensor, "*batch S"]:
         return F.relu(self.hidden(F.relu(skip)))
@@ -293,6 +309,7 @@ class CompiledWaveNetStack(CompiledStack):
         past, now = (rearrange(w, "l half out c -> l c (half out)") for w in (stack.past_weight, stack.now_weight))
         residual = torch.cat([stack.residual_weight, torch.zeros_like(stack.now_weight[:1, 0])])
         dilations = np.array(stack.dilations, np.int64)
+        norm_width = stack.width if stack.config.norm_position == "pre" else 0
         self.weights = kernels.WaveNetWeights(
             gate=packed(torch.cat([past, now], dim=1)),
             gate_bias=packed(stack.gate_bias.flatten(1)),
@@ -300,6 +317,7 @@ class CompiledWaveNetStack(CompiledStack):
             skip_bias=packed(stack.skip_bias),
             hidden=packed(stack.hidden.weight.T),
             hidden_bias=packed(stack.hidden.bias),
+            norm=packed(stack.skip_bias.new_tensor([[1.0], [0.0]]).repeat(1, norm_width)),
             offsets=dilations.cumsum() - dilations,
             dilations=dilations,
         )
