@@ -36,8 +36,8 @@ class Config(PartsConfig):
         width: residual channels C.
         skip_width: skip and head channels S.
         dropout: share of each layer's gated output that is dropped in training.
-        norm_position: "none" as in the paper, or "pre": each gated layer hears its input brought to mean 0 and variance
-            1 over the channels (as a pre-norm transformer's sublayer does), so that it cannot saturate tanh and sigmoid.
+        norm_position: "none" as in the paper, or "pre": each gate hears its input brought to mean 0 and variance 1 over
+            the channels, as a pre-norm transformer's sublayer does; tanh and sigmoid are saturated less.
         The others: see `PartsConfig`.
     """
 
@@ -151,8 +151,8 @@ class WaveNetStack(Stack):
     Parameters of one kind are stacked over layers: the optimizer meets a dozen tensors however deep the model is.
     Source: equation 2 and figure 4 of the paper. Differs: no bias in the residual and in each skip projection (the
     embedding and `skip_bias` have it); the last layer has no residual projection, which would never get a gradient;
-    before a stream begins, each layer sees zeros. Not in the paper: with `norm_position: pre` the gate hears N(x_l) in place
-    of x_l; N is layer normalisation without gain and bias, which the weights after it would take up.
+    before a stream begins, each layer sees zeros. Not in the paper: with `norm_position: pre` the gate hears N(x_l) in
+    place of x_l; N is layer normalisation without gain and bias, which the weights after it would take up.
     """
 
     def __init__(self, config: Config) -> None:
