@@ -162,6 +162,7 @@ def _examples(codec: Codec, folder: str) -> str:
         imports, command = "import ct_audio", f"ct-audio sample {folder} --length 1000 --out samples"
     return f"""```python
 {imports}
+
 model = ct_audio.load("{folder}")
 {program}
 ```
