@@ -20,12 +20,13 @@ from matplotlib.figure import Figure
 from ct_audio.common.errors import UserError
 from ct_audio.common.figures import write_figure
 from ct_audio.common.files import read_json, write_csv, write_file, write_json
+from ct_audio.common.machine import MEMORY, in_own_process, peak_memory
 from ct_audio.common.progress import Progress
 from ct_audio.common.text import markdown_table
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter, open_corpus
 from ct_audio.data.lanes import WindowStream
-from ct_audio.experiments.speed import MEMORY, in_own_process, peak_memory, training_step
+from ct_audio.experiments.speed import training_step
 from ct_audio.models import build_model
 from ct_audio.runs.config import RunConfig, load_config
 from ct_audio.runs.same_run import flat_config

@@ -16,12 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ct_audio.common.errors import UserError
+from ct_audio.common.machine import MEMORY, in_own_process, peak_memory
 from ct_audio.common.progress import Progress
 from ct_audio.common.text import markdown_table
 from ct_audio.models import SequenceModel, build_model
@@ -50,11 +48,6 @@ _WAYS = ((4, 1, 1), (4, 4, 1), (16, 1, 1), (16, 8, 1), (4, 2, 2), (16, 8, 2))
 _PYPI_PACKAGE = "compressive_transformer_pytorch"
 _PYPI_NAMES = {True: "PyPI compressive-transformer-pytorch", False: "the same without GRU gates"}
 """With its gates, as it comes, and without."""
-MEMORY = Path("/proc/self/status")
-"""Where Linux says how much memory a process holds."""
-
-
-T = TypeVar("T")
 
 
 class Case(NamedTuple):
@@ -392,29 +385,6 @@ def _peak_of_training(maker: Callable[[], Callable[[], int]], num_threads: int) 
         for _ in range(3):
             step()
     return mebibytes()
-
-
-def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Call a function in a new process, so that it pays for no other's memory; torch is imported once for all."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], float]]:
-    """The most memory held within, in MiB above what was held before (Linux only)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status("VmRSS")
-    found: list[float] = []
-    yield lambda: found[0]
-    found.append(max(0.0, (_status("VmHWM") - before) / 1024))
-
-
-def _status(key: str) -> int:
-    line = next(line for line in MEMORY.read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1])
 
 
 def sampling_facts(
