@@ -62,7 +62,7 @@ def random_codes(length: int, *, seed: int = 0) -> Int[Tensor, "B T"]:
     return torch.randint(VOCAB_SIZE, (LANES, length), generator=generator)
 
 
-def embedding_row(model: Any, code: int) -> Float[Tensor, "_"]:
+def embedding_row(model: Any, code: int) -> Float[Tensor, " _"]:
     """The parameters that only this code's embedding reads; writable."""
     edges = getattr(model.front_end, "edges", [(0, model.vocab_size)])
     tables = getattr(model.front_end, "tables", None) or [model.front_end.table.weight]

@@ -36,7 +36,7 @@ def adaptive() -> Any:
     return noisy(AdaptiveSoftmax(VOCAB_SIZE, WIDTH, CUTOFFS, DIV))
 
 
-def slow_log_probability(softmax: AdaptiveSoftmax, features: Float[Tensor, "D"], code: int) -> float:
+def slow_log_probability(softmax: AdaptiveSoftmax, features: Float[Tensor, " D"], code: int) -> float:
     """Oracle: one code, Python numbers, the two steps as they are written in the paper."""
     edges = [0, *CUTOFFS, VOCAB_SIZE]
     band = next(i for i in range(len(edges) - 1) if edges[i] <= code < edges[i + 1])

@@ -38,7 +38,7 @@ def float64_model(name: str, **changes: Any) -> Any:
     return model
 
 
-def one_pass_nll(model: Any, codes: np.ndarray, offsets: np.ndarray | None = None) -> Float[Tensor, "N"]:
+def one_pass_nll(model: Any, codes: np.ndarray, offsets: np.ndarray | None = None) -> Float[Tensor, " N"]:
     """Oracle: one lane, one window (or the whole stream of a model without windows) after the other, no cleverness."""
     targets = torch.from_numpy(codes.astype(np.int64))[None]
     inputs = torch.cat([torch.tensor([[START_CODE]]), targets[:, :-1]], dim=1)
@@ -66,13 +66,13 @@ class Collector:
         self.by_position: dict[int, float] = {}
         self.counts: Counter[int] = Counter()
 
-    def __call__(self, positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
+    def __call__(self, positions: Int[Tensor, " B"], nll: Float[Tensor, "B T"]) -> None:
         for first, row in zip(positions.tolist(), nll.tolist(), strict=True):
             for offset, value in enumerate(row):
                 self.by_position[first + offset] = value
                 self.counts[first + offset] += 1
 
-    def in_order(self) -> Float[Tensor, "N"]:
+    def in_order(self) -> Float[Tensor, " N"]:
         return torch.tensor([self.by_position[i] for i in sorted(self.by_position)], dtype=torch.float64)
 
 

@@ -36,7 +36,7 @@ def make(**changes: Any) -> LinearPrediction:
     return LinearPrediction(Config(**({"order": 5, "forgetting": 0.97, "regularisation": 1e-4} | changes)))
 
 
-def speech_like_codes(length: int, *, seed: int = 0) -> Int[np.ndarray, "T"]:
+def speech_like_codes(length: int, *, seed: int = 0) -> Int[np.ndarray, " T"]:
     """A resonance that swells and fades, with noise: loud, quiet, and at full scale."""
     noise = np.random.default_rng(seed).normal(size=length + 2)
     waveform = np.zeros(length + 2)
@@ -46,7 +46,7 @@ def speech_like_codes(length: int, *, seed: int = 0) -> Int[np.ndarray, "T"]:
     return MuLaw().encode(waveform[2:].astype(np.float32)).astype(np.int64)
 
 
-def features_of(model: LinearPrediction, codes: Int[np.ndarray, "T"]) -> Float64[np.ndarray, "T 2"]:
+def features_of(model: LinearPrediction, codes: Int[np.ndarray, " T"]) -> Float64[np.ndarray, "T 2"]:
     return model(torch.from_numpy(codes[None]), model.zero_memory(1)).features[0].numpy()
 
 
@@ -102,7 +102,7 @@ def test_weights_are_those_of_least_squares_with_regularisation() -> None:
         np.testing.assert_allclose(memory.covariance[0].numpy() @ matrix, np.eye(order), rtol=0, atol=1e-9)
 
 
-def square_wave(half_period: int, length: int) -> Int[np.ndarray, "T"]:
+def square_wave(half_period: int, length: int) -> Int[np.ndarray, " T"]:
     return np.where(np.arange(length) // half_period % 2, 0, 255)
 
 

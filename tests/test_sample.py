@@ -51,7 +51,7 @@ def joined(steps: Any) -> tuple[Tensor, Tensor]:
     return torch.stack([codes for codes, _ in pairs], 1), torch.stack([logs for _, logs in pairs], 1)
 
 
-def evaluator_nll(model: Any, stream: np.ndarray) -> Float64[Tensor, "T"]:
+def evaluator_nll(model: Any, stream: np.ndarray) -> Float64[Tensor, " T"]:
     """NLL of each code of one lane as the evaluator finds it, with whole windows in a forward."""
     parts: list[Tensor] = []
     evaluate_nll(model, Stretch(stream, START_CODE, 16), on_nll=lambda _, nll: parts.append(nll[0].double()))

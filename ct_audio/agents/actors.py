@@ -48,7 +48,7 @@ class Unroll(NamedTuple):
     log_probabilities: Float[Tensor, "B T"]
     rewards: Float[Tensor, "B T"]
     ended: Bool[Tensor, "B T"]
-    bootstrap: Float[Tensor, "B"]
+    bootstrap: Float[Tensor, " B"]
     sums: Float[Tensor, "5"]
 
 
@@ -69,12 +69,12 @@ class ActorState(NamedTuple):
 
     memory: Any
     observations: Float[Tensor, "B F"]
-    last_actions: Int[Tensor, "B"]
-    last_rewards: Float[Tensor, "B"]
-    starts: Bool[Tensor, "B"]
-    returns: Float[Tensor, "B"]
-    lengths: Int[Tensor, "B"]
-    generator: UInt8[Tensor, "_"]
+    last_actions: Int[Tensor, " B"]
+    last_rewards: Float[Tensor, " B"]
+    starts: Bool[Tensor, " B"]
+    returns: Float[Tensor, " B"]
+    lengths: Int[Tensor, " B"]
+    generator: UInt8[Tensor, " _"]
     environments: tuple[Tensor, ...]
 
 

@@ -55,12 +55,12 @@ class Agent(StatefulModule):
     def act(
         self,
         observations: Float[Tensor, "B F"],
-        last_actions: Int[Tensor, "B"],
-        last_rewards: Float[Tensor, "B"],
+        last_actions: Int[Tensor, " B"],
+        last_rewards: Float[Tensor, " B"],
         state: Any,
         *,
-        starts: Bool[Tensor, "B"],
-    ) -> tuple[Float[Tensor, "B A"], Float[Tensor, "B"], Any]:
+        starts: Bool[Tensor, " B"],
+    ) -> tuple[Float[Tensor, "B A"], Float[Tensor, " B"], Any]:
         """Log-probabilities of the actions, value, and the next state of the stack, which is consumed."""
         rows = self.rows(observations, last_actions, last_rewards)
         features, state = self.stack.step(rows, state, document_starts=starts)

@@ -25,10 +25,10 @@ class Outcome(NamedTuple):
     """
 
     observations: Float32[np.ndarray, "N F"]
-    rewards: Float[np.ndarray, "N"]
-    ended: Bool[np.ndarray, "N"]
-    forced: Bool[np.ndarray, "N"]
-    successes: Int[np.ndarray, "N"]
+    rewards: Float[np.ndarray, " N"]
+    ended: Bool[np.ndarray, " N"]
+    forced: Bool[np.ndarray, " N"]
+    successes: Int[np.ndarray, " N"]
 
 
 class Environments:
@@ -55,7 +55,7 @@ class Environments:
         self._begun = True
         return self._vectors(observations)
 
-    def step(self, actions: Int[np.ndarray, "N"]) -> Outcome:
+    def step(self, actions: Int[np.ndarray, " N"]) -> Outcome:
         """Act everywhere."""
         observations, rewards, terminated, truncated, info = self._env.step(actions)
         forced = info.get("forced")

@@ -61,7 +61,7 @@ class LstmStack(Stack):
         return LstmState(self(rows, memory, document_starts=document_starts).memory if rows.shape[1] else memory)
 
     def step(
-        self, rows: Float[Tensor, "B D"], state: LstmState, *, document_starts: Bool[Tensor, "B"] | None = None
+        self, rows: Float[Tensor, "B D"], state: LstmState, *, document_starts: Bool[Tensor, " B"] | None = None
     ) -> tuple[Float[Tensor, "B D"], LstmState]:
         output, memory = self._step(rows, state.memory, document_starts)
         return output, LstmState(memory)

@@ -78,9 +78,13 @@ class ObjectMatching(VectorEnv):
         return self._observe(), {}
 
     def step(
-        self, actions: Int[np.ndarray, "N"]
+        self, actions: Int[np.ndarray, " N"]
     ) -> tuple[
-        Float32[np.ndarray, "N F"], Float[np.ndarray, "N"], Bool[np.ndarray, "N"], Bool[np.ndarray, "N"], dict[str, Any]
+        Float32[np.ndarray, "N F"],
+        Float[np.ndarray, " N"],
+        Bool[np.ndarray, " N"],
+        Bool[np.ndarray, " N"],
+        dict[str, Any],
     ]:
         """One step everywhere: observations, rewards, where episodes ended, where the time limit broke them off."""
         rewards, success = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
@@ -129,11 +133,11 @@ class ObjectMatching(VectorEnv):
             return None
         return tuple(self.text(i) if self.render_mode == "ansi" else self.image(i) for i in range(self.num_envs))
 
-    def _begin(self, at: Int[np.ndarray, "_"]) -> None:
+    def _begin(self, at: Int[np.ndarray, " _"]) -> None:
         self.cue[at] = self._random.integers(self.config.num_objects, size=len(at))
         self.room[at], self.left[at], self.time[at] = ROOM_1, self.config.cue_length, 0
 
-    def _enter_room_2(self, at: Int[np.ndarray, "_"]) -> None:
+    def _enter_room_2(self, at: Int[np.ndarray, " _"]) -> None:
         if not len(at):
             return
         kinds, cue = self.config.num_objects, self.cue[at]

@@ -30,7 +30,7 @@ def vtrace(
     rewards: Float[Tensor, "B T"],
     discounts: Float[Tensor, "B T"],
     values: Float[Tensor, "B T"],
-    bootstrap: Float[Tensor, "B"],
+    bootstrap: Float[Tensor, " B"],
     importance_clip: float = 1.0,
     trace_clip: float = 1.0,
 ) -> VTrace:

@@ -52,11 +52,11 @@ class Episode(NamedTuple):
 
     shown: list[str]
     images: list[np.ndarray]
-    actions: Int[np.ndarray, "T"]
-    rewards: Float[np.ndarray, "T"]
+    actions: Int[np.ndarray, " T"]
+    rewards: Float[np.ndarray, " T"]
     action_names: tuple[str, ...]
     policy: Float[np.ndarray, "T A"]
-    values: Float[np.ndarray, "T"]
+    values: Float[np.ndarray, " T"]
     attention: Attention | None
     success: int
     step: int

@@ -55,7 +55,7 @@ class Clip:
     settings: str
     kind: str
     number: int
-    codes: UInt8[np.ndarray, "N"]
+    codes: UInt8[np.ndarray, " N"]
     prime_length: int = 0
     is_recording: bool = False
     about: dict[str, Any] = field(default_factory=dict)
@@ -162,7 +162,7 @@ def listened(out: Path, names: Sequence[str], split: Split) -> tuple[list[Clip],
     return recordings_beside(clips, split) + clips, table
 
 
-def recording(codes: UInt8[np.ndarray, "N"], beside: Clip, about: dict[str, Any]) -> Clip:
+def recording(codes: UInt8[np.ndarray, " N"], beside: Clip, about: dict[str, Any]) -> Clip:
     """A recording as the clip that stands beside a sample."""
     return Clip(RECORDING, "", beside.kind, beside.number, codes, beside.prime_length, True, about)
 

@@ -64,7 +64,7 @@ class Piece:
         nll_nats: mean NLL of each whole second so far, and of what follows the last one; at temperature 1.
     """
 
-    waveform: Float[np.ndarray, "N"]
+    waveform: Float[np.ndarray, " N"]
     made: int
     total: int
     samples_per_second: float
@@ -129,7 +129,7 @@ def _pieces(sampler: Sampler, codec: Codec, rate: int, total: int, piece_seconds
         codes, logs = [], []
 
 
-def pcm16(waveform: Float[np.ndarray, "N"]) -> Int16[np.ndarray, "N"]:
+def pcm16(waveform: Float[np.ndarray, " N"]) -> Int16[np.ndarray, " N"]:
     """As in a wav file."""
     return np.clip(np.rint(waveform.astype(np.float64) * 32768.0), -32768, 32767).astype(np.int16)
 

@@ -25,11 +25,11 @@ _WIDEST_RANGE_DB = 90.0
 class Sound(NamedTuple):
     """A waveform in [-1, 1], of whose samples the first `prime_length` were given to the model."""
 
-    waveform: Float[np.ndarray, "N"]
+    waveform: Float[np.ndarray, " N"]
     prime_length: int = 0
 
 
-def spectrogram_figure(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Figure:
+def spectrogram_figure(waveform: Float[np.ndarray, " N"], sample_rate_hz: int) -> Figure:
     """Waveform over its spectrogram, each in the range of what it shows."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -81,7 +81,7 @@ def spectrograms_figure(
 
 def draw_spectrogram(
     panel: Any,
-    waveform: Float[np.ndarray, "N"],
+    waveform: Float[np.ndarray, " N"],
     sample_rate_hz: int,
     *,
     window_length: int = WINDOW_LENGTH,
@@ -103,7 +103,7 @@ def draw_spectrogram(
 
 
 def spectrogram_decibels(
-    waveform: Float[np.ndarray, "N"], *, window_length: int = WINDOW_LENGTH
+    waveform: Float[np.ndarray, " N"], *, window_length: int = WINDOW_LENGTH
 ) -> Float[np.ndarray, "K F"]:
     """Magnitude in decibels of Hann windows, a quarter of a window apart; 0 is a sine of full scale, the least -140."""
     import torch  # here: a histogram needs none, and preparation has to be small

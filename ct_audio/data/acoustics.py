@@ -20,7 +20,7 @@ SILENCE_FLOOR_DBFS = -120.0
 """What is written for the level of exact zeros, because JSON has no infinity."""
 
 
-def level_dbfs(waveform: Float[np.ndarray, "N"]) -> float:
+def level_dbfs(waveform: Float[np.ndarray, " N"]) -> float:
     """Root mean square in decibels; 0 is the constant 1."""
     rms = math.sqrt(float(np.mean(waveform.astype(np.float64) ** 2)))
     return max(20 * math.log10(rms), SILENCE_FLOOR_DBFS) if rms else SILENCE_FLOOR_DBFS
@@ -31,7 +31,7 @@ def mel_frame_length(sample_rate_hz: int) -> int:
     return 2 ** round(math.log2(0.043 * sample_rate_hz))
 
 
-def log_mel_frames(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Float64[np.ndarray, "F D"]:
+def log_mel_frames(waveform: Float[np.ndarray, " N"], sample_rate_hz: int) -> Float64[np.ndarray, "F D"]:
     """Natural logarithm of the power in mel bands of whole Hann-windowed frames, a quarter of a frame apart.
 
     Returns:
@@ -57,8 +57,8 @@ def frechet_distance(first: Float[np.ndarray, "F1 D"], second: Float[np.ndarray,
 
 
 def gaussian_frechet_distance(
-    first: tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D D"]],
-    second: tuple[Float[np.ndarray, "D"], Float[np.ndarray, "D D"]],
+    first: tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D D"]],
+    second: tuple[Float[np.ndarray, " D"], Float[np.ndarray, "D D"]],
 ) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians (m, C).
 
@@ -76,7 +76,7 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
-def find_pitch(waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> Float[np.ndarray, "F"]:
+def find_pitch(waveform: Float[np.ndarray, " N"], sample_rate_hz: int) -> Float[np.ndarray, " F"]:
     """Fundamental frequency in Hz every 20 ms, NaN where the sound is not voiced (probabilistic YIN, 60 to 500 Hz).
 
     What is quieter than SILENT_RMS_DBFS is not voiced: rounding errors of a constant would count as periodic.

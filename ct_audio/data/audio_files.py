@@ -57,7 +57,7 @@ _HEADER_SLACK_BYTES = 8  # some writers count the container's own header
 _SHORTER_THAN_PROMISED = re.compile(r"^\s*(\S[\w ]*?)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
-def read_wav(path: str | Path) -> tuple[Float[np.ndarray, "N"], int]:
+def read_wav(path: str | Path) -> tuple[Float[np.ndarray, " N"], int]:
     """Read an audio file as `read_blocks` does, in one piece.
 
     Returns:
@@ -121,7 +121,7 @@ class CheckedRecording:
         self.path, self.sample_rate_hz, self._gain = Path(path), sample_rate_hz, 10 ** (gain_db / 20)
         self.source_rate_hz = self.num_source_samples = 0
 
-    def blocks(self) -> Iterator[Float[np.ndarray, "N"]]:
+    def blocks(self) -> Iterator[Float[np.ndarray, " N"]]:
         """Resample and amplify block by block; this can be done again.
 
         Raises:
@@ -138,7 +138,7 @@ class CheckedRecording:
         if (fault := levels.fault()) is not None:
             raise UserError(f"cannot use {self.path}: {fault}")
 
-    def _mono_blocks(self, levels: "_Levels") -> Iterator[Float[np.ndarray, "N"]]:
+    def _mono_blocks(self, levels: "_Levels") -> Iterator[Float[np.ndarray, " N"]]:
         for block, sample_rate_hz in read_blocks(self.path):
             self.source_rate_hz = sample_rate_hz
             waveform = _channel_mean(block)
@@ -146,7 +146,7 @@ class CheckedRecording:
             levels.add(block, waveform)
             yield waveform
 
-    def _require_in_range(self, waveform: Float[np.ndarray, "N"], num_before: int) -> None:
+    def _require_in_range(self, waveform: Float[np.ndarray, " N"], num_before: int) -> None:
         if not len(waveform):
             return
         place = int(np.argmax(np.abs(waveform)))  # of NaN, if there is one
@@ -162,7 +162,7 @@ class CheckedRecording:
             )
 
 
-def write_wav(path: str | Path, waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> None:
+def write_wav(path: str | Path, waveform: Float[np.ndarray, " N"], sample_rate_hz: int) -> None:
     """Write mono PCM16, beside first and renamed at the end.
 
     Args:
@@ -206,7 +206,7 @@ def unreadable_formats() -> list[str]:
     return missing
 
 
-def resample(blocks: Iterable[Float[np.ndarray, "_"]], from_hz: int, to_hz: int) -> Iterator[Float[np.ndarray, "M"]]:
+def resample(blocks: Iterable[Float[np.ndarray, " _"]], from_hz: int, to_hz: int) -> Iterator[Float[np.ndarray, " M"]]:
     """Band-limited change of the sample rate of float32 blocks (soxr, quality HQ: -100 dB); the cuts do not matter.
 
     Differs: soxr and not torchaudio's windowed sinc, which is five times slower from 48 kHz, rolls off far below the
@@ -245,7 +245,7 @@ def _require_rate(sample_rate_hz: int) -> None:
         raise ValueError(f"sample rate {sample_rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
 
 
-def _channel_mean(block: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "N"]:
+def _channel_mean(block: Float[np.ndarray, "N C"]) -> Float[np.ndarray, " N"]:
     total = block[:, 0].copy()
     with np.errstate(invalid="ignore", over="ignore"):
         for channel in range(1, block.shape[1]):
@@ -299,7 +299,7 @@ class _Levels:
         self.num_samples, self._sum, self._lowest, self._highest = 0, 0.0, math.inf, -math.inf
         self._power = self._independent_power = 0.0
 
-    def add(self, block: Float[np.ndarray, "N C"], waveform: Float[np.ndarray, "N"]) -> None:
+    def add(self, block: Float[np.ndarray, "N C"], waveform: Float[np.ndarray, " N"]) -> None:
         """Add a block and the mean of its channels."""
         if not len(waveform):
             return

@@ -7,9 +7,13 @@ Shape letters: N samples, C channels.
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
+
+if TYPE_CHECKING:  # the extra may not be installed
+    import av.container
 
 AV_SUFFIXES = frozenset(
     [
@@ -52,7 +56,7 @@ def read_av_blocks(path: Path) -> Iterator[tuple[Float[np.ndarray, "N C"], int]]
             raise ValueError(f"damaged, or of another format: {error.strerror or error}") from error
 
 
-def _decode(container: "av.container.InputContainer") -> Iterator[tuple[Float[np.ndarray, "N C"], int]]:  # type: ignore[name-defined]
+def _decode(container: "av.container.InputContainer") -> Iterator[tuple[Float[np.ndarray, "N C"], int]]:
     import av
 
     stream = container.streams.audio[0]
@@ -81,12 +85,12 @@ def _decode(container: "av.container.InputContainer") -> Iterator[tuple[Float[np
     yield block[:0], sample_rate_hz
 
 
-def _promised_seconds(container: "av.container.InputContainer") -> float:  # type: ignore[name-defined]
+def _promised_seconds(container: "av.container.InputContainer") -> float:
     """Length of the audio as the file says it; 0 where it does not."""
     stream = container.streams.audio[0]
     if not any(name in container.format.name for name in _KNOW_THEIR_LENGTH):
         return 0.0
-    if stream.duration is not None:
+    if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     is_alone = len(container.streams) == 1
     return container.duration / 1e6 if container.duration is not None and is_alone else 0.0

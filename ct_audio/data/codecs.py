@@ -40,11 +40,11 @@ class Codec(Protocol):
     @property
     def sample_rate_hz(self) -> int | None: ...
 
-    def encode(self, source: Any, /) -> Integer[np.ndarray, "N"]:
+    def encode(self, source: Any, /) -> Integer[np.ndarray, " N"]:
         """Codes of a waveform or text; uint8 where they fit, else int32."""
         ...
 
-    def decode(self, codes: Integer[np.ndarray, "N"], /) -> Any:
+    def decode(self, codes: Integer[np.ndarray, " N"], /) -> Any:
         """What the codes stand for, a waveform or bytes; `encode(decode(codes))` is `codes` (but see `Subword`)."""
         ...
 
@@ -131,12 +131,12 @@ class Byte:
     start_code: int = field(default=10, init=False)
     sample_rate_hz: int | None = field(default=None, init=False)
 
-    def encode(self, text: str | bytes, /) -> UInt8[np.ndarray, "N"]:
+    def encode(self, text: str | bytes, /) -> UInt8[np.ndarray, " N"]:
         """Bytes of a text (a str in UTF-8)."""
         raw = text.encode("utf-8") if isinstance(text, str) else text
         return np.frombuffer(raw, dtype=np.uint8).copy()
 
-    def decode(self, codes: Integer[np.ndarray, "N"], /) -> bytes:
+    def decode(self, codes: Integer[np.ndarray, " N"], /) -> bytes:
         """The bytes themselves.
 
         Raises:
@@ -195,7 +195,7 @@ VOCABULARY_CODECS = ("word", "subword")
 _SIGNAL_DISTANCE, _SIGNAL_SHARE = 4, 0.001
 
 
-def require_signal(histogram: Integer[np.ndarray, "V"], path: Path) -> None:
+def require_signal(histogram: Integer[np.ndarray, " V"], path: Path) -> None:
     """Raise `UserError` if nearly all codes of a recording are the same few: too quiet for mu-law, or a constant.
 
     Args:
@@ -211,7 +211,7 @@ def require_signal(histogram: Integer[np.ndarray, "V"], path: Path) -> None:
         )
 
 
-def read_codes(path: Path, codec: Codec, *, num_codes: int | None = None) -> Integer[np.ndarray, "N"]:
+def read_codes(path: Path, codec: Codec, *, num_codes: int | None = None) -> Integer[np.ndarray, " N"]:
     """Codes of a recording (any format, mixed down and resampled to the codec's rate) or of a text.
 
     Args:

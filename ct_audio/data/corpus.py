@@ -48,8 +48,8 @@ class Split:
     """
 
     name: str
-    codes: Integer[np.ndarray, "N"]
-    document_offsets: Int64[np.ndarray, "R"]
+    codes: Integer[np.ndarray, " N"]
+    document_offsets: Int64[np.ndarray, " R"]
     document_names: tuple[str, ...]
     sha256: str
     sample_rate_hz: int | None
@@ -157,7 +157,7 @@ class CorpusWriter:
         self.work_dir.mkdir(parents=True)
 
     def add_document(
-        self, split: str, name: str, codes: Integer[np.ndarray, "N"], *, num_bytes: int = 0, num_words: int = 0
+        self, split: str, name: str, codes: Integer[np.ndarray, " N"], *, num_bytes: int = 0, num_words: int = 0
     ) -> None:
         """Append a document to a split.
 
@@ -176,7 +176,7 @@ class CorpusWriter:
         self._splits[split].begin(name, num_bytes=num_bytes, num_words=num_words)
         self._splits[split].extend(checked)
 
-    def extend_document(self, split: str, codes: Integer[np.ndarray, "N"]) -> None:
+    def extend_document(self, split: str, codes: Integer[np.ndarray, " N"]) -> None:
         """Append codes to the last document of a split: for documents that are never held in memory.
 
         Raises:

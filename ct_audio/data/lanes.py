@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
     inputs: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
     document_starts: Bool[Tensor, "B T"] | None
-    positions: Int[Tensor, "B"]
+    positions: Int[Tensor, " B"]
 
 
 class WindowStream:
@@ -126,13 +126,13 @@ class WindowStream:
 
 
 def shift_by_one(
-    codes: Integer[np.ndarray, "N"],
+    codes: Integer[np.ndarray, " N"],
     begin: int,
     end: int,
     *,
     start_code: int,
-    document_offsets: Integer[np.ndarray, "num_documents"] | None = None,
-) -> tuple[Int64[np.ndarray, "T"], Int64[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
+    document_offsets: Integer[np.ndarray, " num_documents"] | None = None,
+) -> tuple[Int64[np.ndarray, " T"], Int64[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
     """Inputs, targets and document starts of the codes [begin, end) of a stream.
 
     Args:

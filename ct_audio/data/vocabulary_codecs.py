@@ -45,7 +45,7 @@ class _VocabularyCodec:
         """Number of codes."""
         return len(self._pieces)
 
-    def decode(self, codes: Integer[np.ndarray, "N"], /) -> bytes:
+    def decode(self, codes: Integer[np.ndarray, " N"], /) -> bytes:
         """The bytes that the codes stand for, one after the other.
 
         Raises:
@@ -110,7 +110,7 @@ class Word(_VocabularyCodec):
     def _content(self) -> dict[str, Any]:
         return {"format": "ct_audio words", "words": list(self.words)}
 
-    def encode(self, text: str | bytes, /) -> Int32[np.ndarray, "N"]:
+    def encode(self, text: str | bytes, /) -> Int32[np.ndarray, " N"]:
         """Codes of a text (a str in UTF-8)."""
         raw = text.encode("utf-8") if isinstance(text, str) else text
         words = raw.replace(b"\n", f" {LINE_END} ".encode()).split()
@@ -187,7 +187,7 @@ class Subword(_VocabularyCodec):
         merges = [f"{left} {right}" for left, right in self.merges]
         return {"format": "ct_audio subwords", "subwords": list(self.subwords), "merges": merges}
 
-    def encode(self, text: str | bytes, /) -> Int32[np.ndarray, "N"]:
+    def encode(self, text: str | bytes, /) -> Int32[np.ndarray, " N"]:
         """Codes of a text.
 
         Raises:
@@ -196,7 +196,7 @@ class Subword(_VocabularyCodec):
         text = text if isinstance(text, str) else _decode_utf8(text)
         return np.array(self._tokenizer.encode(text).ids, dtype=np.int32)
 
-    def sorted_by(self, counts: Integer[np.ndarray, "V"]) -> tuple["Subword", Int32[np.ndarray, "V"]]:
+    def sorted_by(self, counts: Integer[np.ndarray, " V"]) -> tuple["Subword", Int32[np.ndarray, " V"]]:
         """The same subwords, the most frequent first.
 
         Returns:

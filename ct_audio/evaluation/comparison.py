@@ -87,8 +87,8 @@ def paired_difference(first: dict[str, Any], other: dict[str, Any]) -> Differenc
 
 
 def bootstrap_interval(
-    sums: Float64[np.ndarray, "K"],
-    counts: Int64[np.ndarray, "K"],
+    sums: Float64[np.ndarray, " K"],
+    counts: Int64[np.ndarray, " K"],
     *,
     num_resamples: int | None = None,
     level: float = 0.95,

@@ -73,7 +73,7 @@ def score_figure(
     *,
     title: str,
     unit: str,
-    waveform: Float[np.ndarray, "N"] | None = None,
+    waveform: Float[np.ndarray, " N"] | None = None,
     sample_rate_hz: int | None = None,
 ) -> Figure:
     """Bits per unit over time, over the waveform and its spectrogram where the file is a recording.
@@ -100,7 +100,7 @@ def score_figure(
     return figure
 
 
-def _draw_recording(upper: Any, lower: Any, waveform: Float[np.ndarray, "N"], sample_rate_hz: int) -> None:
+def _draw_recording(upper: Any, lower: Any, waveform: Float[np.ndarray, " N"], sample_rate_hz: int) -> None:
     step = max(1, len(waveform) // 4000)  # lowest and highest of each stretch: a line for each of so many columns
     starts = np.arange(0, len(waveform), step)
     low, high = np.minimum.reduceat(waveform, starts), np.maximum.reduceat(waveform, starts)

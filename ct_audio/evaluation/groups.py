@@ -46,7 +46,7 @@ class Grouping:
     name: str
     title: str
     labels: tuple[str, ...]
-    group_of: Int8[np.ndarray, "N"]
+    group_of: Int8[np.ndarray, " N"]
     unions: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -55,10 +55,10 @@ class GroupSums:
 
     def __init__(self, grouping: Grouping) -> None:
         self.grouping = grouping
-        self.nll_sums_nats: Float64[np.ndarray, "G"] = np.zeros(len(grouping.labels))
-        self.counts: Int64[np.ndarray, "G"] = np.zeros(len(grouping.labels), dtype=np.int64)
+        self.nll_sums_nats: Float64[np.ndarray, " G"] = np.zeros(len(grouping.labels))
+        self.counts: Int64[np.ndarray, " G"] = np.zeros(len(grouping.labels), dtype=np.int64)
 
-    def __call__(self, positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
+    def __call__(self, positions: Int[Tensor, " B"], nll: Float[Tensor, "B T"]) -> None:
         groups = self.grouping.group_of[positions.numpy()[:, None] + np.arange(nll.shape[1])].astype(np.int64)
         known, values = groups >= 0, nll.double().cpu().numpy()
         self.nll_sums_nats += np.bincount(groups[known], values[known], minlength=len(self.counts))
@@ -99,7 +99,7 @@ def make_groupings(
     return [GROUPINGS[name](model, corpus, split, num_codes) for name in chosen]
 
 
-def count_codes(codes: Integer[np.ndarray, "_"], vocab_size: int) -> Int64[np.ndarray, "V"]:
+def count_codes(codes: Integer[np.ndarray, " _"], vocab_size: int) -> Int64[np.ndarray, " V"]:
     """How often each code occurs; a memory map is read piece by piece."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for begin in range(0, len(codes), _COUNT_CODES):
@@ -174,7 +174,7 @@ def by_voicing(_model: SequenceModel, corpus: Corpus, split: Split, num_codes: i
     return Grouping("voicing", "samples by whether the sound has a pitch", ("voiced", "unvoiced"), group_of)
 
 
-def surrounding_level_dbfs(waveform: Float[np.ndarray, "N"], frame_length: int) -> Float64[np.ndarray, "N"]:
+def surrounding_level_dbfs(waveform: Float[np.ndarray, " N"], frame_length: int) -> Float64[np.ndarray, " N"]:
     """Level in decibels around each sample: RMS of the `frame_length` samples of which it is the middle, fewer at the
     ends; 0 is the constant 1, and -200 the lowest."""
     energy = np.concatenate([[0.0], np.cumsum(waveform.astype(np.float64) ** 2)])

@@ -142,7 +142,7 @@ class _Observer:
         self.losses.append(reconstruction_loss(layer, rows, memory, view, weights))
 
 
-def bucket_of_rows(geometry: Geometry) -> Int64[np.ndarray, "S"]:
+def bucket_of_rows(geometry: Geometry) -> Int64[np.ndarray, " S"]:
     """The bucket of each key of a window, 0 to 17: each part is cut into 6 of equal length, the oldest rows first."""
     lengths = (geometry.compressed_memory_length, geometry.memory_length, geometry.window_length)
     parts = [part * NUM_BUCKETS + np.arange(n) * NUM_BUCKETS // max(n, 1) for part, n in enumerate(lengths)]
@@ -176,7 +176,7 @@ def reconstruction_loss(
 
 
 def mean_and_error(
-    sums: Float64[np.ndarray, "N *rest"], counts: Int64[np.ndarray, "N"] | None = None
+    sums: Float64[np.ndarray, " N *rest"], counts: Int64[np.ndarray, " N"] | None = None
 ) -> tuple[Float64[np.ndarray, "*rest"], Float64[np.ndarray, "*rest"]]:
     """Mean and its standard error, by the means of at most NUM_GROUPS runs of consecutive values.
 
@@ -249,9 +249,9 @@ class _NLLSums(BlockSums):
 
     def __init__(self, num_codes: int, window_length: int) -> None:
         super().__init__(num_codes)
-        self._by_position: Float64[np.ndarray, "T"] = np.zeros(window_length)
+        self._by_position: Float64[np.ndarray, " T"] = np.zeros(window_length)
 
-    def __call__(self, positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
+    def __call__(self, positions: Int[Tensor, " B"], nll: Float[Tensor, "B T"]) -> None:
         super().__call__(positions, nll)
         length = len(self._by_position)
         places = (positions.numpy()[:, None] + np.arange(nll.shape[1])) % length
@@ -302,7 +302,7 @@ def context_tables(model: CompressiveTransformer, stretch: Stretch, shares: tupl
 
 
 def _gain(
-    shorter: Float64[np.ndarray, "N"], longer: Float64[np.ndarray, "N"], counts: Int64[np.ndarray, "N"]
+    shorter: Float64[np.ndarray, " N"], longer: Float64[np.ndarray, " N"], counts: Int64[np.ndarray, " N"]
 ) -> tuple[float, float | None]:
     """Nats a code by which the longer context is better, from sums over the same blocks, and its standard error (None
     for a single block)."""

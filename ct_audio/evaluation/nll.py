@@ -76,10 +76,10 @@ class Stretch:
         memory_length, compressed_memory_length: in place of the configuration's, as `zero_memory` takes them.
     """
 
-    codes: Integer[np.ndarray, "N"]
+    codes: Integer[np.ndarray, " N"]
     start_code: int
     chunk_length: int
-    document_offsets: Integer[np.ndarray, "num_documents"] | None = None
+    document_offsets: Integer[np.ndarray, " num_documents"] | None = None
     reset_memory_at_document: bool = False
     num_lanes: int = 1
     warmup_length: int = 0
@@ -111,7 +111,7 @@ def evaluate_nll(
     model: SequenceModel,
     stretch: Stretch,
     *,
-    on_nll: Callable[[Int[Tensor, "B"], Float[Tensor, "B T"]], None] | None = None,
+    on_nll: Callable[[Int[Tensor, " B"], Float[Tensor, "B T"]], None] | None = None,
     update: Callable[[Float[Tensor, ""]], None] | None = None,
     progress: str | None = "evaluate",
 ) -> Evaluation:
@@ -198,7 +198,7 @@ class _Piece:
 
     joining: int
     active: int
-    positions: Integer[np.ndarray, "B"]
+    positions: Integer[np.ndarray, " B"]
     length: int
     scored: bool
 

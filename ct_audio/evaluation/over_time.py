@@ -31,15 +31,17 @@ class Score:
     """
 
     evaluation: Evaluation
-    codes: Integer[np.ndarray, "N"]
-    nll_nats: Float64[np.ndarray, "N"]
+    codes: Integer[np.ndarray, " N"]
+    nll_nats: Float64[np.ndarray, " N"]
 
 
-def score_codes(run: LoadedRun, codec: Codec, codes: Integer[np.ndarray, "N"], *, progress: str | None = None) -> Score:
+def score_codes(
+    run: LoadedRun, codec: Codec, codes: Integer[np.ndarray, " N"], *, progress: str | None = None
+) -> Score:
     """NLL of every code of a stream of its own, from its first code on."""
     nll_nats = np.full(len(codes), np.nan)
 
-    def collect(positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
+    def collect(positions: Int[Tensor, " B"], nll: Float[Tensor, "B T"]) -> None:
         for first, row in zip(positions.tolist(), nll.double().cpu().numpy(), strict=True):
             nll_nats[first : first + len(row)] = row
 
@@ -59,7 +61,7 @@ def bins_over_time(score: Score, codec: Codec, bin_length: int) -> list[dict[str
     """
     if bin_length < 1:
         raise UserError(f"bins: expected at least 1 {codec.unit} each, got {bin_length}")
-    starts: Int64[np.ndarray, "K"] = np.arange(0, len(score.codes), bin_length)
+    starts: Int64[np.ndarray, " K"] = np.arange(0, len(score.codes), bin_length)
     counts = np.diff([*starts, len(score.codes)])
     means = np.add.reduceat(score.nll_nats, starts) / counts
     rows = []

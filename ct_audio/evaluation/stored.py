@@ -91,9 +91,9 @@ class BlockSums:
 
     def __init__(self, num_codes: int) -> None:
         self._num_codes = num_codes
-        self.nll_sums_nats: Float64[np.ndarray, "K"] = np.zeros(math.ceil(num_codes / BLOCK_LENGTH))
+        self.nll_sums_nats: Float64[np.ndarray, " K"] = np.zeros(math.ceil(num_codes / BLOCK_LENGTH))
 
-    def __call__(self, positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
+    def __call__(self, positions: Int[Tensor, " B"], nll: Float[Tensor, "B T"]) -> None:
         places = positions.numpy()[:, None] + np.arange(nll.shape[1])
         values = nll.double().cpu().numpy()
         num_blocks = len(self.nll_sums_nats)
@@ -111,7 +111,7 @@ def evaluate_run(
     corpus: Corpus,
     settings: EvaluationSettings,
     *,
-    on_nll: Sequence[Callable[[Int[Tensor, "B"], Float[Tensor, "B T"]], None]] = (),
+    on_nll: Sequence[Callable[[Int[Tensor, " B"], Float[Tensor, "B T"]], None]] = (),
     progress: str | None = "evaluate",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Score a split with a run's checkpoint.
@@ -142,7 +142,7 @@ def evaluate_run(
     )
     blocks = BlockSums(num_codes)
 
-    def collect(positions: Int[Tensor, "B"], nll: Float[Tensor, "B T"]) -> None:
+    def collect(positions: Int[Tensor, " B"], nll: Float[Tensor, "B T"]) -> None:
         for collector in (blocks, *on_nll):
             collector(positions, nll)
 

@@ -230,7 +230,7 @@ def _write_clip(codec: Codec, source: Path | None, folder: Path) -> str:
     return "clip.txt"
 
 
-def _voice(rate: int) -> Float[np.ndarray, "N"]:
+def _voice(rate: int) -> Float[np.ndarray, " N"]:
     """A voiced sound whose pitch and loudness glide, with noise: what a model of waveforms is asked about."""
     time = np.arange(round(CLIP_SECONDS / 2 * rate)) / rate
     phase = 2 * np.pi * (110 * time + 60 * time**2)
@@ -241,7 +241,7 @@ def _voice(rate: int) -> Float[np.ndarray, "N"]:
 
 
 def _score_clip(run: LoadedRun, codec: Codec, file: Path) -> dict[str, Any]:
-    codes: Integer[np.ndarray, "N"] = read_codes(file, codec)
+    codes: Integer[np.ndarray, " N"] = read_codes(file, codec)
     evaluation = score_codes(run, codec, codes).evaluation
     return {"num_units": evaluation.num_units, "nll_nats": evaluation.nll_nats}
 

@@ -126,7 +126,7 @@ def sample(
     return waveforms[0] if num is None else waveforms
 
 
-def _prime_codes(codec: Codec, prime: Any) -> Integer[np.ndarray, "N"] | None:
+def _prime_codes(codec: Codec, prime: Any) -> Integer[np.ndarray, " N"] | None:
     if prime is None:
         return None
     if isinstance(prime, str | Path):

@@ -96,7 +96,7 @@ class AdaptiveSoftmax(RowHead):
     def dtype(self) -> torch.dtype:
         return self.bands.dtype
 
-    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Only rows of a further band meet its codes: the largest tensor is [N, C], never [N, V]."""
         num_first = self.edges[0][1]
         in_head, further = targets, []

@@ -81,8 +81,8 @@ class AutocorrelationMemory(NamedTuple):
 
     history: Float64[Tensor, "B L"]
     weights: Float64[Tensor, "B P"]
-    residual: Float64[Tensor, "B"]
-    count: Int[Tensor, "B"]
+    residual: Float64[Tensor, " B"]
+    count: Int[Tensor, " B"]
 
 
 class AutocorrelationPredictor:
@@ -92,7 +92,7 @@ class AutocorrelationPredictor:
         waveform: the sample that each code decodes to.
     """
 
-    def __init__(self, settings: AutocorrelationSettings, waveform: Float64[np.ndarray, "V"]) -> None:
+    def __init__(self, settings: AutocorrelationSettings, waveform: Float64[np.ndarray, " V"]) -> None:
         self.settings = settings
         self._waveform = torch.from_numpy(waveform)
         position = np.arange(settings.window_length) / max(settings.window_length - 1, 1)

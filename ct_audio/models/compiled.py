@@ -86,7 +86,7 @@ class CompiledModel(BlockSampler):
     @torch.inference_mode()
     def sample_block(
         self,
-        codes: Int[Tensor, "B"],
+        codes: Int[Tensor, " B"],
         state: CompiledState,
         uniforms: Float64[Tensor, "B N"],
         *,

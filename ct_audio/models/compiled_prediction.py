@@ -26,7 +26,7 @@ class CompiledPrediction(BlockSampler):
     """
 
     def __init__(
-        self, predictor: Any, edges: Float64[np.ndarray, "_"], uniform_share: float, make_state: Callable[..., Any]
+        self, predictor: Any, edges: Float64[np.ndarray, " _"], uniform_share: float, make_state: Callable[..., Any]
     ) -> None:
         self._predictor, self._cells = predictor, kernels.LogisticCells(edges, np.array([uniform_share]))
         self._make_state, self._is_adaptive = make_state, isinstance(predictor, kernels.AdaptivePredictor)
@@ -43,7 +43,7 @@ class CompiledPrediction(BlockSampler):
     @torch.inference_mode()
     def sample_block(
         self,
-        codes: Int[Tensor, "B"],
+        codes: Int[Tensor, " B"],
         state: Any,
         uniforms: Float64[Tensor, "B N"],
         *,

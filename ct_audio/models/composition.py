@@ -88,7 +88,7 @@ class ComposedModel(SequenceModel):
         output = self.front_end(codes, memory.front_end)
         return ModelState(output.memory, self.stack.begin_steps(memory.stack, output.rows))
 
-    def step(self, codes: Int[Tensor, "B"], state: ModelState) -> tuple[Float[Tensor, "B D"], ModelState]:
+    def step(self, codes: Int[Tensor, " B"], state: ModelState) -> tuple[Float[Tensor, "B D"], ModelState]:
         rows, front_end, side = self.front_end.step(codes, state.front_end)
         features, stack = self.stack.step(rows, state.stack)
         return _beside(features, side), ModelState(front_end, stack)

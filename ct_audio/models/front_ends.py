@@ -44,7 +44,7 @@ class CodeEmbedding(FrontEnd):
     ) -> FrontEndOutput:
         return FrontEndOutput(self.dropout(self.rows(codes)), memory)
 
-    def step(self, codes: Int[Tensor, "B"], memory: Any) -> FrontEndOutput:
+    def step(self, codes: Int[Tensor, " B"], memory: Any) -> FrontEndOutput:
         return FrontEndOutput(self.rows(codes), memory)
 
     def rows(self, codes: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
@@ -91,7 +91,7 @@ class WaveformFeatures(CodeEmbedding):
         rows = self.dropout(self.rows(codes) + self.features(torch.stack(features, dim=-1).to(dtype)))
         return FrontEndOutput(rows, memory, after.to(dtype))
 
-    def step(self, codes: Int[Tensor, "B"], memory: Any) -> FrontEndOutput:
+    def step(self, codes: Int[Tensor, " B"], memory: Any) -> FrontEndOutput:
         return FrontEnd.step(self, codes, memory)
 
     def predictions(

@@ -44,7 +44,7 @@ class RowHead(Head):
         """Of the weights."""
 
     @abc.abstractmethod
-    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Negative log-likelihood of each target in nats; no random numbers in it."""
 
     @abc.abstractmethod
@@ -78,7 +78,7 @@ class Categorical(RowHead):
     def dtype(self) -> torch.dtype:
         return self.projection.weight.dtype
 
-    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         return F.cross_entropy(self._logits(rows), targets, reduction="none")
 
     def log_probabilities_of_rows(self, rows: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
@@ -128,7 +128,7 @@ class LogisticMixture(RowHead):
     def dtype(self) -> torch.dtype:
         return self.projection.weight.dtype
 
-    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"]) -> Float[Tensor, "N"]:
+    def nll_of_rows(self, rows: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
         """Only the target's cell is looked at."""
         mixture = self._mixture(rows)
         return -self._log_mass(mixture, self.lower[targets][:, None], self.upper[targets][:, None])
@@ -162,8 +162,8 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[obj
 
 
 def nll_in_blocks(
-    nll: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "N D"], targets: Int[Tensor, "N"], num_logits: int
-) -> Float[Tensor, "N"]:
+    nll: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "N D"], targets: Int[Tensor, " N"], num_logits: int
+) -> Float[Tensor, " N"]:
     """The NLL of each row, with at most `MAX_LOGITS` logits at a time, so that a batch of any size fits.
 
     Args:

@@ -99,7 +99,7 @@ class FrontEnd(nn.Module, abc.ABC):
     ) -> FrontEndOutput:
         """Rows of any number of codes (0 too), and the next memory."""
 
-    def step(self, codes: Int[Tensor, "B"], memory: Any) -> FrontEndOutput:
+    def step(self, codes: Int[Tensor, " B"], memory: Any) -> FrontEndOutput:
         """The row of one more code a lane [B, D], what the head gets [B, S], and the next memory."""
         rows, memory, side = self(codes[:, None], memory)
         return FrontEndOutput(rows[:, 0], memory, None if side is None else side[:, 0])
@@ -241,7 +241,7 @@ class Stack(StatefulModule):
 
     @abc.abstractmethod
     def step(
-        self, rows: Float[Tensor, "B D"], state: Any, *, document_starts: Bool[Tensor, "B"] | None = None
+        self, rows: Float[Tensor, "B D"], state: Any, *, document_starts: Bool[Tensor, " B"] | None = None
     ) -> tuple[Float[Tensor, "B D"], Any]:
         """Output for one more row a lane, and the next state. Consumes `state`.
 
@@ -284,7 +284,7 @@ class BlockSampler(abc.ABC):
     @abc.abstractmethod
     def sample_block(
         self,
-        codes: Int[Tensor, "B"],
+        codes: Int[Tensor, " B"],
         state: Any,
         uniforms: Float64[Tensor, "B N"],
         *,
@@ -334,7 +334,7 @@ class SequenceModel(StatefulModule):
         """State for `step` after R codes of an unfinished window (0 <= R < window_length), computed in parallel."""
 
     @abc.abstractmethod
-    def step(self, codes: Int[Tensor, "B"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
+    def step(self, codes: Int[Tensor, " B"], state: Any) -> tuple[Float[Tensor, "B D"], Any]:
         """Features after one more code a lane, and the next state. Consumes `state`."""
 
     def block_sampler(self) -> BlockSampler:
@@ -345,7 +345,7 @@ class SequenceModel(StatefulModule):
         """
         raise UserError(f"compiled stepping knows no model {type(self).__name__}; use the eager stepper")
 
-    def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
+    def fit(self, codes: Integer[np.ndarray, " N"]) -> None:
         """Compute what a model without trained parameters keeps in buffers from the training split, as one stream."""
         return
 

@@ -109,8 +109,8 @@ class LinearPredictionMemory(NamedTuple):
     history: Float64[Tensor, "B P"]
     weights: Float64[Tensor, "B P"]
     covariance: Float64[Tensor, "B Q Q"]
-    residual: Float64[Tensor, "B"]
-    count: Int[Tensor, "B"]
+    residual: Float64[Tensor, " B"]
+    count: Int[Tensor, " B"]
 
 
 @dataclass(slots=True)
@@ -137,9 +137,9 @@ class LinearPrediction(SequenceModel):
     weight a sample, so that it is not forgotten; the scale and the cells are our own.
     """
 
-    lower_edges: Float64[Tensor, "V"]
-    upper_edges: Float64[Tensor, "V"]
-    coefficients: Float64[Tensor, "P"]
+    lower_edges: Float64[Tensor, " V"]
+    upper_edges: Float64[Tensor, " V"]
+    coefficients: Float64[Tensor, " P"]
     mean_residual: Float64[Tensor, ""]
 
     def __init__(self, config: Config) -> None:
@@ -210,7 +210,7 @@ class LinearPrediction(SequenceModel):
         """State for `step` after R more codes (any number, 0 too)."""
         return StepState(self._follow(codes, memory, None)[1])
 
-    def step(self, codes: Int[Tensor, "B"], state: StepState) -> tuple[Float64[Tensor, "B 2"], StepState]:
+    def step(self, codes: Int[Tensor, " B"], state: StepState) -> tuple[Float64[Tensor, "B 2"], StepState]:
         """Features after one more code a lane; consumes `state`."""
         features, memory = self._follow(codes[:, None], state.memory, None)
         return features[:, 0], StepState(memory)
@@ -219,7 +219,7 @@ class LinearPrediction(SequenceModel):
         """An independent copy of a step state."""
         return StepState(map_memory(torch.clone, state.memory))
 
-    def fit(self, codes: Integer[np.ndarray, "N"]) -> None:
+    def fit(self, codes: Integer[np.ndarray, " N"]) -> None:
         """Compute the fixed weights and their mean residual by the autocorrelation method; deterministic.
 
         Nothing is done where the weights adapt.
@@ -314,7 +314,7 @@ class LinearPrediction(SequenceModel):
 
 def mu_law_cells(
     vocab_size: int,
-) -> tuple[Float64[np.ndarray, "V"], Float64[np.ndarray, "V"], Float64[np.ndarray, "V"]]:
+) -> tuple[Float64[np.ndarray, " V"], Float64[np.ndarray, " V"], Float64[np.ndarray, " V"]]:
     """Lower and upper edge of each code's cell, the first and the last infinite, and the sample that it decodes to."""
     mu = vocab_size - 1
 
@@ -327,7 +327,7 @@ def mu_law_cells(
     return np.r_[-np.inf, edges], np.r_[edges, np.inf], expand(codes)
 
 
-def _pieces(codes: Integer[np.ndarray, "N"], what: str) -> Iterator[Int[np.ndarray, "_"]]:
+def _pieces(codes: Integer[np.ndarray, " N"], what: str) -> Iterator[Int[np.ndarray, " _"]]:
     """Consecutive pieces as int64, with a progress bar."""
     begins = range(0, len(codes), _FIT_PIECE)
     for begin in Progress(begins, desc=f"fit: {what}", unit="piece"):

@@ -130,8 +130,8 @@ class StepState:
     heard: Float[Tensor, "L B C"]
     totals: Float[Tensor, "L B C2"]
     gated: Float[Tensor, "L B C"]
-    offsets: Int[Tensor, "L"]
-    dilations: Int[Tensor, "L"]
+    offsets: Int[Tensor, " L"]
+    dilations: Int[Tensor, " L"]
     layers: list[LayerViews]
 
     @property
@@ -230,7 +230,7 @@ class WaveNetStack(Stack):
 
     @torch.inference_mode()
     def step(
-        self, rows: Float[Tensor, "B C"], state: StepState, *, document_starts: Bool[Tensor, "B"] | None = None
+        self, rows: Float[Tensor, "B C"], state: StepState, *, document_starts: Bool[Tensor, " B"] | None = None
     ) -> tuple[Float[Tensor, "B S"], StepState]:
         """Features after one more row a lane; consumes `state`. No dropout and no gradients.
 

@@ -158,7 +158,7 @@ def split_groups(groups: Mapping[str, str], *, valid_percent: float, test_percen
     return {name: of_group[group] for name, group in groups.items()}
 
 
-def prepared_blocks(recording: CheckedRecording, trim_db: float | None) -> Iterator[Float[np.ndarray, "N"]]:
+def prepared_blocks(recording: CheckedRecording, trim_db: float | None) -> Iterator[Float[np.ndarray, " N"]]:
     """Blocks of a recording, trimmed; where it is trimmed, it is read twice.
 
     Args:
@@ -173,7 +173,7 @@ def prepared_blocks(recording: CheckedRecording, trim_db: float | None) -> Itera
     yield from _stretch(recording.blocks(), start, end)
 
 
-def _stretch(blocks: Iterable[Float[np.ndarray, "_"]], start: int, end: int) -> Iterator[Float[np.ndarray, "_"]]:
+def _stretch(blocks: Iterable[Float[np.ndarray, " _"]], start: int, end: int) -> Iterator[Float[np.ndarray, " _"]]:
     place = 0
     for block in blocks:
         kept = block[max(0, start - place) : max(0, end - place)]
@@ -183,8 +183,8 @@ def _stretch(blocks: Iterable[Float[np.ndarray, "_"]], start: int, end: int) -> 
 
 
 def take_part(
-    read: Callable[[], Iterator[Float[np.ndarray, "_"]]], part: tuple[float, float], sample_rate_hz: int
-) -> Iterator[Float[np.ndarray, "_"]]:
+    read: Callable[[], Iterator[Float[np.ndarray, " _"]]], part: tuple[float, float], sample_rate_hz: int
+) -> Iterator[Float[np.ndarray, " _"]]:
     """Blocks of the part of a recording that `Recording.part` says.
 
     Args:
@@ -199,7 +199,7 @@ def take_part(
     yield from _stretch(read(), start + gap, end)
 
 
-def sounding_range(blocks: Iterable[Float[np.ndarray, "_"]], trim_db: float) -> tuple[int, int]:
+def sounding_range(blocks: Iterable[Float[np.ndarray, " _"]], trim_db: float) -> tuple[int, int]:
     """First sample of the first and last sample of the last frame of a recording that is not quiet, as (start, end).
 
     Computes what `librosa.effects.trim` does, without holding the recording: a frame is centred on every 512th sample,
@@ -470,7 +470,7 @@ def _target(files: Path, name: str) -> Path:
     return files / hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
-def _read_codes(target: Path, result: FileResult) -> Iterator[UInt8[np.ndarray, "N"]]:
+def _read_codes(target: Path, result: FileResult) -> Iterator[UInt8[np.ndarray, " N"]]:
     """Blocks of the codes of a recording; that they are damaged is found after the last one."""
     num_codes = crc32 = 0
     with target.with_suffix(".codes").open("rb") as file:

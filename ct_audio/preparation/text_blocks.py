@@ -153,13 +153,13 @@ def require_decodes_back(corpus: Corpus, texts: Sequence[Text]) -> int:
     return sum(text.num_bytes for text in texts)
 
 
-def _documents(split: Split) -> Iterator[tuple[str, Integer[np.ndarray, "N"]]]:
+def _documents(split: Split) -> Iterator[tuple[str, Integer[np.ndarray, " N"]]]:
     ends = [*split.document_offsets[1:].tolist(), split.num_codes]
     for name, begin, end in zip(split.document_names, split.document_offsets.tolist(), ends, strict=True):
         yield name, split.codes[begin:end]
 
 
-def _compare_bytes(codec: Codec, codes: Integer[np.ndarray, "N"], text: Text) -> None:
+def _compare_bytes(codec: Codec, codes: Integer[np.ndarray, " N"], text: Text) -> None:
     num_bytes = 0
     with text.path.open("rb") as handle:
         handle.seek(text.begin)
@@ -172,7 +172,7 @@ def _compare_bytes(codec: Codec, codes: Integer[np.ndarray, "N"], text: Text) ->
         raise UserError(f"{text.path}, {text.name!r}: expected {text.num_bytes} bytes, decoded {num_bytes}")
 
 
-def _compare_words(codec: Codec, codes: Integer[np.ndarray, "N"], text: Text) -> None:
+def _compare_words(codec: Codec, codes: Integer[np.ndarray, " N"], text: Text) -> None:
     assert isinstance(codec, Word)
     known, num_codes, unknown = set(codec.words), 0, UNKNOWN.encode()
     for block in read_blocks(text):

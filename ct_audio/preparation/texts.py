@@ -299,7 +299,7 @@ def _hash_files(texts: Sequence[Text]) -> str:
     return digest.hexdigest()
 
 
-def _sort_codec(codec: Codec, shards: list[tuple[_Shard, _Result]]) -> tuple[Codec, Int32[np.ndarray, "V"] | None]:
+def _sort_codec(codec: Codec, shards: list[tuple[_Shard, _Result]]) -> tuple[Codec, Int32[np.ndarray, " V"] | None]:
     """Subwords sorted by how often training has them, and the new code of each; other codecs as they are."""
     if not isinstance(codec, Subword):
         return codec, None
@@ -313,7 +313,7 @@ def _sort_codec(codec: Codec, shards: list[tuple[_Shard, _Result]]) -> tuple[Cod
 
 
 def _assemble(
-    shards: list[tuple[_Shard, _Result]], writer: CorpusWriter, new_codes: Int32[np.ndarray, "V"] | None
+    shards: list[tuple[_Shard, _Result]], writer: CorpusWriter, new_codes: Int32[np.ndarray, " V"] | None
 ) -> None:
     """Write all texts in their order; `new_codes` maps their codes to the corpus's."""
     for shard, result in Progress(shards, unit="shard", desc="write"):
@@ -330,7 +330,7 @@ def _assemble(
             offset += num_codes
 
 
-def _read_codes(shard: _Shard, result: _Result, dtype: np.dtype) -> Integer[np.ndarray, "N"]:
+def _read_codes(shard: _Shard, result: _Result, dtype: np.dtype) -> Integer[np.ndarray, " N"]:
     """Memory map of a shard's codes, checked."""
     file, num_codes, crc32 = shard.target.with_suffix(".codes"), sum(result.num_codes), 0
     if not num_codes:

@@ -102,7 +102,7 @@ class MetricsWriter:
         if self._second is not None:
             self._second.scalars(values, step=step)
 
-    def audio(self, tag: str, waveform: Float[np.ndarray, "N"], *, step: int, sample_rate_hz: int) -> None:
+    def audio(self, tag: str, waveform: Float[np.ndarray, " N"], *, step: int, sample_rate_hz: int) -> None:
         """Log a sound in [-1, 1]."""
         if self._writer is not None:
             clipped = np.clip(waveform, -1.0, 1.0)

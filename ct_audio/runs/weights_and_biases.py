@@ -52,7 +52,7 @@ class WandbLogger:
         """Log scalars by tag."""
         self._run.log({**values, "step": step})
 
-    def audio(self, tag: str, waveform: Float[np.ndarray, "N"], *, step: int, sample_rate_hz: int) -> None:
+    def audio(self, tag: str, waveform: Float[np.ndarray, " N"], *, step: int, sample_rate_hz: int) -> None:
         """Log a sound in [-1, 1]."""
         import wandb  # pyright: ignore[reportMissingImports]
 

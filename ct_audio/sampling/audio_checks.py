@@ -33,7 +33,7 @@ RARE_NATS = 10.0
 
 
 def measure_codes(
-    codes: Integer[np.ndarray, "N"], log_probabilities: Float[np.ndarray, "N"], *, vocab_size: int
+    codes: Integer[np.ndarray, " N"], log_probabilities: Float[np.ndarray, " N"], *, vocab_size: int
 ) -> dict[str, Any]:
     """What a sample is like whatever it is of: nll_nats (mean), nll_bits, distinct_codes, distinct_codes_share.
 
@@ -50,9 +50,9 @@ def measure_codes(
 
 
 def measure_sample(
-    codes: Integer[np.ndarray, "N"],
-    log_probabilities: Float[np.ndarray, "N"],
-    waveform: Float[np.ndarray, "N"],
+    codes: Integer[np.ndarray, " N"],
+    log_probabilities: Float[np.ndarray, " N"],
+    waveform: Float[np.ndarray, " N"],
     *,
     vocab_size: int,
     sample_rate_hz: int,

@@ -304,7 +304,7 @@ def judge(name: str, planned: PlannedSet, one: SampleSet, reference: Reference) 
     }
 
 
-def judge_recordings(candidate: Candidate, stretches: list[Integer[np.ndarray, "N"]]) -> dict[str, Any]:
+def judge_recordings(candidate: Candidate, stretches: list[Integer[np.ndarray, " N"]]) -> dict[str, Any]:
     """NLL of recordings under a model, each a stream of its own, and how often a second a code is rare."""
     num_rare, nlls = 0, []
 

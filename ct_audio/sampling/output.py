@@ -69,7 +69,7 @@ def _remove_earlier(directory: Path, *, num_lanes: int) -> None:
 
 
 def measure_lane(
-    samples: SampleSet, codes: Integer[np.ndarray, "N"], logs: Float[np.ndarray, "N"], decoded: Any
+    samples: SampleSet, codes: Integer[np.ndarray, " N"], logs: Float[np.ndarray, " N"], decoded: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """Numbers and faults of a lane's sampled part, `decoded` a waveform or a text."""
     vocab_size, rate = samples.codec.vocab_size, samples.codec.sample_rate_hz
@@ -89,7 +89,7 @@ def _in_short(measures: dict[str, Any]) -> str:
 
 
 def _write_lane(
-    path: Path, samples: SampleSet, codes: Integer[np.ndarray, "N"], sidecar: dict[str, Any], *, plots: bool
+    path: Path, samples: SampleSet, codes: Integer[np.ndarray, " N"], sidecar: dict[str, Any], *, plots: bool
 ) -> None:
     prime = samples.request.prime_of(sidecar["lane"]) if samples.request.include_prime else codes[:0]
     whole = samples.codec.decode(np.concatenate([prime.astype(codes.dtype), codes]))

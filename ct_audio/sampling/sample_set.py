@@ -55,7 +55,7 @@ class Request:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    prime: Integer[np.ndarray, "P"] | Integer[np.ndarray, "B P"] | None = None
+    prime: Integer[np.ndarray, " P"] | Integer[np.ndarray, "B P"] | None = None
     prime_name: str | tuple[str, ...] | None = None
     include_prime: bool = False
     stepper: Stepper = "auto"
@@ -70,7 +70,7 @@ class Request:
         """Codes of the prime."""
         return 0 if self.prime is None else self.prime.shape[-1]
 
-    def prime_of(self, lane: int) -> Integer[np.ndarray, "P"]:
+    def prime_of(self, lane: int) -> Integer[np.ndarray, " P"]:
         """What a lane continues; no codes where there is no prime."""
         if self.prime is None:
             return np.zeros(0, np.int64)
@@ -92,7 +92,7 @@ class SampleStream:
     def __init__(self, handle: Sink) -> None:
         self._handle, self.is_open = handle, True
 
-    def write(self, piece: Float[np.ndarray, "N"] | bytes) -> None:
+    def write(self, piece: Float[np.ndarray, " N"] | bytes) -> None:
         """Write text or samples in [-1, 1], rounded as in a wav file, at once; nothing where the reader has gone."""
         if isinstance(piece, np.ndarray):
             levels = np.clip(np.rint(piece.astype(np.float64) * 32768.0), -32768, 32767)

@@ -92,7 +92,7 @@ class Sampler:
         self.lanes_together: int | None = None
         self.num_threads: int | None = None
 
-    def run(self, num_codes: int) -> Generator[tuple[Int[Tensor, "B"], Float[Tensor, "B"]], None, None]:
+    def run(self, num_codes: int) -> Generator[tuple[Int[Tensor, " B"], Float[Tensor, " B"]], None, None]:
         """As `blocks`, code by code: what has been sampled is never ahead of what has been returned."""
 
         def one_by_one(blocks: Generator[tuple[Tensor, Tensor], None, None]) -> Generator[Any, None, None]:
@@ -236,12 +236,12 @@ def _run_prime(model: SequenceModel, inputs: Int[Tensor, "B _"]) -> Any:
 
 def draw_codes(
     log_probabilities: Float[Tensor, "B V"],
-    uniforms: Float64[Tensor, "B"],
+    uniforms: Float64[Tensor, " B"],
     *,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-) -> Int[Tensor, "B"]:
+) -> Int[Tensor, " B"]:
     """One code a lane by inversion of the cumulative distribution; a code without probability never comes.
 
     Args:

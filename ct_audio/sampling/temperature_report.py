@@ -55,7 +55,7 @@ class Reference:
 
     frames: Float64[np.ndarray, "F D"]
     seconds: float
-    stretches: list[Integer[np.ndarray, "N"]]
+    stretches: list[Integer[np.ndarray, " N"]]
 
 
 def require_comparable(sets: list[SampleSet], corpus: Corpus) -> None:
@@ -78,7 +78,7 @@ def require_comparable(sets: list[SampleSet], corpus: Corpus) -> None:
         )
 
 
-def make_reference(codes: Integer[np.ndarray, "N"], codec: Codec, *, num_stretches: int, length: int) -> Reference:
+def make_reference(codes: Integer[np.ndarray, " N"], codec: Codec, *, num_stretches: int, length: int) -> Reference:
     """Cut stretches of `length` codes, or shorter ones of half the split, out of it; the rest is compared with."""
     rate = codec.sample_rate_hz
     assert rate is not None
@@ -93,7 +93,7 @@ def make_reference(codes: Integer[np.ndarray, "N"], codec: Codec, *, num_stretch
 
 
 def measure_row(
-    waveforms: list[Float[np.ndarray, "N"]],
+    waveforms: list[Float[np.ndarray, " N"]],
     reference: Reference,
     *,
     nll_nats: float | None,
@@ -151,13 +151,13 @@ def write_report(directory: Path, sets: list[SampleSet], corpus: Corpus) -> None
     print(table, end="")
 
 
-def white_noise(lengths: list[int], level: float) -> list[Float[np.ndarray, "N"]]:
+def white_noise(lengths: list[int], level: float) -> list[Float[np.ndarray, " N"]]:
     """Gaussian noise of a level in dBFS, the same every time."""
     numbers = np.random.default_rng(0)
     return [numbers.normal(0, 10 ** (level / 20), length).clip(-1, 1).astype(np.float32) for length in lengths]
 
 
-def nll_of(run: LoadedRun, codec: Codec, stretches: list[Integer[np.ndarray, "N"]]) -> float:
+def nll_of(run: LoadedRun, codec: Codec, stretches: list[Integer[np.ndarray, " N"]]) -> float:
     """Mean NLL in nats of stretches of one length, each a stream of its own, as each sample is."""
     streams = [Stretch(codes, codec.start_code, run.config.data.chunk_length) for codes in stretches]
     return float(np.mean([evaluate_nll(run.model, stream, progress=None).nll_nats for stream in streams]))
@@ -181,7 +181,7 @@ def markdown_report(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     )
 
 
-def draw_report(rows: list[dict[str, Any]], waveforms: list[Float[np.ndarray, "N"]], sample_rate_hz: int) -> Figure:
+def draw_report(rows: list[dict[str, Any]], waveforms: list[Float[np.ndarray, " N"]], sample_rate_hz: int) -> Figure:
     """The numbers over temperature, lines for recordings and noise; below, a log-mel spectrogram of each row."""
     figure = Figure(figsize=(max(12.0, 2.1 * len(rows)), 6.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1))

@@ -24,7 +24,7 @@ UNDECODABLE_SHARE = 0.01
 
 
 def measure_text(
-    codes: Integer[np.ndarray, "N"], log_probabilities: Float[np.ndarray, "N"], text: bytes, *, vocab_size: int
+    codes: Integer[np.ndarray, " N"], log_probabilities: Float[np.ndarray, " N"], text: bytes, *, vocab_size: int
 ) -> dict[str, Any]:
     """What a lane's decoded codes, a text, are like, in plain numbers ready for JSON.
 

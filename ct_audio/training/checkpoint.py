@@ -267,7 +267,7 @@ def _lane_tensors(memories: list[Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _set_rng_state(states: dict[str, UInt8[Tensor, "_"]]) -> None:
+def _set_rng_state(states: dict[str, UInt8[Tensor, " _"]]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

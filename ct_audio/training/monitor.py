@@ -39,8 +39,8 @@ class Monitor:
     """Sums by tag and the first failure since the last look."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], Float64[Tensor, "N"]] = {}
-        self._failures: dict[tuple[str, ...], Float64[Tensor, "N4"]] = {}
+        self._sums: dict[tuple[str, ...], Float64[Tensor, " N"]] = {}
+        self._failures: dict[tuple[str, ...], Float64[Tensor, " N4"]] = {}
         self._chunk_length = 1
 
     def add(self, values: dict[str, Float[Tensor, ""]], before: dict[str, float]) -> None:

@@ -177,7 +177,7 @@ class Session:
     began: float
     resumed: bool
     monitor: Monitor = field(default_factory=Monitor)
-    positions: dict[tuple[int, int], Int[Tensor, "B"]] = field(default_factory=dict)
+    positions: dict[tuple[int, int], Int[Tensor, " B"]] = field(default_factory=dict)
     last_has_held: bool = False
 
     @property

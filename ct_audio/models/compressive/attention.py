@@ -25,7 +25,7 @@ CPU_QUERY_BLOCK_LENGTH = 256
 class Distances(NamedTuple):
     """How far each query is from each key: values i - j that come, and which of them each pair has."""
 
-    values: Float[Tensor, "R"]
+    values: Float[Tensor, " R"]
     index: Int[Tensor, "T S"]
 
 
@@ -41,14 +41,14 @@ def sinusoids(positions: Float[Tensor, "*S"], width: int) -> Float[Tensor, "*S P
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(positions.dtype)
 
 
-def rotate(vectors: Float[Tensor, "*N T P"], positions: Float[Tensor, "T"]) -> Float[Tensor, "*N T P"]:
+def rotate(vectors: Float[Tensor, "*N T P"], positions: Float[Tensor, " T"]) -> Float[Tensor, "*N T P"]:
     """Rot_i y for each row i; by the addition theorems rotate(y, i) . s(-j) == y . s(i - j), and
     rotate(y, i) . rotate(z, j) == rotate(y, i - j) . z."""
     cosine, sine = (table.to(vectors.dtype) for table in rotation_table(positions, vectors.shape[-1]))
     return vectors * cosine + quarter_turn(vectors) * sine
 
 
-def rotation_table(positions: Float[Tensor, "T"], width: int) -> tuple[Float[Tensor, "T P"], Float[Tensor, "T P"]]:
+def rotation_table(positions: Float[Tensor, " T"], width: int) -> tuple[Float[Tensor, "T P"], Float[Tensor, "T P"]]:
     """Cosines and sines with which Rot_i y = y * cosine + quarter_turn(y) * sine."""
     angles = _angles(positions, width)
     angles = torch.cat([angles, angles], dim=-1)
@@ -72,8 +72,8 @@ def fused_attention(
     keys: Float[Tensor, "N H S E"],
     values: Float[Tensor, "N H S E"],
     *,
-    query_positions: Float[Tensor, "T"],
-    key_positions: Float[Tensor, "S"],
+    query_positions: Float[Tensor, " T"],
+    key_positions: Float[Tensor, " S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
     share: None = None,
     distances: None = None,
@@ -117,8 +117,8 @@ def reference_attention(
     keys: Float[Tensor, "N H S E"],
     values: Float[Tensor, "N H S E"],
     *,
-    query_positions: Float[Tensor, "T"],
-    key_positions: Float[Tensor, "S"],
+    query_positions: Float[Tensor, " T"],
+    key_positions: Float[Tensor, " S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
     share: Float[Tensor, "H 1 S"] | None = None,
     distances: Distances | None = None,
@@ -154,8 +154,8 @@ def attention_weights(
     position_query: Float[Tensor, "N H T P"],
     keys: Float[Tensor, "N H S E"],
     *,
-    query_positions: Float[Tensor, "T"],
-    key_positions: Float[Tensor, "S"],
+    query_positions: Float[Tensor, " T"],
+    key_positions: Float[Tensor, " S"],
     mask: Float[Tensor, "T S"] | Float[Tensor, "N 1 T S"],
     share: Float[Tensor, "H 1 S"] | None = None,
     distances: Distances | None = None,

@@ -178,7 +178,7 @@ class CompressiveLayer(nn.Module):
         lengths, fewest = (memory.shape[1], compressed_memory.shape[1]), int(valid.min())
         return self.codes_until_full(*lengths, memory_valid=fewest, compressed_memory_valid=int(compressed_valid.min()))
 
-    def spans(self) -> Float[Tensor, "H"]:
+    def spans(self) -> Float[Tensor, " H"]:
         """How far each head looks back before it fades, in rows of memory and compressed memory."""
         assert self.span is not None
         return self.span.clamp(0, 1) * (self.config.memory_length + self.config.compressed_memory_length)
@@ -206,7 +206,7 @@ class CompressiveLayer(nn.Module):
         own, later = shared_linear(read, self.read(rows.detach()), self.key_value.weight)
         return self.query(read), own, later, self.key_value(self.read(memory.memory.detach()))
 
-    def _two_queries(self, query: Float[Tensor, "N T D"], positions: Float[Tensor, "T"]) -> tuple[Tensor, Tensor]:
+    def _two_queries(self, query: Float[Tensor, "N T D"], positions: Float[Tensor, " T"]) -> tuple[Tensor, Tensor]:
         """q + u [N, H, T, E] and W_R^T (q + v) [N, H, T, P]; with rotary positions Rot_i q, and P = 0."""
         query = rearrange(query, "n t (h e) -> n h t e", h=self.config.num_heads)
         if self.is_rotary:

@@ -27,8 +27,8 @@ class Memory(NamedTuple):
 
     memory: tuple[Float[Tensor, "B _ D"], ...]
     compressed_memory: tuple[Float[Tensor, "B _ D"], ...]
-    memory_valid: tuple[Int[Tensor, "B"], ...]
-    compressed_memory_valid: tuple[Int[Tensor, "B"], ...]
+    memory_valid: tuple[Int[Tensor, " B"], ...]
+    compressed_memory_valid: tuple[Int[Tensor, " B"], ...]
     codes_until_full: tuple[int, ...]
     queues: tuple[Float[Tensor, "B Q D"], ...] = ()
     final: bool = False
@@ -39,8 +39,8 @@ class LayerMemory(NamedTuple):
 
     memory: Float[Tensor, "B M D"]
     compressed_memory: Float[Tensor, "B K D"]
-    memory_valid: Int[Tensor, "B"]
-    compressed_memory_valid: Int[Tensor, "B"]
+    memory_valid: Int[Tensor, " B"]
+    compressed_memory_valid: Int[Tensor, " B"]
     codes_until_full: int
 
 

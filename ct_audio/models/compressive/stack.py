@@ -171,7 +171,7 @@ class CompressiveStack(Stack):
         return state
 
     def step(
-        self, rows: Float[Tensor, "B D"], state: StackState, *, document_starts: Bool[Tensor, "B"] | None = None
+        self, rows: Float[Tensor, "B D"], state: StackState, *, document_starts: Bool[Tensor, " B"] | None = None
     ) -> tuple[Float[Tensor, "B D"], StackState]:
         """Output for one more row a lane. Consumes `state`: its caches are written in place.
 
@@ -305,7 +305,7 @@ def gradient_groups(module: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {name: parameters for name, parameters in groups.items() if parameters}
 
 
-def _begin_anew(state: StackState, document_starts: Bool[Tensor, "B"], position: int) -> StackState:
+def _begin_anew(state: StackState, document_starts: Bool[Tensor, " B"], position: int) -> StackState:
     """The state in which some lanes see nothing before `position` of the window."""
     if not bool(document_starts.any()):
         return state

@@ -40,7 +40,7 @@ class LayerCache(NamedTuple):
     """
 
     weight: Float[Tensor, "O D"]
-    bias: Float[Tensor, "O"]
+    bias: Float[Tensor, " O"]
     inputs: Float[Tensor, "B T D"]
     wide_keys: Float[Tensor, "B H S EP"]
     values: Float[Tensor, "B H S E"]
@@ -177,7 +177,7 @@ def _write_products(layer: CompressiveLayer, cache: LayerCache, both: Float[Tens
     cache.values[:, :, first : first + both.shape[1]] = values
 
 
-def hide_earlier_rows(cache: LayerCache, starts: Bool[Tensor, "B"], position: int) -> LayerCache:
+def hide_earlier_rows(cache: LayerCache, starts: Bool[Tensor, " B"], position: int) -> LayerCache:
     """Hide from the lanes whose stream begins anew at `position` of the window every row before it."""
     num_keys = cache.values.shape[2]
     mask = cache.wide_keys.new_zeros(len(starts), 1, 1, num_keys) if cache.mask is None else cache.mask

@@ -81,8 +81,8 @@ def document_numbers(
     document_starts: Bool[Tensor, "B T"] | None,
     *,
     num_codes: int,
-    memory_valid: Int[Tensor, "B"],
-    compressed_memory_valid: Int[Tensor, "B"],
+    memory_valid: Int[Tensor, " B"],
+    compressed_memory_valid: Int[Tensor, " B"],
 ) -> Documents:
     """Number the documents of memory, chunk and compressed memory."""
     lanes, device = memory_valid.shape[0], memory_valid.device
@@ -181,8 +181,8 @@ def windows_of_memory(
 
 
 def keep_valid(
-    rows: Float[Tensor, "B M D"], documents: Int[Tensor, "B M"], current: Int[Tensor, "B"]
-) -> tuple[Float[Tensor, "B M D"], Int[Tensor, "B"]]:
+    rows: Float[Tensor, "B M D"], documents: Int[Tensor, "B M"], current: Int[Tensor, " B"]
+) -> tuple[Float[Tensor, "B M D"], Int[Tensor, " B"]]:
     """Zero the rows that are not of the current document; also the count of those that are."""
     valid = documents == current[:, None]
     return torch.where(valid[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)), valid.sum(dim=1)
@@ -220,7 +220,7 @@ def make_view(geometry: Geometry, memory: LayerMemory, num_codes: int, document_
     return View(geometry, additive_mask(visible, dtype), documents, until_full, *positions)
 
 
-def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, "S"]:
+def key_positions(geometry: Geometry, like: Tensor) -> Float[Tensor, " S"]:
     """Positions relative to the window's first code; a compressed row carries its index, as in the paper, or the mean
     position of the codes that it stands for."""
     first = geometry.window_length - geometry.num_keys
@@ -273,6 +273,6 @@ def remember(memory: LayerMemory, rows: Tensor, new_compressed: Tensor | None, v
     return LayerMemory(rows, compressed, valid, compressed_valid, view.codes_until_full)
 
 
-def _valid_tail(valid: Int[Tensor, "B"], length: int) -> Int[Tensor, "B M"]:
+def _valid_tail(valid: Int[Tensor, " B"], length: int) -> Int[Tensor, "B M"]:
     rows = torch.arange(length, device=valid.device)
     return torch.where(rows >= length - valid[:, None], 0, -1)
