@@ -1,5 +1,6 @@
 """Models that are handed on: an exported folder says what its run said, every command takes it, damage is named."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -29,8 +30,9 @@ from ct_audio.export import model_card, model_folder
 from ct_audio.export.model_card import CardText
 from ct_audio.export.model_folder import CLIP_TOLERANCE_NATS, check_clip, export_model
 from ct_audio.runs.checkpoint_files import digest
-from ct_audio.runs.config import read_yaml
+from ct_audio.runs.config import load_config, read_yaml
 from ct_audio.runs.open_run import load_run_model, run_corpus
+from ct_audio.training.branch import branch_run
 
 GOLDEN = Path(__file__).with_name("golden_export")
 PRETRAINED = sorted(path.parent for path in ROOT.glob("recipes/*/pretrained/*/config.json"))
@@ -138,6 +140,30 @@ def test_the_card_has_metadata_training_and_nll(
     assert "license: mit" in (again / "README.md").read_text(encoding="utf-8")
     assert nll(again, tmp_path / "corpus") == stored["nll_nats"]
     assert json.loads((again / "config.json").read_text())["evaluations"][0]["nll_nats"] == stored["nll_nats"]
+
+
+def test_the_card_says_what_a_run_is_a_branch_of(clip: Path, tmp_path: Path) -> None:
+    def exported(path: Path, name: str) -> tuple[list[Any], str]:
+        out = export_model(path, tmp_path / name, clip=clip, text=CardText())
+        return json.loads((out / "config.json").read_text())["training"]["branches"], (out / "README.md").read_text()
+
+    run = make_run(noise_corpus(tmp_path / "corpus"), tmp_path / "runs", "wavenet")
+    second, third = run.with_name("second"), run.with_name("third")
+    config = load_config(run / "checkpoints" / "last" / "config.yaml")
+    for branch, source in ((second, run), (third, second)):
+        branch_run(source, dataclasses.replace(config, name=branch.name))
+    branches, card = exported(run, "no branch")
+    assert branches == []
+    assert "branch of" not in card
+    weights = digest(run / "checkpoints" / "last" / "model.safetensors")["sha256"]
+    branches, card = exported(third, "branch")
+    assert branches == [{"source": name, "step": 7, "weights_sha256": weights} for name in ("second", run.name)]
+    assert f"| branch of | `second` at step 7, which is a branch of `{run.name}` at step 7; the optimizer's" in card
+    assert exported(tmp_path / "branch", "again")[0] == branches
+    (third / "branch.json").write_text("{}")
+    with pytest.raises(UserError, match=r"branch\.json: expected where the run branched off, but something is missing"):
+        exported(third, "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

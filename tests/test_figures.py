@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,19 @@ def test_spectrograms_of_several_models_share_a_range_and_show_where_primes_end(
     assert [[float(np.asarray(line.get_xdata())[0]) for line in panel.lines] for panel in panels] == [[], [0.1], [], []]
     assert panels[0].images[0].get_extent() == [0, 0.2, 0, 12]
     assert "dB" in bar.get_ylabel()
+
+
+def test_long_names_of_rows_stay_beside_their_row() -> None:
+    names = ["recordings", "kathleen_transformer_xl_prediction_small_33000", "runs/kathleen-wavenet of the year 2026"]
+    figure = spectrograms_figure(
+        {name: [Sound(np.zeros(2400, np.float32))] for name in names}, 24_000, columns=["free"], title=""
+    )
+    figure.canvas.draw()
+    labels = [panel.yaxis.label for panel in figure.axes[: len(names)]]
+    assert ["".join(label.get_text().split("\n")[:-1]) for label in labels] == names
+    extents = [label.get_window_extent() for label in labels]
+    assert not any(a.overlaps(b) for a, b in combinations(extents, 2))
+    assert all(figure.bbox.y0 <= extent.y0 and extent.y1 <= figure.bbox.y1 for extent in extents)
 
 
 def test_a_figure_has_as_many_dots_as_asked_for(tmp_path: Path, monkeypatch: Patch) -> None:

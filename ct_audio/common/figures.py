@@ -5,6 +5,7 @@ Shape letters: N samples, K bins, F frames.
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ WINDOW_LENGTH = 256
 _HOP_SHARE = 4
 _LOWEST_AMPLITUDE = 1e-7  # -140 dB
 _WIDEST_RANGE_DB = 90.0
+_LABEL_LENGTH = 24  # characters that fit beside a row of spectrograms
 
 
 class Sound(NamedTuple):
@@ -69,7 +71,7 @@ def spectrograms_figure(
             panel.set(ylabel="")
             if sound.prime_length:
                 panel.axvline(sound.prime_length / sample_rate_hz, color="white", linestyle="--", linewidth=1.5)
-        line[0].set_ylabel(f"{plain_text(name)}\nkHz", fontsize=9)
+        line[0].set_ylabel("\n".join([*_short_lines(name), "kHz"]), fontsize=9)
     for panel, column in zip(panels[0], columns, strict=True):
         panel.set_title(plain_text(column), fontsize=10)
     for panel in panels[-1]:
@@ -77,6 +79,16 @@ def spectrograms_figure(
     figure.colorbar(image, ax=panels, fraction=0.02, pad=0.01).set_label("dB, 0 is a sine of full scale")
     figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
+
+
+def _short_lines(name: str) -> list[str]:
+    """A name in lines that fit beside their row, broken after spaces, hyphens, underscores and slashes."""
+    lines = [""]
+    for piece in re.split(r"(?<=[-_/\s])", name):
+        if lines[-1] and len(lines[-1]) + len(piece) > _LABEL_LENGTH:
+            lines.append("")
+        lines[-1] += piece
+    return [plain_text(line) for line in lines]
 
 
 def draw_spectrogram(

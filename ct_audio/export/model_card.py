@@ -206,6 +206,11 @@ def _training_rows(plain: dict[str, Any]) -> list[list[Any]]:
             f"peak {optim['peak_learning_rate']:g}, warmup {optim['warmup_steps']:,}, decay {optim['decay_steps']:,}"
         )
         rows.append(["optimizer", f"Adam, learning rate: {rates} steps; {train['precision']}"])
+    if branches := training.get("branches"):
+        where = ", which is a branch of ".join(
+            f"`{branch['source']}` at step {branch['step']:,}" for branch in branches
+        )
+        rows.append(["branch of", f"{where}; the optimizer's settings are those since the last of these steps"])
     return rows
 
 

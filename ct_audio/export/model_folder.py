@@ -36,6 +36,7 @@ from ct_audio.runs.exported import (
     read_exported,
 )
 from ct_audio.runs.open_run import LoadedRun, load_run_model, run_codec
+from ct_audio.training.branch import branch_points
 
 CLIP_SECONDS = 1.0
 CLIP_BYTES = 1 << 16
@@ -172,6 +173,7 @@ def _training(run: LoadedRun, codec: Codec) -> dict[str, Any]:
         "corpus": Path(data.corpus).name,
         "corpus_fingerprint": state.get("corpus_fingerprint"),
         "recipe": None,
+        "branches": branch_points(run.run_dir) if run.run_dir else [],
     }
     try:
         corpus = open_corpus(data.corpus)

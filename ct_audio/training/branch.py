@@ -20,6 +20,7 @@ from ct_audio.runs.same_run import require_same_run
 FORMAT = "ct_audio branch"
 FORMAT_VERSION = 1
 BRANCH_FILE = "branch.json"
+_POINT = {"source": str, "step": int, "weights_sha256": str}
 
 
 def branch_run(source: Path, config: RunConfig) -> None:
@@ -91,6 +92,30 @@ def require_branch_point(run_dir: Path, *, source: str, step: int, weights_sha25
     if any(found.get(key) != value for key, value in expected.items()):
         raise UserError(f"{run_dir}: {where}, got one of {_describe(found)}; {advice}")
     return True
+
+
+def branch_points(run_dir: Path) -> list[dict[str, Any]]:
+    """Where a run branched off, and where its source did, as far as sources lie beside it; the newest first.
+
+    Returns:
+        of each branch `source`, `step` and `weights_sha256`; nothing for a run that began by itself.
+    Raises:
+        UserError: a `branch.json` cannot be read.
+    """
+    points: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    while run_dir.name not in seen and (path := run_dir / BRANCH_FILE).exists():
+        seen.add(run_dir.name)
+        try:
+            found = read_json(path)
+            points.append({key: kind(found[key]) for key, kind in _POINT.items()})
+            run_dir = run_dir.with_name(points[-1]["source"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            why = "it cannot be read" if isinstance(error, OSError | ValueError) else "something is missing in it"
+            raise UserError(
+                f"{path}: expected where the run branched off, but {why}: {error}; move it away to do without"
+            ) from error
+    return points
 
 
 def _describe(point: dict[str, Any]) -> str:
