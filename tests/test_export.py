@@ -160,9 +160,11 @@ def test_the_card_says_what_a_run_is_a_branch_of(clip: Path, tmp_path: Path) -> 
     assert branches == [{"source": name, "step": 7, "weights_sha256": weights} for name in ("second", run.name)]
     assert f"| branch of | `second` at step 7, which is a branch of `{run.name}` at step 7; the optimizer's" in card
     assert exported(tmp_path / "branch", "again")[0] == branches
-    (third / "branch.json").write_text("{}")
-    with pytest.raises(UserError, match=r"branch\.json: expected where the run branched off, but something is missing"):
-        exported(third, "none")
+    found = json.loads((third / "branch.json").read_text())
+    for content, why in (({}, "it is not of ct_audio branch, version 1"), (found | {"step": "7"}, "step: missing, or")):
+        (third / "branch.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=rf"branch\.json: expected where the run branched off, .*: {why}"):
+            exported(third, "none")
     assert not (tmp_path / "none").exists()
 
 

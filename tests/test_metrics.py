@@ -1,5 +1,6 @@
 """Event files and metrics.jsonl: what is written, and what is left after a resume."""
 
+import gc
 import json
 import os
 import re
@@ -71,6 +72,36 @@ def test_resume_cuts_both_at_the_step_of_the_checkpoint(tmp_path: Path):
     steps = [(step, step / 2) for step in range(1, 7)]
     assert points(tmp_path, "nll/train_nats") == steps
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_events_that_are_missing_are_written_from_the_lines(tmp_path: Path):
+    """As in a branch, or where someone has deleted them; as far apart in time as the lines are."""
+    write_steps(tmp_path, range(1, 4))
+    for path in tmp_path.glob("events.*"):
+        path.unlink()
+    writer = MetricsWriter(tmp_path, step=2)
+    assert not writer.had_events
+    writer.scalars({"nll/train_nats": 9.0}, step=3, wall_seconds=4.5)
+    writer.close()
+    assert points(tmp_path, "nll/train_nats") == [(1, 0.5), (2, 1.0), (3, 9.0)]
+    first, second, _ = events(tmp_path).Scalars("nll/train_nats")
+    assert second.wall_time - first.wall_time == pytest.approx(1.5, abs=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_a_writer_that_nobody_closed_or_that_never_began_does_not_wait_for_its_thread(tmp_path: Path):
+    """As after an error between its making and its close: that error is what one has to see."""
+    hook = threading.excepthook
+    writer = MetricsWriter(tmp_path)
+    del writer
+    gc.collect()
+    assert threading.excepthook is hook
+    for path in tmp_path.glob("events.*"):
+        path.unlink()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "nll/train_nats": []}\n')
+    with pytest.raises((TypeError, AssertionError, NotImplementedError)):
+        MetricsWriter(tmp_path, step=1)
+    assert threading.excepthook is hook
 
 
 def steps_of_all_files(run_dir: Path, tag: str) -> list[int]:

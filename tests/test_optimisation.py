@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from handmade_runs import Patch
-from tiny_runs import assert_same_checkpoint, checkpoint_state, checkpoint_tensors, tiny_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import assert_same_checkpoint, checkpoint_state, checkpoint_tensors, logged_values, tiny_run
 
 from ct_audio.commands import optimisation
 from ct_audio.commands import train as train_command
@@ -47,8 +48,29 @@ def test_a_branch_that_changes_nothing_is_the_run_itself(source: RunConfig, tmp_
     unbranched = branch(tmp_path, "unbranched")
     assert train(unbranched) == 0
     assert_same_checkpoint(same, unbranched)
+    end_of_source = [line for line in logged_values(same) if line["step"] == 4 and "nll/valid_nats" in line]
+    assert [line for line in logged_values(same) if line not in end_of_source] == logged_values(unbranched)
+    shown = [EventAccumulator(str(config.run_dir)).Reload() for config in (same, unbranched)]
+    points = [[(event.step, event.value) for event in found.Scalars("nll/train_nats")] for found in shown]
+    assert points[0] == points[1]
+    assert [step for step, _ in points[0]] == list(range(1, 9))
+    assert set(shown[0].summary_metadata) == set(shown[1].summary_metadata)  # the row of the table of runs too
     branch_run(source.run_dir, same)  # it has begun already: nothing happens
     assert checkpoint_state(same)["step"] == 8
+
+
+def test_a_branch_begins_with_the_curves_of_its_source_up_to_the_checkpoint(source: RunConfig, tmp_path: Path) -> None:
+    """Lines that the source has logged after its checkpoint are not the branch's."""
+    lines = read_metrics(source.run_dir)
+    with (source.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "nll/train_nats": 1.0}\n')
+    branch_run(source.run_dir, branch(tmp_path, "other"))
+    assert read_metrics(tmp_path / "runs" / "other") == lines
+    with (source.run_dir / "metrics.jsonl").open("a") as file:
+        file.write("no JSON\n")
+    with pytest.raises(UserError, match=r"cannot read the metrics\.jsonl of .*source"):
+        branch_run(source.run_dir, branch(tmp_path, "third"))
+    assert not (tmp_path / "runs" / "third").exists()
 
 
 def test_only_the_optimizer_may_change(source: RunConfig, tmp_path: Path) -> None:

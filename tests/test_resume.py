@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import assert_same_checkpoint, checkpoint_state, tiny_run
+from tiny_runs import assert_same_checkpoint, checkpoint_state, logged_values, tiny_run
 
 from ct_audio.runs.config import RunConfig
 from ct_audio.runs.metrics import read_metrics
 from ct_audio.training import loop as train_module
 from ct_audio.training.loop import train
-
-TIMES = {"wall_seconds", "throughput/codes_per_second", "throughput/times_real_time", "throughput/training_seconds"}
 
 
 class Killed(BaseException):
@@ -33,14 +31,6 @@ def train_until(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(Killed):
             train(config)
     torch.manual_seed(12345)  # a new process knows nothing of this one's generators
-
-
-def curves(config: RunConfig) -> list[dict[str, float]]:
-    """metrics.jsonl without times and memory use."""
-    return [
-        {tag: value for tag, value in line.items() if tag not in TIMES and not tag.startswith("memory_use/")}
-        for line in read_metrics(config.run_dir)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +58,7 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model:
         train_until(stopped, step, monkeypatch)
     assert train(stopped) == 0
     assert_same_checkpoint(straight, stopped)
-    assert curves(straight) == curves(stopped)
+    assert logged_values(straight) == logged_values(stopped)
     best = [checkpoint_state(config, "best")["step"] for config in (straight, stopped)]
     assert best[0] == best[1]
 

@@ -12,6 +12,7 @@ from tiny import TINY_MODELS
 from ct_audio.data.codecs import MuLaw
 from ct_audio.data.corpus import CorpusWriter
 from ct_audio.runs.config import RunConfig, config_from_dict
+from ct_audio.runs.metrics import read_metrics
 
 
 def write_corpus(path: Path, *, seed: int = 0) -> Path:
@@ -77,3 +78,12 @@ def assert_same_checkpoint(first: RunConfig, second: RunConfig) -> None:
     assert not different
     for key in ("step", "stream"):
         assert checkpoint_state(first)[key] == checkpoint_state(second)[key]
+
+
+def logged_values(config: RunConfig) -> list[dict[str, Any]]:
+    """metrics.jsonl without times and memory use."""
+    times = {"wall_seconds", "throughput/codes_per_second", "throughput/times_real_time", "throughput/training_seconds"}
+    return [
+        {tag: value for tag, value in line.items() if tag not in times and not tag.startswith("memory_use/")}
+        for line in read_metrics(config.run_dir)
+    ]

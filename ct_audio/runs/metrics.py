@@ -4,7 +4,8 @@ All models log the same tags. metrics.jsonl holds every scalar, one object a lin
 began (over all sessions), seconds of audio seen, and the scalars by tag. On resume both are cut at the checkpoint's
 step: the events that still count go to one new file, and the files of before are emptied, since TensorBoard's fast
 loader does not obey the record that tells the others to leave out what was logged later. TensorBoard's x axis is the
-step; curves over audio seen and over wall time are drawn from metrics.jsonl (`ct-audio compare`).
+step; curves over audio seen and over wall time are drawn from metrics.jsonl (`ct-audio compare`). Where there are lines
+but no events, as in a branch, whose first lines are its source's, the events are written from the lines.
 
 Shape letters: N samples.
 """
@@ -18,6 +19,7 @@ import os
 import re
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,8 @@ class MetricsWriter:
         step: steps completed; whatever was logged after them no longer counts.
         enabled: False: every method does nothing.
         second: gets the scalars, sounds and figures too.
+    Attributes:
+        had_events: there were event files; if not, they hold neither texts nor hyperparameters yet.
     Raises:
         UserError: metrics.jsonl is damaged.
         OSError: the disk is full; as in every method.
@@ -72,15 +76,18 @@ class MetricsWriter:
     ) -> None:
         self._writer: SummaryWriter | None = None
         self._second = second
+        self.had_events = any(run_dir.glob("events.out.tfevents.*"))
         if not enabled:
             return
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
-        write_file(run_dir / "metrics.jsonl", "".join(_to_json_line(line) for line in kept).encode())
+        write_metrics(run_dir, kept)
         _cut_events(run_dir, step)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_no_second_report())
             self._lines = stack.enter_context((run_dir / "metrics.jsonl").open("ab", buffering=0))  # see `scalars`
-            self._writer = SummaryWriter(str(run_dir), purge_step=step + 1)
+            self._writer = stack.enter_context(SummaryWriter(str(run_dir), purge_step=step + 1))
+            if not self.had_events:
+                _add_scalars(self._writer, kept)
             self._stack = stack.pop_all()
 
     def scalars(
@@ -146,8 +153,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and end."""
         if self._writer is not None:
-            with self._stack:
-                self._writer.close()
+            self._stack.close()
             if self._second is not None:
                 self._second.close()
 
@@ -156,6 +162,15 @@ def _to_json_line(line: dict[str, Any]) -> str:
     """JSON has no NaN; such values (of files of older versions) are left out."""
     finite = {tag: value for tag, value in line.items() if not (isinstance(value, float) and not math.isfinite(value))}
     return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _add_scalars(writer: SummaryWriter, lines: list[dict[str, Any]]) -> None:
+    """Write the scalars of metrics.jsonl as events, as far before now as they were logged before the last of them."""
+    for line in lines:
+        seconds_before = lines[-1].get("wall_seconds", 0.0) - line.get("wall_seconds", 0.0)
+        for tag, value in line.items():
+            if tag not in ("step", "wall_seconds", "audio_seconds"):
+                writer.add_scalar(tag, value, line["step"], walltime=time.time() - seconds_before)
 
 
 def _cut_events(run_dir: Path, step: int) -> None:
@@ -227,6 +242,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return values
 
 
+def write_metrics(run_dir: Path, lines: list[dict[str, Any]]) -> None:
+    """Replace a run's metrics.jsonl by these lines, see `read_metrics`."""
+    write_file(run_dir / "metrics.jsonl", "".join(_to_json_line(line) for line in lines).encode())
+
+
 def memory_use_mib() -> dict[str, float]:
     """Scalars: resident memory of this process and, with CUDA, the most that it has allocated there, in MiB.
 
@@ -259,9 +279,13 @@ def _no_second_report() -> Iterator[None]:
             report(arguments)
 
     threading.excepthook = report_others
+    is_closed = True
     try:
         yield
+    except GeneratorExit:  # nobody has closed the writer: its thread goes on
+        is_closed = False
+        raise
     finally:
-        for thread in filter(is_writers, threading.enumerate()):  # one that has failed may not have reported yet
-            thread.join()
+        for thread in filter(is_writers, threading.enumerate() if is_closed else ()):
+            thread.join()  # one that has failed may not have reported yet
         threading.excepthook = report

@@ -1,7 +1,8 @@
 """Branches of a run: a new run that goes on from another's last checkpoint with other settings of the optimizer.
 
 Weights, Adam's moments, memories, generators and the place in the corpus are those of the source, so that branches of
-one run see the same codes in the same order and differ by their settings alone. The source is left as it is.
+one run see the same codes in the same order and differ by their settings alone. A branch's curves begin with those of
+its source. The source is left as it is.
 
     runs/<branch>/branch.json    where it branched off: name of the source, its step, the hash of its weights
 """
@@ -15,6 +16,7 @@ from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, switch_link, write_file, write_json
 from ct_audio.runs.checkpoint_files import digest, find_checkpoint, read_state
 from ct_audio.runs.config import RunConfig, config_to_yaml, load_config
+from ct_audio.runs.metrics import read_metrics, write_metrics
 from ct_audio.runs.same_run import require_same_run
 
 FORMAT = "ct_audio branch"
@@ -30,8 +32,8 @@ def branch_run(source: Path, config: RunConfig) -> None:
         source: directory of the run to branch off.
         config: of the branch; it may differ in `optim` and in what a resumed run may change.
     Raises:
-        UserError: the source has no checkpoint, another key has changed (the message names it), or the run began
-            elsewhere (see `require_branch_point`).
+        UserError: the source has no checkpoint or a damaged metrics.jsonl, another key has changed (the message names
+            it), or the run began elsewhere (see `require_branch_point`).
         OSError: it cannot be written; there is no half-made run then.
     """
     checkpoint = find_checkpoint(source, "last")
@@ -43,6 +45,7 @@ def branch_run(source: Path, config: RunConfig) -> None:
         return
     before = load_config(checkpoint / "config.yaml")
     require_same_run(before, dataclasses.replace(config, optim=before.optim))
+    lines = [line for line in read_metrics(source) if line["step"] <= state["step"]]
     beside = config.run_dir.with_name(f"{config.run_dir.name}.branching")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -55,6 +58,7 @@ def branch_run(source: Path, config: RunConfig) -> None:
         switch_link(root / "last", checkpoint.name)
         point = {"source": source.name, "step": state["step"], "weights_sha256": weights}
         write_json(beside / BRANCH_FILE, {"format": FORMAT, "format_version": FORMAT_VERSION} | point)
+        write_metrics(beside, lines)
         beside.rename(config.run_dir)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)
@@ -81,15 +85,13 @@ def require_branch_point(run_dir: Path, *, source: str, step: int, weights_sha25
         expected["weights_sha256"] = weights_sha256
     where = f"expected a branch of {_describe(expected)}"
     try:
-        found = read_json(run_dir / BRANCH_FILE)
+        found = _read_point(run_dir)
     except FileNotFoundError as error:
         what = f"there is no {BRANCH_FILE} that says where it began: it is no branch"
         raise UserError(f"{run_dir}: {where}, but {what}; {advice}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir}: {where}, but {BRANCH_FILE} cannot be read: {error}; {advice}") from error
-    if not isinstance(found, dict) or (found.get("format"), found.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise UserError(f"{run_dir}: {where}, but {BRANCH_FILE} is not of {FORMAT}, version {FORMAT_VERSION}; {advice}")
-    if any(found.get(key) != value for key, value in expected.items()):
+    if any(found[key] != value for key, value in expected.items()):
         raise UserError(f"{run_dir}: {where}, got one of {_describe(found)}; {advice}")
     return True
 
@@ -107,15 +109,24 @@ def branch_points(run_dir: Path) -> list[dict[str, Any]]:
     while run_dir.name not in seen and (path := run_dir / BRANCH_FILE).exists():
         seen.add(run_dir.name)
         try:
-            found = read_json(path)
-            points.append({key: kind(found[key]) for key, kind in _POINT.items()})
+            points.append(_read_point(run_dir))
             run_dir = run_dir.with_name(points[-1]["source"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            why = "it cannot be read" if isinstance(error, OSError | ValueError) else "something is missing in it"
+        except (OSError, ValueError) as error:
+            advice = "move it away to do without"
             raise UserError(
-                f"{path}: expected where the run branched off, but {why}: {error}; move it away to do without"
+                f"{path}: expected where the run branched off, but it cannot be read: {error}; {advice}"
             ) from error
     return points
+
+
+def _read_point(run_dir: Path) -> dict[str, Any]:
+    """What branch.json says; raises OSError or ValueError where it says nothing."""
+    found = read_json(run_dir / BRANCH_FILE)
+    if not isinstance(found, dict) or (found.get("format"), found.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise ValueError(f"it is not of {FORMAT}, version {FORMAT_VERSION}")
+    if missing := [key for key, kind in _POINT.items() if type(found.get(key)) is not kind]:
+        raise ValueError(f"{', '.join(missing)}: missing, or not of the kind expected")
+    return {key: found[key] for key in _POINT}
 
 
 def _describe(point: dict[str, Any]) -> str:

@@ -430,7 +430,7 @@ def _announce(session: Session, *, processes_before: int) -> None:
         )
     session.metrics.text("config", config_to_yaml(config), step=session.progress.step)
     say(session, f"curves: tensorboard --logdir {shlex.quote(config.runs_dir)}\n  then open {tensorboard_page()}")
-    if not session.resumed:
+    if not session.resumed or not session.metrics.had_events:  # a branch is resumed before it has logged anything
         compared = {key: value for key, value in flat_config(config).items() if key in COMPARED_KEYS}
         compared |= {f"parameters.{group}": count for group, count in counts.items()}
         session.metrics.hyperparameters(compared, COMPARED_TAGS)
