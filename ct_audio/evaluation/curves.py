@@ -104,22 +104,27 @@ def draw_curves(runs: dict[str, Curves], path: Path, *, levels: set[str] | froze
         levels: labels of runs that have nothing to train; their last validation NLL is a level line.
     """
     axes = [axis for axis in _KEYS if any(curves.last(axis) is not None for curves in runs.values())]
-    figure = Figure(figsize=(5 * max(2, len(axes)), 5.6), layout="constrained")
-    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    num_rows = math.ceil(len(axes) / 2)
+    figure = Figure(figsize=(11, 4.2 * num_rows + 0.3 * len(runs) + 0.4), layout="constrained")
+    panels = list(figure.subplots(num_rows, 2, sharey=True, squeeze=False).flat)
+    while len(panels) > len(axes):
+        panels.pop().remove()
     for panel, axis in zip(panels, axes, strict=True):
         unit, divisor = curve_unit(axis, max(curves.last(axis) or 0.0 for curves in runs.values()))
         drawn = [
-            _draw_run(panel, curves.nll[axis], divisor, index=index, label=label, is_level=label in levels)
+            _draw_run(panel, curves, axis, divisor, index=index, label=label, is_level=label in levels)
             for index, (label, curves) in enumerate(runs.items())
         ]
         handles, labels = zip(*drawn, strict=True)  # given to the legend, which would leave out names such as _x
         panel.set(xlabel=axis + unit, xlim=(0, None), ylim=nll_range(runs))
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("NLL (nats per code)")
-    bits = panels[-1].secondary_yaxis("right", functions=(lambda y: y / math.log(2), lambda y: y * math.log(2)))
-    bits.set_ylabel("bits per code")
+    for panel in panels[::2]:
+        panel.set_ylabel("NLL (nats per code)")
+    for panel in {panels[-1], *panels[1::2]}:
+        bits = panel.secondary_yaxis("right", functions=(lambda y: y / math.log(2), lambda y: y * math.log(2)))
+        bits.set_ylabel("bits per code")
     title = "Validation NLL, marked, with its last value; faint: training, smoothed; dashed: nothing to train"
-    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(handles, labels, title=title, loc="outside upper center", frameon=False)
     write_figure(figure, path)
 
 
@@ -142,13 +147,14 @@ def running_mean(points: Points, length: int) -> Points:
 
 
 def _draw_run(
-    panel: Any, nll: dict[str, Points], divisor: float, *, index: int, label: str, is_level: bool
+    panel: Any, curves: Curves, axis: str, divisor: float, *, index: int, label: str, is_level: bool
 ) -> tuple[Any, str]:
-    """What stands for the run in the legend, and its label there."""
-    color, train, valid = f"C{index % 10}", nll["train"], nll["valid"]
-    label = plain_text(f"{label}: {valid[-1][1]:.3f}" if valid else label)
-    if is_level and valid:
-        return panel.axhline(valid[-1][1], color=color, linestyle="--", linewidth=1.8), label
+    """What stands for the run in the legend, and its label there; also where it has nothing over this axis."""
+    color, train, valid = f"C{index % 10}", curves.nll[axis]["train"], curves.nll[axis]["valid"]
+    last = curves.nll["steps"]["valid"][-1:]
+    label = plain_text(f"{label}: {last[0][1]:.3f}" if last else label)
+    if is_level and last:
+        return panel.axhline(last[0][1], color=color, linestyle="--", linewidth=1.8), label
     smooth = running_mean(train, math.ceil(len(train) / 10))
     panel.plot([x / divisor for x, _ in smooth], [y for _, y in smooth], color=color, alpha=0.35, linewidth=1)
     x, y = [x / divisor for x, _ in valid], [y for _, y in valid]
