@@ -468,6 +468,7 @@ def test_shipped_models_are_what_they_were(folder: Path) -> None:
     assert abs(stated - found) <= CLIP_TOLERANCE_NATS
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"{stated:.6f} nats" in card
+    assert f"ct-audio sample {recipes.model_name(folder)} " in card
     for path in folder.rglob("*"):
         assert path.stat().st_mode & 0o044, f"{path} can be read by nobody else"
 
@@ -490,3 +491,7 @@ def test_a_shipped_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytes
     assert tool("export", monkeypatch)("recipes/kathleen/pretrained/tiny", "--check") == 0
     assert ct_audio.load("kathleen/tiny").config.name == "golden"
     assert recipes.model_folder("kathleen/other") == Path("kathleen/other")
+    assert tool("export", monkeypatch)(GOLDEN, "--out", "kathleen/pretrained/other") == 0
+    card = (tmp_path / "recipes" / "kathleen" / "pretrained" / "other" / "README.md").read_text(encoding="utf-8")
+    assert 'ct_audio.load("kathleen/other")' in card
+    assert [recipes.model_name(Path(name)) for name in ("kathleen/other", "pretrained/tiny")] == ["other", "tiny"]

@@ -64,6 +64,13 @@ def model_folder(name: str | Path) -> Path:
     return RECIPES / parts[0] / "pretrained" / parts[1]
 
 
+def model_name(folder: Path) -> str:
+    """What commands call the model in a folder: "kathleen/wavenet" where a recipe ships it, else the folder's name."""
+    *_, recipe, _, name = ("", "", *folder.absolute().parts)
+    is_shipped = RECIPES is not None and folder.absolute() == RECIPES / recipe / "pretrained" / name
+    return f"{recipe}/{name}" if is_shipped else name
+
+
 def config_file(name: str | Path) -> Path:
     """The YAML of a run.
 

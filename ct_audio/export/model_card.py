@@ -75,7 +75,7 @@ def card(
 
     Args:
         plain: what config.json says (see `runs/exported.py`).
-        folder: name of the folder, for the examples.
+        folder: what the examples call the model.
         samples: files in it, as "samples/sample_0.wav".
     """
     known = RECIPES.get(plain["training"].get("recipe") or "")
@@ -145,12 +145,13 @@ def _introduction(run: LoadedRun, plain: dict[str, Any], codec: Codec) -> str:
     number, model = sum(parameter.numel() for parameter in run.model.parameters()), plain["model"]
     what = f"{codec.sample_rate_hz:,} codes a second" if codec.sample_rate_hz else f"{codec.unit}s"
     lines = [f"{kind_of(plain)} of {number:,} parameters over {codec.vocab_size:,} {codec.name} codes ({what})."]
-    parts = [markdown_code(f"{key}: {model[key]}") for key in _PARTS if key in model]
+    keys = _PARTS + (_COMPRESSION if model.get("compressed_memory_length") else ())
+    parts = [markdown_code(f"{key}: {model[key]}") for key in keys if key in model]
     return " ".join([*lines, f"Its configuration has {', '.join(parts)}."] if parts else lines)
 
 
 _PARTS = ("front_end", "head", "num_layers", "width", "window_length", "memory_length", "compressed_memory_length")
-_PARTS += ("compression_rate", "compression_function")
+_COMPRESSION = ("compression_rate", "compression_function")
 
 
 def _examples(codec: Codec, folder: str) -> str:
@@ -244,7 +245,7 @@ def _clip(plain: dict[str, Any], codec: Codec) -> str:
 
 def _samples(samples: list[str], folder: str) -> str:
     if not samples:
-        return f"`ct-audio sample {folder} --out samples` makes some; how, stands beside each in JSON."
+        return f"`ct-audio sample {folder} --out samples` makes some, each with a JSON file that says how."
     lines = [
         f'<audio controls src="{name}"></audio>' if name.endswith(".wav") else f"- [{name}]({name})" for name in samples
     ]

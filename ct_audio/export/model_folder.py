@@ -17,6 +17,7 @@ from jaxtyping import Float, Integer
 from ct_audio import __version__
 from ct_audio.common.errors import UserError
 from ct_audio.common.files import read_json, sync_directory, write_file, write_json
+from ct_audio.common.recipes import model_name
 from ct_audio.data.audio_files import write_wav
 from ct_audio.data.codecs import Codec, read_codes, write_codec_files
 from ct_audio.data.corpus import open_corpus
@@ -108,7 +109,9 @@ def export_model(
             "files": {name: digest(beside / name) for name in names},
         }
         write_json(beside / CONFIG_FILE, plain)
-        write_file(beside / CARD_FILE, card(run, codec, plain, text=text, folder=out.name, samples=sounds).encode())
+        write_file(
+            beside / CARD_FILE, card(run, codec, plain, text=text, folder=model_name(out), samples=sounds).encode()
+        )
         stated, found = check_clip(beside)
         if stated != found:
             raise UserError(f"{path}: read back, the model says {found} nats about its clip, before {stated}; not kept")
