@@ -169,7 +169,7 @@ def _add_scalars(writer: SummaryWriter, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         seconds_before = lines[-1].get("wall_seconds", 0.0) - line.get("wall_seconds", 0.0)
         for tag, value in line.items():
-            if tag not in ("step", "wall_seconds", "audio_seconds"):
+            if tag not in ("step", "wall_seconds", "audio_seconds") and value is not None:
                 writer.add_scalar(tag, value, line["step"], walltime=time.time() - seconds_before)
 
 
@@ -229,7 +229,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All lines of a run's metrics.jsonl; a last line that was cut off is left out.
 
     Raises:
-        UserError: a line is no JSON object with a step.
+        UserError: a line is no JSON object of numbers with a step.
     """
     path = run_dir / "metrics.jsonl"
     try:
@@ -237,8 +237,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         values = [json.loads(line) for line in lines if line.endswith("\n")]
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read the metrics.jsonl of {run_dir}: {error}") from error
-    if not all(isinstance(value, dict) and type(value.get("step")) is int for value in values):
-        raise UserError(f"cannot read the metrics.jsonl of {run_dir}: expected an object with a step in every line")
+    for number, line in enumerate(values, 1):
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            raise UserError(
+                f"cannot read the metrics.jsonl of {run_dir}: expected an object with a step in line {number}"
+            )
+        if wrong := [tag for tag, value in line.items() if not isinstance(value, int | float | None)]:
+            raise UserError(f"cannot read the metrics.jsonl of {run_dir}: {wrong[0]} is no number in line {number}")
     return values
 
 
